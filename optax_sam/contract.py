@@ -188,7 +188,10 @@ def check_varies(method: str, what: str, tree: Any, axis_name: Any) -> None:
     """Refuses a gradient that JAX has already summed over ``axis_name``."""
 
     def varying(x: Any) -> Any:
-        return getattr(jax.typeof(x), "vma", frozenset())
+        kind = jax.typeof(x)
+        if hasattr(kind, "vma"):  # the name up to JAX 0.9
+            return kind.vma
+        return kind.manual_axis_type.varying
 
     names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
     for name in names:
