@@ -188,10 +188,11 @@ def check_varies(method: str, what: str, tree: Any, axis_name: Any) -> None:
     """Refuses a gradient that JAX has already summed over ``axis_name``."""
 
     def varying(x: Any) -> Any:
-        kind = jax.typeof(x)
-        if hasattr(kind, "vma"):  # the name up to JAX 0.9
-            return kind.vma
-        return kind.manual_axis_type.varying
+        kind = jax.typeof(x)  # three names in as many years of JAX
+        for name in ("manual_axis_type", "mat"):
+            if hasattr(kind, name):
+                return getattr(kind, name).varying
+        return kind.vma
 
     names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
     for name in names:

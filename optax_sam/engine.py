@@ -190,7 +190,10 @@ def sharpness_aware(
             w_e = point(e)
             g_s = gradient(w_e)
             dtype = state.gradient_norm.dtype
-            norms = norm(g).astype(dtype), norm(g_s).astype(dtype)
+            # Judged in the dtype that is emitted: float16 may not hold what grad_fn
+            # returned for a float32 point.
+            emitted = optax.tree.cast_like(g_s, g)
+            norms = norm(g).astype(dtype), norm(emitted).astype(dtype)
             finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
             # One device's failure is everybody's, so that all stay equal.
             accepted = mean(finite.astype(jnp.float32)) == 1
