@@ -26,14 +26,13 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.xref_missing"]
 
 autodoc_member_order = "bysource"
-autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+# Signatures would spell out aliases such as optax.ScalarOrSchedule over three lines.
+autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 # As fields of the class: listed apart, they would clash with the real attributes.
 napoleon_use_ivar = True
-napoleon_custom_sections = [
-    ("Cost", "notes"),
-    ("Differs from the authors' code in", "notes"),
-]
+napoleon_custom_sections = ["Cost", "Differs from the authors' code in"]
 
 # Each module's section lists its __all__; modules that are absent are left out.
 MODULES = ["", ".ascent", ".when", ".blend", ".sharpness", ".plots", ".linen", ".nnx"]
