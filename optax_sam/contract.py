@@ -188,7 +188,7 @@ def check_varies(method: str, what: str, tree: Any, axis_name: Any) -> None:
     """Refuses a gradient that JAX has already summed over ``axis_name``."""
 
     def varying(x: Any) -> Any:
-        kind = jax.typeof(x)  # three names in as many years of JAX
+        kind = jax.typeof(x)  # renamed twice since JAX 0.8
         for name in ("manual_axis_type", "mat"):
             if hasattr(kind, name):
                 return getattr(kind, name).varying
