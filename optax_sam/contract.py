@@ -157,7 +157,7 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
     """Raises unless ``grads`` is a tree of real floats of the parameters' shapes."""
     found, structure = jax.tree_util.tree_flatten_with_path(grads)
     wanted, expected = jax.tree_util.tree_flatten_with_path(params)
-    if structure != expected:
+    if structure != expected:  # type: ignore[operator]
         have = {jax.tree_util.keystr(path) for path, _ in found}
         want = {jax.tree_util.keystr(path) for path, _ in wanted}
         missing, surplus = sorted(want - have), sorted(have - want)

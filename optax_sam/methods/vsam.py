@@ -1,4 +1,4 @@
-"""vSAM: SAM sampled by the variation of its gradient (Deng et al., arXiv 2403.08821)."""
+"""vSAM: SAM sampled by the variation of its gradient (Deng et al., 2403.08821)."""
 
 from __future__ import annotations
 
