@@ -22,6 +22,7 @@ from optax_sam.contract import (
     Mask,
     at,
     check_integer,
+    check_key,
     check_number,
     raw_key,
     resolve_mask,
@@ -230,6 +231,7 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
       Zhao et al., `SS-SAM <https://arxiv.org/abs/2203.09962>`_, 2022
     """
     check_number("p", p, 0.0, 1.0)
+    check_key(key)
 
     def decide(state: BernoulliState) -> BernoulliState:
         probability = at(p, state.count).astype(state.probability.dtype)
@@ -423,6 +425,7 @@ def variance_controlled(
     if warmup_steps is None:
         warmup_steps = 2 * window
     check_integer("warmup_steps", warmup_steps, 0)
+    check_key(key)
 
     def init(params: Any) -> VarianceControlledState:
         del params
