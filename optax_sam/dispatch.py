@@ -72,14 +72,14 @@ def dispatch(train_step: Callable[..., Any], **jit_options: Any) -> Callable[...
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal plan, follows
         found = members((args, kwargs))
-        if len(found) == 1 and not hasattr(found[0][1].when, "ascends"):
+        if len(found) == 1 and not hasattr(found[0].when, "ascends"):
             return variants[None](*args, **kwargs)
-        if not plan.size or found[0][1].count is not follows:
+        if not plan.size or found[0].count is not follows:
             plan = ascent_plan((args, kwargs))
         ascend, plan = bool(plan[0]), plan[1:]
         result = variants[ascend](*args, **kwargs)
         after = members(result)
-        follows = after[0][1].count if len(after) == 1 else None
+        follows = after[0].count if len(after) == 1 else None
         return result
 
     return functools.wraps(train_step)(step)
