@@ -157,7 +157,9 @@ def sharpness_aware(
         contract.check_call(name, updates, params, grad_fn)
         if axis_name is not None:
             contract.check_varies(name, "the incoming gradient", updates, axis_name)
-        g, step = updates, Step(state.count, mean)
+        # Python and NumPy numbers among the leaves become arrays, as in Optax.
+        g, params = jax.tree.map(jnp.asarray, (updates, params))
+        step = Step(state.count, mean)
 
         def point(offset: Any) -> Any:
             moved = optax.tree.add(params, offset)
@@ -170,7 +172,7 @@ def sharpness_aware(
             contract.check_gradients(name, "what grad_fn returned", grads, params)
             if axis_name is not None:
                 contract.check_varies(name, "what grad_fn returned", grads, axis_name)
-            return grads
+            return jax.tree.map(jnp.asarray, grads)
 
         def emit(d: Any) -> Any:
             return mean(jax.tree.map(lambda x, like: x.astype(like.dtype), d, g))
