@@ -1,0 +1,25 @@
+"""Sharpness-aware minimization for JAX, as pure Optax gradient transformations."""
+
+from optax_sam import ascent, blend, when
+from optax_sam.dispatch import dispatch
+from optax_sam.engine import SharpnessAwareState, sharpness_aware
+from optax_sam.methods.asam import asam
+from optax_sam.methods.sam import sam
+from optax_sam.methods.vsam import vsam
+from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
+
+__all__ = [
+    "SharpnessAwareState",
+    "asam",
+    "ascends_next",
+    "ascent",
+    "ascent_plan",
+    "blend",
+    "dispatch",
+    "metrics",
+    "sam",
+    "sharpness_aware",
+    "static_args",
+    "vsam",
+    "when",
+]

@@ -1,0 +1,207 @@
+"""What callers must keep to, checked where it can be, in errors that give advice.
+
+Everything here runs while tracing: it looks at structures, shapes, dtypes and
+concrete numbers, and adds nothing to the compiled program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+Mask = Any  # None, a bool, a (prefix) tree of bools, or a function params -> mask
+
+_CALL = (
+    "grad_fn = lambda p: jax.grad(loss_fn)(p, batch); "
+    "tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)"
+)
+
+
+def check_number(
+    name: str,
+    value: optax.ScalarOrSchedule,
+    low: float,
+    high: float = np.inf,
+    *,
+    open_low: bool = False,
+) -> None:
+    """Raises unless ``value`` is a schedule, traced, or a number within the range."""
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return
+    allowed = f"{'(' if open_low else '['}{low}, {high}{')' if high == np.inf else ']'}"
+    advice = f"{name} must be a number in {allowed}, or a schedule of such"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{advice}; got {value!r}.") from None
+    if not low <= number <= high or (open_low and number == low):
+        raise ValueError(f"{advice}; got {number}.")
+
+
+def check_integer(name: str, value: int, low: int) -> None:
+    """Raises unless ``value`` is a Python integer, not below ``low``."""
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"{name} sets a shape or a loop, so it must be a Python integer, but it is"
+            f" a JAX array or a traced value: {value}. Inside"
+            " optax.inject_hyperparams, name it as static:"
+            " optax.inject_hyperparams(factory,"
+            " static_args=optax_sam.static_args(factory))."
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name} must be an integer >= {low}; got {value!r}.")
+    if value < low:
+        raise ValueError(f"{name} must be an integer >= {low}; got {value}.")
+
+
+def at(value: optax.ScalarOrSchedule, count: ArrayLike | None) -> jax.Array:
+    """The value of a hyperparameter at step ``count``."""
+    if not callable(value):
+        return jnp.asarray(value)
+    if count is None:
+        raise ValueError(
+            "A schedule needs the step: pass count=..., the number of steps taken so"
+            " far (optax_sam.sharpness_aware does so)."
+        )
+    return jnp.asarray(value(count))
+
+
+def raw_key(key: ArrayLike) -> jax.Array:
+    """Two uint32 words from an int, raw key data or a typed key.
+
+    State keeps raw words, because typed keys break Flax msgpack and tree norms.
+    """
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        data = jax.random.key_data(key)
+        # A key of another generator is hashed into two words of ours.
+        return data if data.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)
+    if jnp.ndim(key) == 0:
+        return jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+    if jnp.shape(key) != (2,) or jnp.asarray(key).dtype != jnp.uint32:
+        raise ValueError(
+            "key must be an int, a key from jax.random.key, or raw key data (two"
+            f" uint32 words); got {jnp.shape(key)} of {jnp.asarray(key).dtype}."
+        )
+    return jnp.array(key)
+
+
+def uniform(key: jax.Array, count: ArrayLike) -> jax.Array:
+    """The draw in [0, 1) that belongs to step ``count``: a function, never a state."""
+    generator = jax.random.wrap_key_data(key, impl="threefry2x32")
+    return jax.random.uniform(jax.random.fold_in(generator, count))
+
+
+def resolve_mask(mask: Mask, tree: optax.Params, *, name: str = "mask") -> Any:
+    """A bool for every leaf of ``tree``; ``None`` means all of them."""
+    if mask is None:
+        mask = True
+    if callable(mask):
+        mask = mask(tree)
+
+    def fill(choice: Any, subtree: Any) -> Any:
+        if not isinstance(choice, (bool, np.bool_)):
+            raise ValueError(
+                f"{name} must hold Python bools (True: included), known while tracing;"
+                f" got {choice!r}."
+            )
+        return jax.tree.map(lambda _: bool(choice), subtree)
+
+    try:
+        return jax.tree.map(fill, mask, tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be a bool, a tree of bools that is the parameters' structure"
+            " or a prefix of it, or a function that makes one from the parameters:"
+            f" {error}"
+        ) from error
+
+
+def check_not_masked(method: str, *trees: Any) -> None:
+    """Refuses placeholders: a member inside optax.masked or optax.partition."""
+    is_placeholder = lambda x: isinstance(x, optax.MaskedNode)
+    if any(map(is_placeholder, jax.tree.leaves(trees, is_leaf=is_placeholder))):
+        raise ValueError(
+            f"{method} stands inside optax.masked or optax.partition, where grad_fn"
+            " would get placeholders instead of parameters. Put it outside, and say"
+            " with mask= which leaves it perturbs:"
+            f" optax.chain(optax_sam.{method}(..., mask=mask),"
+            " optax.partition(transforms, labels))."
+        )
+
+
+def check_call(
+    method: str, updates: Any, params: Any, grad_fn: Callable | None
+) -> None:
+    """Raises unless ``update`` got what every method on the engine needs."""
+    if params is None:
+        raise ValueError(f"{method} needs the parameters: {_CALL}.")
+    check_not_masked(method, updates, params)
+    if grad_fn is None:
+        raise ValueError(
+            f"{method} needs grad_fn, a function of the parameters alone that returns"
+            " the gradients on this step's batch (same dropout key; drop any aux):"
+            f" {_CALL}."
+        )
+    if not callable(grad_fn):
+        raise ValueError(f"grad_fn must be a function; got {grad_fn!r}. Write {_CALL}.")
+    check_gradients(method, "the incoming gradient", updates, params)
+
+
+def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
+    """Raises unless ``grads`` is a tree of real floats of the parameters' shapes."""
+    found, structure = jax.tree_util.tree_flatten_with_path(grads)
+    wanted, expected = jax.tree_util.tree_flatten_with_path(params)
+    if structure != expected:
+        have = {jax.tree_util.keystr(path) for path, _ in found}
+        want = {jax.tree_util.keystr(path) for path, _ in wanted}
+        missing, surplus = sorted(want - have), sorted(have - want)
+        raise ValueError(
+            f"{method}: {what} has another structure than the parameters"
+            + (f"; missing: {', '.join(missing[:3])}" if missing else "")
+            + (f"; not in the parameters: {', '.join(surplus[:3])}" if surplus else "")
+            + ". grad_fn must return the gradients alone, as a tree like the"
+            " parameters (with has_aux=True, return only the gradients)."
+            + ("" if missing or surplus else f" Got {structure}, want {expected}.")
+        )
+    for (path, leaf), (_, parameter) in zip(found, wanted, strict=True):
+        at_path = f"{method}: {what} at {jax.tree_util.keystr(path) or 'the root'}"
+        if jnp.shape(leaf) != jnp.shape(parameter):
+            raise ValueError(
+                f"{at_path} has shape {jnp.shape(leaf)}, its parameter has"
+                f" {jnp.shape(parameter)}."
+            )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"{at_path} has dtype {jnp.result_type(leaf)}; gradients must be real"
+                " floats. Differentiate float parameters only, and keep a complex"
+                " parameter as a real and an imaginary leaf."
+            )
+
+
+def check_varies(method: str, what: str, tree: Any, axis_name: Any) -> None:
+    """Refuses a gradient that JAX has already summed over ``axis_name``."""
+
+    def varying(x: Any) -> Any:
+        return getattr(jax.typeof(x), "vma", frozenset())
+
+    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    for name in names:
+        # Where axis_index does not vary, nothing is tracked (check_vma=False, pmap).
+        if name not in varying(jax.lax.axis_index(name)):
+            continue
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if name not in varying(leaf):
+                raise ValueError(
+                    f"{method}: axis_name={name!r} asks for one perturbation per"
+                    f" device, but {what} at {jax.tree_util.keystr(path) or 'the root'}"
+                    f" is the same on all of them: under shard_map, jax.grad at"
+                    " replicated parameters is already summed over the axis. Take"
+                    " every gradient, also inside grad_fn, at"
+                    f' params = jax.lax.pcast(params, {name!r}, to="varying").'
+                )

@@ -1,0 +1,262 @@
+r"""The engine: one gradient in, one sharpness-aware gradient out, on three axes.
+
+.. math::
+  e = \text{ascent}(g), \qquad g_s = \nabla L(w + e), \qquad
+  d = \text{blend}(g, g_s) \text{ if when, else } \text{blend}(g)
+
+Every method that reshapes the gradient is a product of an ascent (where is the second
+gradient taken?), a when (on this step?) and a blend (how do both become one?). The
+conditional that skips the second gradient is here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+
+from optax_sam import contract
+from optax_sam.ascent import norm, restrict
+from optax_sam.blend import Blend, take_ascended
+from optax_sam.when import Step, When, always
+
+
+class SharpnessAwareState(NamedTuple):
+    """State of :func:`sharpness_aware`.
+
+    Attributes:
+      count: number of steps taken, () int32; drives the schedules.
+      num_ascents: number of second gradients asked for, () int32.
+      num_rejected: how many ascents were not finite and not used, () int32.
+      gradient_norm: norm of the gradient on the last ascended step, () float.
+      ascended_norm: norm of the ascended gradient on that step, () float.
+      survival: ``<achieved, e> / ||e||^2`` on that step, () float: the share of the
+        offset that rounding to the weights' grid left over; 1 before any ascent and
+        where the offset is zero.
+      ascent: state of the ascent rule.
+      when: state of the rule that decides.
+      blend: state of the blend, with any cached tree.
+    """
+
+    count: jax.Array
+    num_ascents: jax.Array
+    num_rejected: jax.Array
+    gradient_norm: jax.Array
+    ascended_norm: jax.Array
+    survival: jax.Array
+    ascent: Any
+    when: Any
+    blend: Any
+
+
+def sharpness_aware(
+    ascent: optax.GradientTransformation,
+    when: When = always(),
+    blend: Blend | None = None,
+    *,
+    mask: contract.Mask = None,
+    axis_name: Any = None,
+    ascent_dtype: DTypeLike | None = None,
+    name: str = "sharpness_aware",
+) -> optax.GradientTransformationExtraArgs:
+    r"""A sharpness-aware method from its three parts.
+
+    On step :math:`t` with gradient :math:`g` at :math:`w`:
+
+    .. math::
+      d = \begin{cases}
+        \text{fresh}(g, g_s), \; g_s = \nabla L(w + e), \; e = \text{ascent}(g)
+          & \text{if when says so} \\
+        \text{stale}(g) & \text{otherwise}
+      \end{cases}
+
+    The result stands first in an ``optax.chain``, before clipping, weight decay and
+    the optimizer, and needs one extra argument: ``grad_fn(params) -> grads`` on this
+    step's batch. The static extra argument ``ascend`` has three values: ``None``
+    compiles both kinds of step with a conditional that really skips; ``True`` and
+    ``False`` compile one of them, without a conditional, and overrule the rule (see
+    :func:`optax_sam.dispatch`).
+
+    A gradient that is not finite, or whose squared norm overflows, is not used: an
+    ascended one gives way to ``stale``, an incoming one passes through for a later
+    guard to see; neither enters a state.
+
+    Args:
+      ascent: transformation from gradient to offset, one of ``optax_sam.ascent`` or
+        your own.
+      when: the rule that decides, one of ``optax_sam.when`` or your own.
+      blend: the rule that combines, one of ``optax_sam.blend`` or your own; ``None``
+        means ``take_ascended()``.
+      mask: the leaves that are perturbed; excluded ones get a zero offset and stay
+        out of the norm. A bool, a tree of bools like the parameters or a prefix of
+        it, or a function from the parameters to one; ``None`` means all.
+      axis_name: name of a mapped axis (``shard_map``, ``pmap``) over which the
+        incoming gradient is *not yet* averaged: each device then takes its own
+        ascent (m-sharpness), and the result is averaged.
+      ascent_dtype: dtype of the perturbed parameters handed to ``grad_fn``; ``None``
+        means float32 for half-precision leaves, else the leaf's own.
+      name: what errors call this method.
+
+    Returns:
+      The transformation; its state is a :class:`SharpnessAwareState`.
+
+    Raises:
+      ValueError: on ``init`` or ``update``, if it stands inside ``optax.masked`` or
+        ``optax.partition``; on ``update``, if ``params`` or ``grad_fn`` is missing or
+        a gradient has another structure, shape or kind than the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> method = optax_sam.sharpness_aware(
+      ...     optax_sam.ascent.l2(0.1), when=optax_sam.when.every_k(2))
+      >>> tx = optax.chain(method, optax.sgd(0.1))
+      >>> loss_fn = lambda w: jnp.sum(w**2)
+      >>> w = jnp.array([3.0, 4.0])
+      >>> state = tx.init(w)
+      >>> for _ in range(3):
+      ...     updates, state = tx.update(
+      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
+      ...     w = optax.apply_updates(w, updates)
+      >>> print(f"{loss_fn(w):.3f}")
+      6.387
+    """
+    ascent = restrict(ascent, mask)
+    blend = take_ascended() if blend is None else blend
+
+    def mean(tree: Any) -> Any:
+        return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+    def init(params: Any) -> SharpnessAwareState:
+        contract.check_not_masked(name, params)
+        # Every leaf is a buffer of its own, so that the state can be donated.
+        return SharpnessAwareState(
+            count=jnp.zeros((), jnp.int32),
+            num_ascents=jnp.zeros((), jnp.int32),
+            num_rejected=jnp.zeros((), jnp.int32),
+            gradient_norm=jnp.zeros((), float),
+            ascended_norm=jnp.zeros((), float),
+            survival=jnp.ones((), float),
+            ascent=ascent.init(params),
+            when=when.init(params),
+            blend=blend.init(params),
+        )
+
+    def update(
+        updates: Any,
+        state: SharpnessAwareState,
+        params: Any = None,
+        *,
+        grad_fn: Callable[[Any], Any] | None = None,
+        ascend: bool | None = None,
+        **extra: Any,
+    ) -> tuple[Any, SharpnessAwareState]:
+        contract.check_call(name, updates, params, grad_fn)
+        if axis_name is not None:
+            contract.check_varies(name, "the incoming gradient", updates, axis_name)
+        g, step = updates, Step(state.count, mean)
+
+        def point(offset: Any) -> Any:
+            moved = optax.tree.add(params, offset)
+            return (
+                moved if ascent_dtype is None else optax.tree.cast(moved, ascent_dtype)
+            )
+
+        def gradient(at: Any) -> Any:
+            grads = grad_fn(at)
+            contract.check_gradients(name, "what grad_fn returned", grads, params)
+            if axis_name is not None:
+                contract.check_varies(name, "what grad_fn returned", grads, axis_name)
+            return grads
+
+        def emit(d: Any) -> Any:
+            return mean(jax.tree.map(lambda x, like: x.astype(like.dtype), d, g))
+
+        def ascended(state: SharpnessAwareState) -> tuple[Any, SharpnessAwareState]:
+            e, ascent_state = ascent.update(
+                g,
+                state.ascent,
+                params,
+                grad_fn=lambda at: gradient(
+                    at if ascent_dtype is None else optax.tree.cast(at, ascent_dtype)
+                ),
+                count=state.count,
+                **extra,
+            )
+            w_e = point(e)
+            g_s = gradient(w_e)
+            dtype = state.gradient_norm.dtype
+            norms = norm(g).astype(dtype), norm(g_s).astype(dtype)
+            finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
+            # One device's failure is everybody's, so that all stay equal.
+            accepted = mean(finite.astype(jnp.float32)) == 1
+
+            def choose(new: Any, old: Any) -> Any:
+                return jax.tree.map(lambda x, y: jnp.where(accepted, x, y), new, old)
+
+            d, fresh_blend = blend.fresh(g, g_s, state.blend, step)
+            fallback, stale_blend = blend.stale(g, state.blend, step)
+            measured = choose(
+                (*mean(norms), mean(_survival(params, w_e, e).astype(dtype))),
+                (state.gradient_norm, state.ascended_norm, state.survival),
+            )
+            observed = when.observe(state.when, g, g_s, step)
+            return emit(choose(d, fallback)), state._replace(
+                num_ascents=optax.safe_increment(state.num_ascents),
+                num_rejected=state.num_rejected + ~accepted,
+                gradient_norm=measured[0],
+                ascended_norm=measured[1],
+                survival=measured[2],
+                ascent=choose(ascent_state, state.ascent),
+                when=choose(observed, state.when),
+                blend=choose(fresh_blend, stale_blend),
+            )
+
+        def skipped(state: SharpnessAwareState) -> tuple[Any, SharpnessAwareState]:
+            d, blend_state = blend.stale(g, state.blend, step)
+            return emit(d), state._replace(blend=blend_state)
+
+        decision = _static(ascend)
+        if decision is None:
+            decision = when.now(state.when, g, step)
+        if isinstance(decision, bool):
+            d, state = (ascended if decision else skipped)(state)
+        else:
+            d, state = jax.lax.cond(decision, ascended, skipped, state)
+        return d, state._replace(
+            count=optax.safe_increment(state.count),
+            when=when.advance(state.when, jnp.asarray(decision)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _static(ascend: Any) -> bool | None:
+    if ascend is None or isinstance(ascend, (bool, np.bool_)):
+        return None if ascend is None else bool(ascend)
+    raise ValueError(
+        "ascend chooses the code that is compiled, so it must be None, True or False,"
+        f" known while tracing; got {ascend!r}. Mark it static:"
+        ' jax.jit(train_step, static_argnames="ascend"), or use'
+        " optax_sam.dispatch(train_step)."
+    )
+
+
+def _survival(w: Any, w_e: Any, e: Any) -> jax.Array:
+    """The share ``<achieved, e> / ||e||^2`` of the offset that rounding left over."""
+
+    def along(w: jax.Array, w_e: jax.Array, e: jax.Array) -> jax.Array:
+        precision = jnp.finfo(w_e.dtype)
+        # XLA may keep more digits than the dtype has; what grad_fn gets may not.
+        reached = jax.lax.reduce_precision(
+            w_e.astype(e.dtype), precision.nexp, precision.nmant
+        )
+        return jnp.sum((reached - w.astype(e.dtype)) * e)
+
+    achieved = sum(jax.tree.leaves(jax.tree.map(along, w, w_e, e)), start=jnp.zeros(()))
+    intended = norm(e) ** 2
+    return jnp.where(intended > 0, achieved / intended, 1)

@@ -1,0 +1,1 @@
+"""The named methods: a file for each, with its equations, citation and defaults."""

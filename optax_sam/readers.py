@@ -1,0 +1,195 @@
+"""Readers of an optimizer's state: decisions, plans, metrics; and of a factory.
+
+They find sharpness-aware members by the type of their state, wherever it is: in a
+chain, under ``inject_hyperparams``, ``MultiSteps`` or ``apply_if_finite``, among NNX
+variables, or inside a train state.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from optax_sam.engine import SharpnessAwareState
+
+
+def members(tree: Any) -> list[tuple[str, SharpnessAwareState]]:
+    """Path and state of every sharpness-aware member in a tree."""
+    is_member = lambda x: isinstance(x, SharpnessAwareState)
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_member)[0]
+    return [(jax.tree_util.keystr(path), x) for path, x in nodes if is_member(x)]
+
+
+def _without_variables(tree: Any) -> Any:
+    """The tree with NNX variables replaced by the arrays that they hold."""
+    is_variable = lambda x: hasattr(x, "get_value") and not isinstance(x, jax.Array)
+    return jax.tree.map(
+        lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x,
+        tree,
+        is_leaf=is_variable,
+    )
+
+
+def _only_when(opt_state: Any) -> Any:
+    found = members(opt_state)
+    if not found:
+        raise ValueError(
+            "No state of a sharpness-aware method found; pass the opt_state of an"
+            " optimizer that has one, for instance"
+            " optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            "Several sharpness-aware members found, so there is no single decision:"
+            f" {', '.join(path for path, _ in found)}. Pass the state of one of them."
+        )
+    when = _without_variables(found[0][1].when)
+    if not hasattr(when, "ascends"):
+        raise ValueError(
+            f"{type(when).__name__} decides from the next step's gradient, so nothing"
+            " is known ahead. Leave the decision to the step itself (ascend=None)."
+        )
+    return when
+
+
+def ascends_next(opt_state: optax.OptState) -> bool | jax.Array:
+    """Whether the next step takes a second gradient.
+
+    Args:
+      opt_state: state of an optimizer with one sharpness-aware member.
+
+    Returns:
+      The decision, () bool, made at the end of the step before; a Python ``True``
+      where every step ascends.
+
+    Raises:
+      ValueError: if there is no such member, or several, or if its rule decides from
+        the next gradient.
+
+    Examples:
+      >>> import optax, optax_sam
+      >>> tx = optax.chain(
+      ...     optax_sam.sam(when=optax_sam.when.every_k(5, phase=1)), optax.sgd(0.1))
+      >>> print(optax_sam.ascends_next(tx.init({"w": 1.0})))
+      False
+    """
+    return _only_when(opt_state).ascends
+
+
+@functools.cache
+def _plan_of(state_type: type) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
+    return jax.jit(state_type.plan)  # type: ignore[attr-defined]
+
+
+def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
+    """The decisions for the next steps, as far as they are known already.
+
+    It waits for the state and asks the device once. For rules without windows 64
+    steps are known, for vSAM those up to the next window, which depend on no
+    gradient to come; at least one.
+
+    Args:
+      opt_state: state of an optimizer with one sharpness-aware member.
+
+    Returns:
+      Bools on the host, (n,), the first one for the next step.
+
+    Raises:
+      ValueError: as :func:`optax_sam.ascends_next`.
+
+    Examples:
+      >>> import optax_sam
+      >>> method = optax_sam.sam(when=optax_sam.when.every_k(3))
+      >>> print(optax_sam.ascent_plan(method.init({"w": 1.0}))[:5])
+      [ True False False  True False]
+    """
+    when = _only_when(opt_state)
+    if not hasattr(when, "plan"):
+        return np.atleast_1d(jax.device_get(when.ascends))
+    if not jax.tree.leaves(when):
+        decisions, known = when.plan()
+    else:
+        decisions, known = jax.device_get(_plan_of(type(when))(when))
+    return np.asarray(decisions)[: int(known)]
+
+
+def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """What the sharpness-aware members measured, flat, ready for any logger.
+
+    Args:
+      opt_state: state of an optimizer with at least one sharpness-aware member.
+
+    Returns:
+      Scalars: ``ascents`` and ``rejected_ascents`` so far, ``ascent_rate`` (ascents
+      per step), ``gradient_norm``, ``ascended_norm`` and ``survival`` (the share of
+      the offset that rounding left over) of the last ascended step, and those of the
+      method's parts (vSAM: ``samples_per_window``, ``used_in_window``,
+      ``psf_norm``). With several members the names start with their paths.
+
+    Raises:
+      ValueError: if there is no such member.
+
+    Examples:
+      >>> import optax_sam
+      >>> state = optax_sam.sam(0.05).init({"w": 1.0})
+      >>> int(optax_sam.metrics(state)["ascents"])
+      0
+    """
+    found = members(opt_state)
+    if not found:
+        _only_when(opt_state)
+    named = {}
+    for path, variables in found:
+        state = _without_variables(variables)
+        values = {
+            "ascents": state.num_ascents,
+            "rejected_ascents": state.num_rejected,
+            "ascent_rate": state.num_ascents / jax.numpy.maximum(state.count, 1),
+            "gradient_norm": state.gradient_norm,
+            "ascended_norm": state.ascended_norm,
+            "survival": state.survival,
+        }
+        for part in (state.ascent, state.when, state.blend):
+            values |= part.metrics() if hasattr(part, "metrics") else {}
+        prefix = f"{path}/" if len(found) > 1 else ""
+        named |= {prefix + name: value for name, value in values.items()}
+    return named
+
+
+def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments of a factory that ``optax.inject_hyperparams`` must not trace.
+
+    That wrapper takes every number for a hyperparameter to trace and every function
+    for a schedule. The arguments that are neither are those not annotated as a
+    number or a schedule.
+
+    Args:
+      factory: a method of this library, for instance ``optax_sam.vsam``.
+
+    Returns:
+      Names for ``static_args=``.
+
+    Examples:
+      >>> import optax, optax_sam
+      >>> optax_sam.static_args(optax_sam.sam)
+      ('num_ascent_steps', 'when', 'mask', 'axis_name', 'ascent_dtype')
+      >>> factory = optax.inject_hyperparams(
+      ...     optax_sam.sam, static_args=optax_sam.static_args(optax_sam.sam))
+      >>> state = factory(rho=0.05).init({"w": 1.0})
+      >>> print(state.hyperparams["rho"])
+      0.05
+    """
+    hints = typing.get_type_hints(factory)
+    tunable = (optax.ScalarOrSchedule, jax.typing.ArrayLike)
+    return tuple(
+        name
+        for name in inspect.signature(factory).parameters
+        if hints.get(name) not in tunable or name == "key"
+    )
