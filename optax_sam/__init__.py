@@ -7,9 +7,11 @@ from optax_sam.methods.asam import asam
 from optax_sam.methods.sam import sam
 from optax_sam.methods.vsam import vsam
 from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
+from optax_sam.version import __version__
 
 __all__ = [
     "SharpnessAwareState",
+    "__version__",
     "asam",
     "ascends_next",
     "ascent",

@@ -17,6 +17,8 @@ from jax.typing import ArrayLike
 
 from optax_sam.contract import Mask, at, check_integer, check_number, resolve_mask
 
+__all__ = ["adaptive", "l2", "n_step", "norm", "rescale", "restrict"]
+
 # Added to a norm before dividing, outside the square root. The authors' codes have
 # none, 1e-16, 1e-12 or 1e-7; at 1e-12 a float32 gradient never notices.
 _EPS = 1e-12

@@ -17,6 +17,8 @@ from jax.typing import ArrayLike
 from optax_sam.contract import check_integer, check_number
 from optax_sam.when import Step
 
+__all__ = ["Blend", "ReuseDifferenceState", "reuse_difference", "take_ascended"]
+
 
 class Blend(NamedTuple):
     """A rule that makes one gradient out of two, or out of one and a memory.
@@ -125,9 +127,8 @@ def reuse_difference(decay: ArrayLike = 0.8, max_reuse: int | None = 6) -> Blend
         weight = jnp.asarray(decay, float) ** age
         if max_reuse is not None:
             weight = jnp.where(age <= max_reuse, weight, 0)
-        d = jax.tree.map(
-            lambda x, psf: x + weight.astype(psf.dtype) * psf, g, state.psf
-        )
+        reused = lambda x, psf: x + weight.astype(psf.dtype) * psf
+        d = jax.tree.map(reused, g, state.psf)
         return d, state._replace(age=age)
 
     return Blend(init, fresh, stale)

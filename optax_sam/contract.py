@@ -40,7 +40,8 @@ def check_number(
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{advice}; got {value!r}.") from None
-    if not low <= number <= high or (open_low and number == low):
+    inside = low < number if open_low else low <= number
+    if not (inside and number <= high and np.isfinite(number)):
         raise ValueError(f"{advice}; got {number}.")
 
 
@@ -72,6 +73,23 @@ def at(value: optax.ScalarOrSchedule, count: ArrayLike | None) -> jax.Array:
     return jnp.asarray(value(count))
 
 
+def check_key(key: ArrayLike) -> None:
+    """Raises unless ``key`` is an int, a typed key or raw key data.
+
+    It computes nothing, so that a factory may be called before ``jax.distributed`` is
+    initialized.
+    """
+    array = key if isinstance(key, (jax.Array, np.ndarray)) else np.asarray(key)
+    integer = jnp.issubdtype(array.dtype, jnp.integer)
+    typed = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    raw = array.dtype == np.uint32 and array.shape == (2,)
+    if not (raw or (array.shape == () and (integer or typed))):
+        raise ValueError(
+            "key must be an int, a key from jax.random.key, or raw key data (two"
+            f" uint32 words); got {key!r}."
+        )
+
+
 def raw_key(key: ArrayLike) -> jax.Array:
     """Two uint32 words from an int, raw key data or a typed key.
 
@@ -83,11 +101,6 @@ def raw_key(key: ArrayLike) -> jax.Array:
         return data if data.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)
     if jnp.ndim(key) == 0:
         return jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
-    if jnp.shape(key) != (2,) or jnp.asarray(key).dtype != jnp.uint32:
-        raise ValueError(
-            "key must be an int, a key from jax.random.key, or raw key data (two"
-            f" uint32 words); got {jnp.shape(key)} of {jnp.asarray(key).dtype}."
-        )
     return jnp.array(key)
 
 
@@ -157,7 +170,7 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
     """Raises unless ``grads`` is a tree of real floats of the parameters' shapes."""
     found, structure = jax.tree_util.tree_flatten_with_path(grads)
     wanted, expected = jax.tree_util.tree_flatten_with_path(params)
-    if structure != expected:
+    if structure != expected:  # type: ignore[operator]
         have = {jax.tree_util.keystr(path) for path, _ in found}
         want = {jax.tree_util.keystr(path) for path, _ in wanted}
         missing, surplus = sorted(want - have), sorted(have - want)
@@ -188,7 +201,11 @@ def check_varies(method: str, what: str, tree: Any, axis_name: Any) -> None:
     """Refuses a gradient that JAX has already summed over ``axis_name``."""
 
     def varying(x: Any) -> Any:
-        return getattr(jax.typeof(x), "vma", frozenset())
+        kind = jax.typeof(x)  # renamed twice since JAX 0.8
+        for name in ("manual_axis_type", "mat"):
+            if hasattr(kind, name):
+                return getattr(kind, name).varying
+        return kind.vma
 
     names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
     for name in names:

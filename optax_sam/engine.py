@@ -11,7 +11,6 @@ conditional that skips the second gradient is here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +42,7 @@ class SharpnessAwareState(NamedTuple):
       blend: state of the blend, with any cached tree.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
     num_ascents: jax.Array
     num_rejected: jax.Array
     gradient_norm: jax.Array
@@ -151,7 +150,7 @@ def sharpness_aware(
         state: SharpnessAwareState,
         params: Any = None,
         *,
-        grad_fn: Callable[[Any], Any] | None = None,
+        grad_fn: Any = None,
         ascend: bool | None = None,
         **extra: Any,
     ) -> tuple[Any, SharpnessAwareState]:
@@ -190,7 +189,10 @@ def sharpness_aware(
             w_e = point(e)
             g_s = gradient(w_e)
             dtype = state.gradient_norm.dtype
-            norms = norm(g).astype(dtype), norm(g_s).astype(dtype)
+            # Judged in the dtype that is emitted: float16 may not hold what grad_fn
+            # returned for a float32 point.
+            emitted = optax.tree.cast_like(g_s, g)
+            norms = norm(g).astype(dtype), norm(emitted).astype(dtype)
             finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
             # One device's failure is everybody's, so that all stay equal.
             accepted = mean(finite.astype(jnp.float32)) == 1
@@ -220,9 +222,8 @@ def sharpness_aware(
             d, blend_state = blend.stale(g, state.blend, step)
             return emit(d), state._replace(blend=blend_state)
 
-        decision = _static(ascend)
-        if decision is None:
-            decision = when.now(state.when, g, step)
+        forced = _static(ascend)
+        decision = when.now(state.when, g, step) if forced is None else forced
         if isinstance(decision, bool):
             d, state = (ascended if decision else skipped)(state)
         else:

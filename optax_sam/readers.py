@@ -7,7 +7,6 @@ variables, or inside a train state.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -83,9 +82,7 @@ def ascends_next(opt_state: optax.OptState) -> bool | jax.Array:
     return _only_when(opt_state).ascends
 
 
-@functools.cache
-def _plan_of(state_type: type) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
-    return jax.jit(state_type.plan)  # type: ignore[attr-defined]
+_plan = jax.jit(lambda state: state.plan())
 
 
 def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
@@ -116,7 +113,7 @@ def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
     if not jax.tree.leaves(when):
         decisions, known = when.plan()
     else:
-        decisions, known = jax.device_get(_plan_of(type(when))(when))
+        decisions, known = jax.device_get(_plan(when))
     return np.asarray(decisions)[: int(known)]
 
 
@@ -145,7 +142,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     found = members(opt_state)
     if not found:
         _only_when(opt_state)
-    named = {}
+    named: dict[str, jax.Array] = {}
     for path, variables in found:
         state = _without_variables(variables)
         values = {

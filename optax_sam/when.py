@@ -22,11 +22,24 @@ from optax_sam.contract import (
     Mask,
     at,
     check_integer,
+    check_key,
     check_number,
     raw_key,
     resolve_mask,
     uniform,
 )
+
+__all__ = [
+    "BernoulliState",
+    "EveryKState",
+    "Step",
+    "VarianceControlledState",
+    "When",
+    "always",
+    "bernoulli",
+    "every_k",
+    "variance_controlled",
+]
 
 # How many decisions of a rule without windows are read ahead at once.
 LOOKAHEAD = 64
@@ -40,7 +53,7 @@ class Step(NamedTuple):
       mean: averages a tree over the devices of ``axis_name``; else the identity.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
     mean: Callable[[Any], Any]
 
 
@@ -181,7 +194,7 @@ class BernoulliState(NamedTuple):
     """
 
     ascends: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
     key: jax.Array
     probability: jax.Array
     known: jax.Array
@@ -218,6 +231,7 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
       Zhao et al., `SS-SAM <https://arxiv.org/abs/2203.09962>`_, 2022
     """
     check_number("p", p, 0.0, 1.0)
+    check_key(key)
 
     def decide(state: BernoulliState) -> BernoulliState:
         probability = at(p, state.count).astype(state.probability.dtype)
@@ -263,7 +277,7 @@ class VarianceControlledState(NamedTuple):
     """
 
     ascends: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
     warmup_left: jax.Array
     position: jax.Array
     used: jax.Array
@@ -328,7 +342,7 @@ def variance_controlled(
     force_quota: bool = True,
     key: ArrayLike = 0,
 ) -> When:
-    r"""vSAM's rule: as often as the size of the PSF varies.
+    r"""As often as the size of the PSF varies: the rule of vSAM.
 
     On ascended steps, with :math:`\mathrm{PSF} = g_s - g`, three rings of the last
     :math:`K` samples are kept:
@@ -397,17 +411,21 @@ def variance_controlled(
         )
     check_number("sensitivity", sensitivity, 0.0)
     check_number("max_rate", max_rate, 0.0, 1.0, open_low=True)
-    traced = isinstance(max_rate, jax.core.Tracer)
-    # In Python numbers, as the authors do: float32 rounds 100 * 0.29 up to 29.
-    largest = jnp.floor(window * max_rate) if traced else int(window * float(max_rate))
-    if not traced and largest < 1:
-        raise ValueError(
-            "max_rate must allow at least one ascent per window of"
-            f" {window} steps (max_rate >= {1 / window:.3g}); got {max_rate}."
-        )
+    largest: ArrayLike
+    if isinstance(max_rate, jax.core.Tracer):
+        largest = jnp.maximum(jnp.floor(window * max_rate), 1)
+    else:
+        # In Python numbers, as the authors do: float32 rounds 100 * 0.29 up to 29.
+        largest = int(window * float(np.asarray(max_rate)))
+        if largest < 1:
+            raise ValueError(
+                "max_rate must allow at least one ascent per window of"
+                f" {window} steps (max_rate >= {1 / window:.3g}); got {max_rate}."
+            )
     if warmup_steps is None:
         warmup_steps = 2 * window
     check_integer("warmup_steps", warmup_steps, 0)
+    check_key(key)
 
     def init(params: Any) -> VarianceControlledState:
         del params

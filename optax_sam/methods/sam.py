@@ -8,7 +8,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_sam import ascent
-from optax_sam.contract import Mask
+from optax_sam.contract import Mask, check_integer
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import When, always
 
@@ -77,6 +77,7 @@ def sam(
       Understanding Sharpness-Aware Minimization
       <https://arxiv.org/abs/2206.06232>`_, 2022
     """
+    check_integer("num_ascent_steps", num_ascent_steps, 1)
     return sharpness_aware(
         ascent.n_step(rho, num_ascent_steps),
         when,

@@ -1,4 +1,4 @@
-"""vSAM: SAM sampled by the variation of its gradient (Deng et al., arXiv 2403.08821)."""
+"""vSAM: SAM sampled by the variation of its gradient (Deng et al., 2403.08821)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_sam import ascent
 from optax_sam.blend import reuse_difference, take_ascended
-from optax_sam.contract import Mask
+from optax_sam.contract import Mask, check_number
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import variance_controlled
 
@@ -106,6 +106,7 @@ def vsam(
       Accelerating Sharpness aware Minimization <https://arxiv.org/abs/2403.08821>`_,
       2024; code: ajiaaa/vSAM
     """
+    check_number("reuse_decay", reuse_decay, 0.0, 1.0)
     # Only a Python zero: the state's structure cannot depend on a traced value.
     without_reuse = isinstance(reuse_decay, (int, float)) and reuse_decay == 0
     return sharpness_aware(

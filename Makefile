@@ -1,0 +1,93 @@
+# Every target makes the environment it needs under .venv/ and reuses it afterwards.
+#
+# Variables: PYTHON, PYTHON_OLDEST, PYTHON_NEWEST (interpreters; found when not set),
+# WORKERS (parallel test processes), ARGS (more arguments for pytest, the demo or the
+# benchmark, as in `make test ARGS="-k vsam"`).
+
+WORKERS ?= 2
+ARGS ?=
+JAX_PLATFORMS ?= cpu
+PYTHON ?=
+PYTHON_OLDEST ?=
+PYTHON_NEWEST ?=
+
+SETUP := pyproject.toml $(wildcard requirements/*)
+FIND_PYTHON := sh requirements/find_python.sh
+MAKE_ENV := sh requirements/make_env.sh
+UPGRADE := --upgrade --upgrade-strategy eager
+# Compiling dominates, on one core each, so processes pay; `worksteal` keeps
+# neighbouring tests, which share compiled functions, in one process.
+PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(1)/bin/python -m pytest -q \
+	-n $(WORKERS) --dist worksteal
+
+.PHONY: help demo test test-all test-oldest test-newest lint format docs bench clean
+.DEFAULT_GOAL := help
+# Two environments at a time would only fight for the same cores and network.
+.NOTPARALLEL:
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+demo: .venv/main/.stamp  ## See SAM resist label noise on a small real data set
+	@.venv/main/bin/python examples/digits_label_noise.py $(ARGS)
+
+test: .venv/main/.stamp  ## Run the quick tests and doctests
+	$(call PYTEST,.venv/main) -m "not slow" $(ARGS)
+
+test-all: test-oldest test-newest  ## Run all tests on the oldest and newest versions
+
+test-oldest: .venv/oldest/.stamp  ## Run all tests on the oldest supported versions
+	@.venv/oldest/bin/python requirements/show.py oldest
+	$(call PYTEST,.venv/oldest) $(ARGS)
+
+test-newest:  ## Run all tests on the newest versions and Python
+	@if python=$${PYTHON_NEWEST:-$$($(FIND_PYTHON) 3.13 3.12)}; then \
+		$(MAKE) --no-print-directory test-newest-on PYTHON_NEWEST="$$python"; \
+	else \
+		echo "SKIPPED: no working Python 3.13 or 3.12 was found, so the newest"; \
+		echo "SKIPPED: versions were NOT tested. Set PYTHON_NEWEST=/path/to/python."; \
+	fi
+
+.PHONY: test-newest-on
+test-newest-on: .venv/newest/.stamp
+	@.venv/newest/bin/python requirements/show.py newest
+	$(call PYTEST,.venv/newest) $(ARGS)
+
+lint: .venv/lint/.stamp  ## Check style, formatting and types
+	.venv/lint/bin/ruff check
+	.venv/lint/bin/ruff format --check
+	.venv/lint/bin/mypy
+
+format: .venv/lint/.stamp  ## Apply the formatting that lint checks
+	.venv/lint/bin/ruff check --fix
+	.venv/lint/bin/ruff format
+
+docs: .venv/main/.stamp  ## Build the documentation in docs/_build
+	JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python -m sphinx -W --keep-going \
+		-q -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+bench: .venv/main/.stamp  ## Time the three forms of a step
+	@.venv/main/bin/python benchmarks/step_forms.py $(ARGS)
+
+clean:  ## Remove the environments and all that was built
+	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache
+
+.venv/main/.stamp: $(SETUP)
+	@python=$${PYTHON:-$$($(FIND_PYTHON) default)} && \
+	$(MAKE_ENV) .venv/main "$$python" $(UPGRADE) --group test --group docs \
+		--editable .
+
+.venv/oldest/.stamp: $(SETUP)
+	@python=$${PYTHON_OLDEST:-$$($(FIND_PYTHON) oldest)} && \
+	$(MAKE_ENV) .venv/oldest "$$python" --constraint requirements/oldest.txt \
+		--group test --editable .
+
+.venv/newest/.stamp: $(SETUP)
+	@$(MAKE_ENV) .venv/newest "$(PYTHON_NEWEST)" $(UPGRADE) --group test --editable .
+
+# mypy sees the types of the oldest JAX and Optax: real ones, and ones that stay put.
+.venv/lint/.stamp: $(SETUP)
+	@python=$${PYTHON:-$$($(FIND_PYTHON) default)} && \
+	$(MAKE_ENV) .venv/lint "$$python" --constraint requirements/oldest.txt \
+		--group lint jax optax

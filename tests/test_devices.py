@@ -1,0 +1,333 @@
+"""Eight simulated devices: the numbers and decisions of one device.
+
+``conftest.py`` asks XLA for the eight devices before JAX starts.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_sam
+
+DEVICES = 8
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    assert len(jax.devices()) >= DEVICES
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def problem(dtype, num_batches=4):
+    keys = jax.random.split(jax.random.key(0), 4)
+    normal = lambda key, *shape: jax.random.normal(key, shape, dtype)
+    params = {
+        "layer0": {"kernel": normal(keys[0], 16, 32) / 4, "bias": jnp.zeros(32, dtype)},
+        "layer1": {"kernel": normal(keys[1], 32, 8) / 6, "bias": jnp.zeros(8, dtype)},
+    }
+    data = normal(keys[2], num_batches, 64, 16), normal(keys[3], num_batches, 64, 8)
+    return params, data
+
+
+def loss_fn(params, batch):
+    x, y = batch
+    hidden = jnp.tanh(x @ params["layer0"]["kernel"] + params["layer0"]["bias"])
+    logits = hidden @ params["layer1"]["kernel"] + params["layer1"]["bias"]
+    return jnp.mean((logits - y) ** 2)
+
+
+def vsam(**more):
+    options = {"window": 10, "num_slices": 5, "sensitivity": 0.5, "max_rate": 0.6}
+    return optax_sam.vsam(0.1, **options, key=3, **more)
+
+
+def make_step(tx):
+    def train_step(params, opt_state, batch):
+        grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+        updates, opt_state = tx.update(
+            grad_fn(params), opt_state, params, grad_fn=grad_fn
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+    return train_step
+
+
+def run_jit(tx, params, data, steps):
+    """One jitted step at a time; final parameters, state and the decisions."""
+    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.copy, params)
+    opt_state, decisions = tx.init(params), []
+    for t in range(steps):
+        decisions.append(bool(optax_sam.ascends_next(opt_state)))
+        batch = jax.tree.map(lambda x: x[t % x.shape[0]], data)  # noqa: B023
+        params, opt_state = step(params, opt_state, batch)
+    return params, opt_state, decisions
+
+
+def run_scan(tx, params, data, steps):
+    """All steps in one donated ``lax.scan``."""
+
+    def epochs(params, opt_state, data):
+        def body(carry, t):
+            ascends = optax_sam.ascends_next(carry[1])
+            batch = jax.tree.map(lambda x: x[t % x.shape[0]], data)
+            return make_step(tx)(*carry, batch), ascends
+
+        return jax.lax.scan(body, (params, opt_state), jnp.arange(steps))
+
+    params = jax.tree.map(jnp.copy, params)
+    run = jax.jit(epochs, donate_argnums=(0, 1))
+    (params, opt_state), decisions = run(params, tx.init(params), data)
+    return params, opt_state, [bool(x) for x in decisions]
+
+
+SHARDINGS = {
+    "data_parallel": lambda leaf: P(),
+    "fsdp": lambda leaf: P("data"),
+}
+
+
+@pytest.mark.parametrize("layout", SHARDINGS)
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_sharded_training_equals_one_device(mesh, layout, precision):
+    steps, tolerance = (200, 1e-9) if precision == "float64" else (20, 1e-5)
+    with jax.enable_x64(precision == "float64"):
+        params, data = problem(jnp.dtype(precision))
+        tx = optax.chain(vsam(), optax.sgd(0.05, momentum=0.9))
+        expected, expected_state, decisions = run_jit(tx, params, data, steps)
+        assert precision == "float32" or 0.2 < np.mean(decisions) < 0.8
+
+        shard = lambda leaf: NamedSharding(mesh, SHARDINGS[layout](leaf))
+        placed = jax.device_put(params, jax.tree.map(shard, params))
+        spread = jax.device_put(data, NamedSharding(mesh, P(None, "data")))
+        for run in (run_jit, run_scan):
+            actual, state, chosen = run(tx, placed, spread, steps)
+            assert chosen == decisions
+            for name in ("rate", "used"):
+                np.testing.assert_allclose(
+                    optax.tree.get(state, name),
+                    optax.tree.get(expected_state, name),
+                    atol=tolerance,
+                )
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance),  # noqa: B023
+                actual,
+                expected,
+            )
+
+
+def test_the_cached_tree_is_sharded_as_the_parameters(mesh):
+    params, data = problem(jnp.float32)
+    sharding = NamedSharding(mesh, P("data"))
+    params = jax.device_put(params, sharding)
+    tx = optax.chain(vsam(), optax.sgd(0.05))
+    opt_state = tx.init(params)
+    step = jax.jit(make_step(tx))
+    for _ in range(2):
+        psf = optax.tree.get(opt_state, "psf")
+        for leaf, cached in zip(
+            jax.tree.leaves(params), jax.tree.leaves(psf), strict=True
+        ):
+            assert cached.sharding.is_equivalent_to(sharding, cached.ndim)
+            assert cached.shape == leaf.shape
+        params, opt_state = step(params, opt_state, jax.tree.map(lambda x: x[0], data))
+
+
+def by_hand(params, data, device_count, rho, steps, decisions):
+    """m-sharpness with SGD(0.05), written out: a perturbation per device."""
+    psf, age = jax.tree.map(jnp.zeros_like, params), 0
+    grad = jax.jit(jax.grad(loss_fn))
+    for t in range(steps):
+        x, y = (array[t % array.shape[0]] for array in data)
+        shards = list(
+            zip(jnp.split(x, device_count), jnp.split(y, device_count), strict=True)
+        )
+        local = [grad(params, shard) for shard in shards]
+        mean = lambda trees: jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
+        d = mean(local)
+        if decisions[t]:
+            ascended = []
+            for g, shard in zip(local, shards, strict=True):
+                length = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(g)))
+                there = jax.tree.map(lambda w, x: w + rho * x / length, params, g)  # noqa: B023
+                ascended.append(grad(there, shard))
+            psf, age = jax.tree.map(jnp.subtract, mean(ascended), d), 0
+            d = mean(ascended)
+        else:
+            age += 1
+            weight = 0.8**age if age <= 6 else 0.0
+            d = jax.tree.map(lambda x, p: x + weight * p, d, psf)  # noqa: B023
+        params = jax.tree.map(lambda w, x: w - 0.05 * x, params, d)
+    return params
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("method", ["sam", "vsam"])
+def test_axis_name_is_m_sharpness(mesh, method, check_vma):
+    steps = 45
+    with jax.enable_x64(True):
+        params, data = problem(jnp.float64)
+        member = (
+            optax_sam.sam(0.1, axis_name="data")
+            if method == "sam"
+            else vsam(axis_name="data")
+        )
+        tx = optax.chain(member, optax.sgd(0.05))
+        opt_state = tx.init(params)
+
+        def train_step(params, opt_state, batch):
+            local = params
+            if check_vma:  # else jax.grad is already summed over the devices
+                local = jax.lax.pcast(params, "data", to="varying")
+            grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+            updates, opt_state = tx.update(
+                grad_fn(local), opt_state, local, grad_fn=grad_fn
+            )
+            return optax.apply_updates(params, updates), opt_state
+
+        step = jax.jit(
+            jax.shard_map(
+                train_step,
+                mesh=mesh,
+                in_specs=(P(), P(), P("data")),
+                out_specs=P(),
+                check_vma=check_vma,
+            )
+        )
+        actual, decisions = params, []
+        for t in range(steps):
+            decisions.append(bool(optax_sam.ascends_next(opt_state)))
+            batch = tuple(array[t % array.shape[0]] for array in data)
+            actual, opt_state = step(actual, opt_state, batch)
+        assert method == "sam" or {True, False} == set(decisions)
+        expected = by_hand(params, data, DEVICES, 0.1, steps, decisions)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10),
+            actual,
+            expected,
+        )
+        # Replicas are one: decisions, caches and rings are equal on all devices.
+        for leaf in jax.tree.leaves((actual, opt_state)):
+            shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+            assert all(np.array_equal(shards[0], shard) for shard in shards[1:])
+
+
+def test_one_bad_device_rejects_the_ascent_for_all(mesh):
+    params, data = problem(jnp.float32)
+    tx = optax_sam.sam(0.1, axis_name="data")
+
+    def emitted(params, batch):
+        local = jax.lax.pcast(params, "data", to="varying")
+        g = jax.grad(loss_fn)(local, batch)
+        # Only device 3 has a second gradient that is not finite.
+        bad = jnp.where(jax.lax.axis_index("data") == 3, jnp.nan, 1.0)
+        grad_fn = lambda p: jax.tree.map(lambda x: x * bad, jax.grad(loss_fn)(p, batch))
+        d, state = tx.update(g, tx.init(params), local, grad_fn=grad_fn)
+        return d, jax.lax.pmean(g, "data"), state.num_rejected
+
+    d, g, rejected = jax.jit(
+        jax.shard_map(emitted, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    )(params, jax.tree.map(lambda x: x[0], data))
+    assert int(rejected) == 1
+    jax.tree.map(np.testing.assert_array_equal, d, g)
+
+
+def test_a_gradient_summed_already_is_refused(mesh):
+    params, data = problem(jnp.float32)
+    tx = optax_sam.sam(0.1, axis_name="data")
+
+    def emitted(params, batch):
+        grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+        return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+
+    with pytest.raises(ValueError, match=re.escape("pcast(params, 'data', to=\"var")):
+        jax.jit(
+            jax.shard_map(emitted, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+        )(params, jax.tree.map(lambda x: x[0], data))
+
+
+def test_averaging_by_hand_gives_one_perturbation_for_all(mesh):
+    params, data = problem(jnp.float32)
+    batch = jax.tree.map(lambda x: x[0], data)
+    tx = optax_sam.sam(0.1)
+    grad = jax.grad(loss_fn)
+    expected, _ = tx.update(
+        grad(params, batch), tx.init(params), params, grad_fn=lambda p: grad(p, batch)
+    )
+
+    def emitted(params, batch):
+        def grad_fn(p):
+            p = jax.lax.pcast(p, "data", to="varying")
+            return jax.lax.pmean(grad(p, batch), "data")
+
+        return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+
+    actual = jax.jit(
+        jax.shard_map(emitted, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    )(params, batch)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected
+    )
+
+
+def all_reduced_elements(compiled):
+    """Numbers sent through all-reduces of a compiled program."""
+    total = 0
+    for line in compiled.as_text().splitlines():
+        if match := re.search(r"= (.*?) all-reduce(?:-start)?\(", line):
+            for shape in re.findall(r"\[([\d,]*)\]", match[1]):
+                total += int(np.prod([int(n) for n in shape.split(",") if n]))
+    return total
+
+
+def test_communication_is_one_reduction_per_gradient(mesh):
+    params, data = problem(jnp.float32)
+    batch = jax.tree.map(lambda x: x[0], data)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    scalars = 20
+
+    def elements(method, ascend):
+        tx = optax.chain(method, optax.sgd(0.05))
+
+        def train_step(params, opt_state, batch):
+            local = jax.lax.pcast(params, "data", to="varying")
+            grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+            updates, opt_state = tx.update(
+                grad_fn(local), opt_state, local, grad_fn=grad_fn, ascend=ascend
+            )
+            return optax.apply_updates(params, updates), opt_state
+
+        mapped = jax.shard_map(
+            train_step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P()
+        )
+        lowered = jax.jit(mapped).lower(params, tx.init(params), batch)
+        return all_reduced_elements(lowered.compile())
+
+    # m-sharpness averages what is emitted, once, and a cached tree once more.
+    sam = optax_sam.sam(0.1, axis_name="data")
+    assert size <= elements(sam, True) <= size + scalars
+    assert size <= elements(sam, False) <= size + scalars
+    assert 2 * size <= elements(vsam(axis_name="data"), True) <= 2 * size + scalars
+    assert size <= elements(vsam(axis_name="data"), False) <= size + scalars
+
+
+def test_pmap_smoke():
+    params, data = problem(jnp.float32)
+    tx = optax_sam.sam(0.1, axis_name="data")
+
+    def emitted(params, batch):
+        grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+        return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+
+    batch = jax.tree.map(lambda x: x[0].reshape(DEVICES, -1, *x.shape[2:]), data)
+    emitted_by_all = jax.pmap(emitted, axis_name="data", in_axes=(None, 0))(
+        params, batch
+    )
+    for leaf in jax.tree.leaves(emitted_by_all):
+        np.testing.assert_allclose(leaf, np.broadcast_to(leaf[0], leaf.shape))
