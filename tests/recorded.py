@@ -1,0 +1,50 @@
+"""The trajectories of tests/data/parity."""
+
+import json
+import pathlib
+
+import numpy as np
+
+DATA = pathlib.Path(__file__).parent / "data" / "parity"
+RUNS = json.loads((DATA / "runs.json").read_text())
+PROBLEM = dict(np.load(DATA / "problem.npz"))
+TENSORS = ("layer0/kernel", "layer0/bias", "layer1/kernel", "layer1/bias")
+
+
+def initial(name):
+    if RUNS[name]["problem"] == "quad":
+        return {"w": PROBLEM["quad/w0"]}
+    return {leaf: PROBLEM[f"init/{leaf}"] for leaf in TENSORS}
+
+
+def data(name, t):
+    if RUNS[name]["problem"] == "quad":
+        return PROBLEM["quad/A"], PROBLEM["quad/b"]
+    batch = slice(64 * (t % 8), 64 * (t % 8) + 64)
+    return PROBLEM["X"][batch], PROBLEM["y"][batch]
+
+
+def arrays(name):
+    return dict(np.load(DATA / f"{name}.npz"))
+
+
+def saved(name):
+    """Step -> parameters after it."""
+    trees = {}
+    for key, value in arrays(name).items():
+        if key.startswith("step"):
+            step, leaf = key.split("/", 1)
+            trees.setdefault(int(step.removeprefix("step")), {})[leaf] = value
+    return trees
+
+
+def atol(name, step):
+    suggested = RUNS[name]["suggested_atol"]
+    return float(
+        suggested if RUNS[name]["problem"] == "quad" else suggested[f"step{step:03}"]
+    )
+
+
+def deviation(a, b):
+    assert sorted(a) == sorted(b)
+    return max(float(np.max(np.abs(np.asarray(a[leaf]) - b[leaf]))) for leaf in b)
