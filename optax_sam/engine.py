@@ -161,14 +161,14 @@ def sharpness_aware(
         g, params = jax.tree.map(jnp.asarray, (updates, params))
         step = Step(state.count, mean)
 
-        def point(offset: Any) -> Any:
-            moved = optax.tree.add(params, offset)
+        def rounded(point: Any) -> Any:
+            # float32 offsets make float32 points of half-precision parameters.
             return (
-                moved if ascent_dtype is None else optax.tree.cast(moved, ascent_dtype)
+                point if ascent_dtype is None else optax.tree.cast(point, ascent_dtype)
             )
 
-        def gradient(at: Any) -> Any:
-            grads = grad_fn(at)
+        def gradient(point: Any) -> Any:
+            grads = grad_fn(rounded(point))
             contract.check_gradients(name, "what grad_fn returned", grads, params)
             if axis_name is not None:
                 contract.check_varies(name, "what grad_fn returned", grads, axis_name)
@@ -182,39 +182,45 @@ def sharpness_aware(
                 g,
                 state.ascent,
                 params,
-                grad_fn=lambda at: gradient(
-                    at if ascent_dtype is None else optax.tree.cast(at, ascent_dtype)
-                ),
+                grad_fn=gradient,
                 count=state.count,
                 **extra,
             )
-            w_e = point(e)
+            w_e = rounded(optax.tree.add(params, e))
             g_s = gradient(w_e)
-            dtype = state.gradient_norm.dtype
             # Judged in the dtype that is emitted: float16 may not hold what grad_fn
             # returned for a float32 point.
-            emitted = optax.tree.cast_like(g_s, g)
-            norms = norm(g).astype(dtype), norm(emitted).astype(dtype)
-            finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
-            # One device's failure is everybody's, so that all stay equal.
-            accepted = mean(finite.astype(jnp.float32)) == 1
+            measured = jnp.stack(
+                [
+                    x.astype(state.gradient_norm.dtype)
+                    for x in (
+                        norm(g),
+                        norm(optax.tree.cast_like(g_s, g)),
+                        _survival(params, w_e, e),
+                    )
+                ]
+            )
+            # One device's failure is everybody's, so that all stay equal: the mean of
+            # the norms is finite where each of them is.
+            measured = mean(measured)
+            accepted = jnp.all(jnp.isfinite(measured[:2]))
 
             def choose(new: Any, old: Any) -> Any:
                 return jax.tree.map(lambda x, y: jnp.where(accepted, x, y), new, old)
 
             d, fresh_blend = blend.fresh(g, g_s, state.blend, step)
             fallback, stale_blend = blend.stale(g, state.blend, step)
-            measured = choose(
-                (*mean(norms), mean(_survival(params, w_e, e).astype(dtype))),
+            gradient_norm, ascended_norm, survival = choose(
+                (measured[0], measured[1], measured[2]),
                 (state.gradient_norm, state.ascended_norm, state.survival),
             )
             observed = when.observe(state.when, g, g_s, step)
             return emit(choose(d, fallback)), state._replace(
                 num_ascents=optax.safe_increment(state.num_ascents),
                 num_rejected=state.num_rejected + ~accepted,
-                gradient_norm=measured[0],
-                ascended_norm=measured[1],
-                survival=measured[2],
+                gradient_norm=gradient_norm,
+                ascended_norm=ascended_norm,
+                survival=survival,
                 ascent=choose(ascent_state, state.ascent),
                 when=choose(observed, state.when),
                 blend=choose(fresh_blend, stale_blend),
