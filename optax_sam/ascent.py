@@ -38,18 +38,14 @@ def norm(tree: Any) -> jax.Array:
 
 
 def rescale(tree: Any, length: jax.Array, radius: ArrayLike) -> Any:
-    """``radius * tree / length``, and zeros where that is no direction.
+    """``radius * tree / length``, in float32 or better.
 
-    A zero or non-finite ``length`` gives the zero offset, never NaN.
+    A length that is zero or not finite is no direction: it gives the zero offset.
     """
     radius = jnp.asarray(radius, length.dtype)
     scale = jnp.where(length > 0, radius / (length + _EPS), 0)
-
-    def leaf(x: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.where(scale == 0, 0, scale.astype(dtype) * x)
-
-    return jax.tree.map(leaf, tree)
+    wide = lambda x: scale.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jax.tree.map(lambda x: wide(x) * x, tree)
 
 
 def l2(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:

@@ -35,8 +35,8 @@ class SharpnessAwareState(NamedTuple):
       gradient_norm: norm of the gradient on the last ascended step, () float.
       ascended_norm: norm of the ascended gradient on that step, () float.
       survival: ``<achieved, e> / ||e||^2`` on that step, () float: the share of the
-        offset that rounding to the weights' grid left over; 1 before any ascent and
-        where the offset is zero.
+        offset that rounding left over, on leaves that are kept in half precision or
+        handed to ``grad_fn`` in it; 1 if there are none.
       ascent: state of the ascent rule.
       when: state of the rule that decides.
       blend: state of the blend, with any cached tree.
@@ -256,7 +256,18 @@ def _static(ascend: Any) -> bool | None:
 
 
 def _survival(w: Any, w_e: Any, e: Any) -> jax.Array:
-    """The share ``<achieved, e> / ||e||^2`` of the offset that rounding left over."""
+    """The share ``<achieved, e> / ||e||^2`` that rounding left of the offset.
+
+    Over the half-precision leaves: on float32 ones it would cost as many passes over
+    the parameters as the rest of a step, to say 1.
+    """
+    halves = [
+        leaves
+        for leaves in zip(*map(jax.tree.leaves, (w, w_e, e)), strict=True)
+        if min(jnp.finfo(leaf.dtype).bits for leaf in leaves[:2]) < 32
+    ]
+    if not halves:
+        return jnp.ones(())
 
     def along(w: jax.Array, w_e: jax.Array, e: jax.Array) -> jax.Array:
         precision = jnp.finfo(w_e.dtype)
@@ -266,6 +277,6 @@ def _survival(w: Any, w_e: Any, e: Any) -> jax.Array:
         )
         return jnp.sum((reached - w.astype(e.dtype)) * e)
 
-    achieved = sum(jax.tree.leaves(jax.tree.map(along, w, w_e, e)), start=jnp.zeros(()))
-    intended = norm(e) ** 2
+    achieved = sum(along(*leaves) for leaves in halves)
+    intended = norm([e for _, _, e in halves]) ** 2
     return jnp.where(intended > 0, achieved / intended, 1)

@@ -134,9 +134,10 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     Returns:
       Scalars: ``ascents`` and ``rejected_ascents`` so far, ``ascent_rate`` (ascents
       per step), ``gradient_norm``, ``ascended_norm`` and ``survival`` (the share of
-      the offset that rounding left over) of the last ascended step, and those of the
-      method's parts (vSAM: ``samples_per_window``, ``used_in_window``,
-      ``psf_norm``). With several members the names start with their paths.
+      the offset that rounding left over on half-precision leaves; 1 if there are
+      none) of the last ascended step, and those of the method's parts (vSAM:
+      ``samples_per_window``, ``used_in_window``, ``psf_norm``). With several members
+      the names start with their paths.
 
     Raises:
       ValueError: if there is no such member.
