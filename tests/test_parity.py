@@ -137,6 +137,10 @@ def test_vsam_driven_by_the_recorded_decisions(name):
     np.testing.assert_allclose(rate, run["s"], rtol=0, atol=1e-10)
     samples = optax_sam.metrics(states)["ascents"][1:]
     np.testing.assert_array_equal(samples, run["n_samples"])
+    latest = {"psf_norms": "psf_norm", "ratios": "ratio", "variances": "var"}
+    for field, array in latest.items():
+        ring = optax.tree.get(states, field)[1:]
+        np.testing.assert_allclose(ring[:, -1], run[array], rtol=0, atol=1e-10)
     used = optax.tree.get(states, "used")[:-1]
     warm = recorded.RUNS[name]["hyperparameters"]["warmup_steps"]
     before = run["used_in_window"] - run["sampled"]
