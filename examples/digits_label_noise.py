@@ -199,7 +199,6 @@ def draw(measured: dict[str, Any], path: Path) -> None:
         ax.plot(epochs, mean, label=name, color=COLORS[name], linewidth=1.6)
         ax.fill_between(epochs, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
         ax.set(xlabel="Epoch", xlim=(0, len(mean)), **settings)
-        ax.title.set_fontsize("medium")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.spines[["top", "right"]].set_visible(False)
 
