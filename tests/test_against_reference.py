@@ -387,6 +387,7 @@ def test_samples_grow_with_the_sensitivity():
         np.sum(drive(norms, x, a, 0, warmup=1173)[0])
         for a in (0.0, 0.05, 0.1, 0.13, 0.15, 0.2)
     ]
-    assert counts[0] == 1173 + (T - 1173) // 50  # one per window after the warm-up
+    # One per full window after the warm-up, perhaps one in the window at the end.
+    assert counts[0] - 1173 - (T - 1173 - 49) // 50 in (0, 1)
     assert np.all(np.diff(counts) > 0)
     assert counts[-1] < 1173 + 0.8 * (T - 1173)

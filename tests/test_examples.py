@@ -43,7 +43,8 @@ def test_digits_label_noise_prints_a_table_and_draws(tmp_path: Path) -> None:
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", content[16:24])
-    assert width >= 1200 and height >= 600
+    assert width >= 1200
+    assert height >= 600
     assert len(content) > 30_000
 
 
