@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-import optax_sam
 import problems
 from registry import grad_fn_only
+
+import optax_sam
 
 
 @contextlib.contextmanager

@@ -117,7 +117,9 @@ _VSAM = {
 
 METHODS = (
     Method("sam", settings={"rho": 0.1}, **_SAM),
-    Method("sam_2_steps", settings={"rho": 0.1, "num_ascent_steps": 2}, calls=2, **_SAM),
+    Method(
+        "sam_2_steps", settings={"rho": 0.1, "num_ascent_steps": 2}, calls=2, **_SAM
+    ),
     Method(
         "sam_5",
         settings={"rho": 0.1, "when": optax_sam.when.every_k(5)},

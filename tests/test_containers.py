@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax_sam
 import orbax.checkpoint as ocp
 import problems
 import pytest
@@ -21,6 +20,8 @@ from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from registry import BY_NAME, METHODS
+
+import optax_sam
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 # One with caches and counters of each kind, and one with next to none.
@@ -173,9 +174,13 @@ def test_flax_nnx(method):
     optimizer = nnx.Optimizer(model, method.optimizer(), wrt=nnx.Param)
     assert optax_sam.metrics(optimizer.opt_state)["ascents"] == 0
 
-    @nnx.jit
-    def train_step(model, optimizer, batch):
+    # nnx.jit would do, but that of Flax 0.12.1 does not run on JAX 0.8.2.
+    outer = nnx.graphdef((model, optimizer))
+
+    @jax.jit
+    def train_step(variables, batch):
         x, y = batch
+        model, optimizer = nnx.merge(outer, variables)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss_fn(params):
@@ -183,10 +188,12 @@ def test_flax_nnx(method):
 
         grad_fn = jax.grad(loss_fn)
         optimizer.update(model, grad_fn(params), grad_fn=grad_fn)
+        return nnx.state((model, optimizer))
 
     plain = plainly_trained(method)[1]
     for t in range(12):
-        train_step(model, optimizer, problem.batch(t))
+        variables = train_step(nnx.state((model, optimizer)), problem.batch(t))
+        nnx.update((model, optimizer), variables)
     assert_same_network(
         [(m.kernel[...], m.bias[...]) for m in (model.layer0, model.layer1)], method
     )

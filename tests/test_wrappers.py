@@ -9,13 +9,16 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax_sam
 import problems
 import pytest
 from registry import BY_NAME, METHODS
 
+import optax_sam
+
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-some_methods = pytest.mark.parametrize("method", [BY_NAME["sam_5"], BY_NAME["vsam"]])
+some_methods = pytest.mark.parametrize(
+    "method", [BY_NAME["sam_5"], BY_NAME["vsam"]], ids=lambda m: m.name
+)
 
 
 def trained(tx, steps=12, problem=problems.mlp, wrap=lambda f: f):
@@ -102,6 +105,7 @@ def test_injected_schedule_is_the_plain_schedule():
             "num_ascent_steps",
         ),
     ],
+    ids=["window", "warmup_steps", "num_ascent_steps"],
 )
 def test_a_traced_shape_is_named(factory, name):
     message = rf"{name} sets a shape or a loop(.|\n)*static_args"
@@ -196,9 +200,7 @@ def test_chain_around_multi_steps_is_sam_per_micro_batch():
     tx = optax.chain(member, optax.MultiSteps(optax.sgd(0.1), every_k_schedule=4))
     params, state = trained(tx, steps=8, wrap=executed)
     assert executed.read() == optax_sam.metrics(state)["ascents"] == 8
-    inside = optax.MultiSteps(
-        optax.chain(member, optax.sgd(0.1)), every_k_schedule=4
-    )
+    inside = optax.MultiSteps(optax.chain(member, optax.sgd(0.1)), every_k_schedule=4)
     gap = jax.tree.map(jnp.subtract, params, trained(inside, steps=8)[0])
     assert optax.tree.norm(gap) > 1e-4
 
@@ -306,7 +308,5 @@ def test_contrib_sam(steps, x64):
         return optax.apply_updates(params, updates), state
 
     params = problem.params()
-    their_params, _ = harness.run(
-        their_step, params, theirs.init(params), problem, 8
-    )
+    their_params, _ = harness.run(their_step, params, theirs.init(params), problem, 8)
     harness.assert_close(trained(ours, steps=8)[0], their_params, 1e-10)
