@@ -1,14 +1,29 @@
-"""The trajectories of tests/data/parity."""
+"""The trajectories of tests/data/parity, and the losses that were trained."""
 
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 DATA = pathlib.Path(__file__).parent / "data" / "parity"
 RUNS = json.loads((DATA / "runs.json").read_text())
 PROBLEM = dict(np.load(DATA / "problem.npz"))
 TENSORS = ("layer0/kernel", "layer0/bias", "layer1/kernel", "layer1/bias")
+
+
+def mlp(w, x, y):
+    h = jnp.tanh(x @ w["layer0/kernel"] + w["layer0/bias"])
+    z = h @ w["layer1/kernel"] + w["layer1/bias"]
+    return -jnp.mean(jax.nn.log_softmax(z)[jnp.arange(len(y)), y])
+
+
+def quad(w, A, b):
+    return 0.5 * w["w"] @ A @ w["w"] + b @ w["w"]
+
+
+LOSSES = {"mlp": mlp, "quad": quad}
 
 
 def initial(name):

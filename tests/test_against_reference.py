@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 import recorded
 from reference import asam, base, sam, vsam
@@ -19,12 +18,7 @@ SGD = {"lr": 0.2, "momentum": 0.9}
 KERNELS = {"layer0/kernel", "layer1/kernel"}
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @functools.cache
@@ -57,7 +51,7 @@ def compiled(tx):
 
     @jax.jit
     def step(w, state, batch):
-        grad_fn = lambda p: jax.grad(problems.mlp)(p, *batch)
+        grad_fn = lambda p: jax.grad(recorded.mlp)(p, *batch)
         updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
         return optax.apply_updates(w, updates), state
 

@@ -6,25 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 import recorded
 from reference import base, vsam
 
 import optax_sam
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def loss_fn(name):
     """The loss of a run, with the L2 term of those that have one."""
-    plain = getattr(problems, recorded.RUNS[name]["problem"])
+    plain = recorded.LOSSES[recorded.RUNS[name]["problem"]]
     l2 = recorded.RUNS[name]["hyperparameters"].get("l2_reg", 0.0)
 
     def loss(w, batch):

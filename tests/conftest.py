@@ -1,0 +1,27 @@
+"""Devices and fixtures for all tests."""
+
+import os
+
+# Before JAX is imported: eight devices of the CPU, for the tests of sharding.
+_EIGHT = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}".strip()
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+# The first example of a shape compiles, so a deadline would measure the compiler. The
+# same examples on every run: a failure in CI can be repeated.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize=True, max_examples=25
+)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture
+def x64():
+    """Double precision within one test."""
+    import harness
+
+    with harness.x64():
+        yield

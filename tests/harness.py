@@ -1,0 +1,149 @@
+"""What the tests share: a train step, a compiled update on given gradients, counters.
+
+Compiling dominates the time, so what several tests need is compiled once.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+from registry import grad_fn_only
+
+import optax_sam
+
+
+@contextlib.contextmanager
+def x64():
+    """Double precision inside; afterwards what was set before."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+class Counter:
+    """Counts how often a function runs in the compiled program, not in tracing."""
+
+    def __init__(self):
+        self._count = 0
+
+    def _add(self):
+        self._count += 1
+
+    def __call__(self, function):
+        def counted(*args):
+            jax.debug.callback(self._add)
+            return function(*args)
+
+        return counted
+
+    def read(self):
+        jax.effects_barrier()
+        return self._count
+
+
+def make_step(tx, loss_fn, extra_args=grad_fn_only, wrap=lambda grad_fn: grad_fn):
+    """The train step of the documentation, for any method."""
+
+    def step(params, state, batch, ascend=None):
+        extra = extra_args(loss_fn, batch)
+        extra["grad_fn"] = wrap(extra["grad_fn"])
+        grads = jax.grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, ascend=ascend, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@functools.cache
+def compiled(method, problem=problems.mlp):
+    """Its optimizer and its compiled step, whose ``ascend`` is static."""
+    tx = method.optimizer()
+    step = make_step(tx, problem().loss_fn, method.extra_args)
+    return tx, jax.jit(step, static_argnames="ascend")
+
+
+@functools.cache
+def compiled_update(method):
+    """Its member and a compiled update for gradients that are given.
+
+    ``update(g, g_s, state, params, ascend=...)`` returns what it emits, the state,
+    and the points at which it asked for a gradient (with a static ``ascend``).
+    """
+    tx = method.build()
+
+    def update(g, g_s, state, params, ascend):
+        points = []
+
+        def grad_fn(at):
+            points.append(at)
+            return g_s
+
+        emitted, state = tx.update(g, state, params, grad_fn=grad_fn, ascend=ascend)
+        return emitted, state, points if ascend is not None else []
+
+    return tx, jax.jit(update, static_argnames="ascend")
+
+
+def run(step, params, state, problem, count, first=0):
+    """``count`` steps in a Python loop, the decision being the program's own."""
+    for t in range(first, first + count):
+        params, state = step(params, state, problem.batch(t))
+    return params, state
+
+
+def tree(seed=0, scale=1.0, dtype=None):
+    """Random numbers in a small tree: a kernel, a bias and a scalar."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(scale * rng.normal(size=shape), dtype)
+    return {"layer": {"kernel": draw(3, 2), "bias": draw(2)}, "gain": draw()}
+
+
+def like(tree, value):
+    return jax.tree.map(lambda x: jnp.full_like(x, value), tree)
+
+
+def with_entry(tree, value):
+    """The tree with one entry of one leaf replaced."""
+    kernel = tree["layer"]["kernel"].at[1, 1].set(value)
+    return {**tree, "layer": {**tree["layer"], "kernel": kernel}}
+
+
+def is_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+def kinds(tree):
+    """Structure, shapes, dtypes and weak types."""
+    describe = lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False))
+    return jax.tree.structure(tree), [describe(x) for x in jax.tree.leaves(tree)]
+
+
+def assert_equal(actual, desired):
+    """Equal to the bit, structure included."""
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    jax.tree.map(np.testing.assert_array_equal, actual, desired)
+
+
+def assert_close(actual, desired, tolerance):
+    """Equal to ``tolerance``, relative and absolute, structure included."""
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        actual,
+        desired,
+    )
+
+
+def member_state(opt_state):
+    """The state of the one sharpness-aware member."""
+    is_member = lambda x: isinstance(x, optax_sam.SharpnessAwareState)
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_member)
+    (found,) = [x for x in leaves if is_member(x)]
+    return found

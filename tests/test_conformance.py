@@ -1,0 +1,601 @@
+"""What every registered method keeps to, on its own and in the simplest chain."""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from registry import METHODS, SKIPPING, grad_fn_only
+
+import optax_sam
+
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+# Where the rest of a method does not matter, but compiling it takes long.
+one_per_ascent = pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.slow) if m.skips else m for m in METHODS],
+    ids=lambda m: m.name,
+)
+every_skipping = pytest.mark.parametrize("method", SKIPPING, ids=lambda m: m.name)
+
+STEPS = 20
+
+
+class Record(NamedTuple):
+    """What one run of 20 steps of the program with the conditional showed."""
+
+    params: Any
+    state: Any
+    decisions: list
+    executions: list
+    step_traces: int
+    grad_fn_traces: int
+    first_kinds: Any
+    deleted: list
+
+
+@functools.cache
+def recorded(method):
+    problem = problems.mlp()
+    tx = method.optimizer()
+    executed = harness.Counter()
+    traces = {"step": 0, "grad_fn": 0}
+
+    def traced(grad_fn):
+        def call(params):
+            traces["grad_fn"] += 1
+            return grad_fn(params)
+
+        return call
+
+    step = harness.make_step(
+        tx, problem.loss_fn, method.extra_args, lambda f: traced(executed(f))
+    )
+
+    def counted_step(*args):
+        traces["step"] += 1
+        return step(*args)
+
+    compiled = jax.jit(counted_step, donate_argnums=(0, 1))
+    params = problem.params()
+    state = tx.init(params)
+    first_kinds = harness.kinds(state)
+    decisions, executions, deleted = [], [], []
+    for t in range(STEPS):
+        decisions.append(bool(optax_sam.ascends_next(state)))
+        before = executed.read()
+        # Scalars that the program overwrites unread are dropped, not donated.
+        given = [x for x in jax.tree.leaves((params, state)) if x.ndim]
+        params, state = compiled(params, state, problem.batch(t))
+        executions.append(executed.read() - before)
+        deleted.append(all(x.is_deleted() for x in given))
+    return Record(
+        params,
+        state,
+        decisions,
+        executions,
+        traces["step"],
+        traces["grad_fn"],
+        first_kinds,
+        deleted,
+    )
+
+
+# The contract.
+
+
+@every_method
+def test_hands_all_extra_arguments_on(method):
+    seen = {}
+
+    def probe(updates, state, params=None, **extra):
+        del params
+        seen.update(extra)
+        return updates, state
+
+    base = optax.GradientTransformationExtraArgs(optax.init_empty_state, probe)
+    tx = method.optimizer(base)
+    params = harness.tree()
+    update = lambda g, state: tx.update(
+        g, state, params, grad_fn=lambda p: g, value=1.0, unheard_of="x"
+    )
+    jax.eval_shape(update, params, tx.init(params))
+    assert {"value", "unheard_of", "grad_fn"} <= set(seen)
+
+
+@every_method
+def test_says_what_is_missing(method):
+    tx = method.build()
+    g = harness.tree()
+    state = tx.init(g)
+    name = getattr(optax_sam, method.factory.__name__, optax_sam.sharpness_aware)
+    with pytest.raises(ValueError, match=rf"{name.__name__} needs .*params"):
+        tx.update(g, state, grad_fn=lambda p: g)
+    with pytest.raises(ValueError, match=rf"{name.__name__} needs grad_fn.*tx\.update"):
+        tx.update(g, state, g)
+    with pytest.raises(ValueError, match="grad_fn must be a function"):
+        tx.update(g, state, g, grad_fn=g)
+
+
+@every_method
+def test_arguments_are_keywords_with_defaults(method):
+    arguments = list(inspect.signature(method.factory).parameters.values())
+    assert all(a.default is not inspect.Parameter.empty for a in arguments)
+    assert all(a.kind is inspect.Parameter.KEYWORD_ONLY for a in arguments[1:])
+
+
+# State: structure, dtypes, buffers.
+
+
+@every_method
+def test_state_is_arrays_and_init_can_be_abstract(method):
+    tx, params = method.build(), harness.tree()
+    state = tx.init(params)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+    harness.assert_equal(
+        jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(tx.init, params)),
+        jax.tree.map(lambda x: (x.shape, x.dtype), state),
+    )
+
+
+@every_method
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16", "mix"])
+def test_dtypes_stay(method, dtype, x64):
+    params = harness.tree(dtype="float32" if dtype == "mix" else dtype)
+    if dtype == "mix":
+        params = {**params, "gain": params["gain"].astype("bfloat16")}
+    tx = method.build()
+    # Typed as a caller's state would be: not weakly.
+    state = jax.eval_shape(tx.init, params)
+    handed = []
+
+    def update(g, state, ascend):
+        def grad_fn(p):
+            handed.append(p)
+            return jax.tree.map(lambda x, like: x.astype(like.dtype), p, params)
+
+        return tx.update(g, state, params, grad_fn=grad_fn, ascend=ascend)
+
+    for ascend in (None, True, False):
+        after = jax.eval_shape(functools.partial(update, ascend=ascend), params, state)
+        assert harness.kinds(after[0]) == harness.kinds(params)
+        assert harness.kinds(after[1]) == harness.kinds(state)
+    # Half precision is perturbed in single precision.
+    for at in handed:
+        assert jax.tree.map(lambda x: x.dtype, at) == jax.tree.map(
+            lambda x: jnp.promote_types(x.dtype, jnp.float32), params
+        )
+
+
+@every_method
+def test_gradients_of_another_float_dtype_are_cast(method, x64):
+    tx, params = method.build(), harness.tree(dtype="float32")
+    state = tx.init(params)
+    for first, second in (("bfloat16", "float64"), ("float64", "float16")):
+        g = harness.tree(1, dtype=first)
+        update = lambda ascend, g=g, second=second: tx.update(
+            g,
+            state,
+            params,
+            grad_fn=lambda p: jax.tree.map(lambda x: x.astype(second), p),
+            ascend=ascend,
+        )
+        for ascend in (None, True, False):
+            emitted, after = jax.eval_shape(functools.partial(update, ascend))
+            assert harness.kinds(emitted) == harness.kinds(g)
+            assert harness.kinds(after) == harness.kinds(state)
+
+
+@every_method
+def test_state_keeps_its_kinds_in_a_run(method):
+    assert harness.kinds(recorded(method).state) == recorded(method).first_kinds
+
+
+@every_method
+def test_state_is_stable_in_cond_and_scan(method):
+    tx, params = method.build(), harness.tree()
+
+    def body(state, g):
+        taken = lambda s: tx.update(g, s, params, grad_fn=lambda p: p)[1]
+        return jax.lax.cond(g["gain"] > 0, taken, lambda s: s, state), None
+
+    gradients = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    # Both constructions compare the types of what goes in and out.
+    jax.eval_shape(lambda state: jax.lax.scan(body, state, gradients), tx.init(params))
+
+
+@every_method
+def test_parameters_and_state_can_be_donated(method):
+    assert all(recorded(method).deleted)
+
+
+@every_method
+def test_state_from_a_compiled_init_can_be_donated(method):
+    tx, params = method.build(), harness.tree()
+    state = jax.jit(tx.init)(params)
+    consume = jax.jit(lambda *trees: trees, donate_argnums=(0, 1))
+    harness.assert_equal(consume(params, state)[1], tx.init(harness.tree()))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+@every_method
+def test_tree_maps_reach_parameter_like_state_alone(method):
+    tx, params = method.optimizer(), harness.tree()
+    state = tx.init(params)
+    marked = optax.tree.map_params(tx, lambda x: x + 1, state)
+    changed = [
+        x.shape
+        for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(marked), strict=True)
+        if np.any(np.asarray(x) != np.asarray(y))
+    ]
+    shapes = [x.shape for x in jax.tree.leaves(params)]
+    # The base optimizer's momentum is one such tree too.
+    assert sorted(changed) == sorted(shapes * (method.trees + 1))
+
+
+# Compilation and cost.
+
+
+@every_method
+def test_compiles_once_and_traces_grad_fn_once(method):
+    record = recorded(method)
+    assert record.step_traces == 1
+    assert record.grad_fn_traces == method.calls
+
+
+@every_method
+def test_runs_grad_fn_as_often_as_promised(method):
+    record = recorded(method)
+    assert record.executions == [method.calls * d for d in record.decisions]
+    assert (not all(record.decisions)) == method.skips
+    metrics = optax_sam.metrics(record.state)
+    assert metrics["ascents"] == sum(record.decisions)
+    assert metrics["rejected_ascents"] == 0
+    np.testing.assert_allclose(metrics["ascent_rate"], np.mean(record.decisions))
+    assert all(jnp.shape(x) == () for x in metrics.values())
+
+
+@every_skipping
+def test_scan_skips_and_agrees_with_a_loop(method):
+    problem = problems.mlp()
+    tx = method.optimizer()
+    executed = harness.Counter()
+    step = harness.make_step(tx, problem.loss_fn, method.extra_args, executed)
+
+    def epoch(params, state, batches):
+        body = lambda carry, batch: (step(*carry, batch), None)
+        return jax.lax.scan(body, (params, state), batches)[0]
+
+    params = problem.params()
+    params, state = jax.jit(epoch, donate_argnums=(0, 1))(
+        params, tx.init(params), problem.batches(STEPS)
+    )
+    record = recorded(method)
+    assert executed.read() == sum(record.executions)
+    harness.assert_close(params, record.params, 1e-5)
+    harness.assert_close(state, record.state, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        m
+        if m.name in ("sam", "ss_sam", "vsam")
+        else pytest.param(m, marks=pytest.mark.slow)
+        for m in METHODS
+    ],
+    ids=lambda m: m.name,
+)
+def test_vmap_over_seeds(method, x64):
+    problem = problems.mlp()
+    tx, step = harness.compiled(method)
+    starts = [
+        jax.tree.map(lambda x, s=seed: x + 0.1 * s, problem.params())
+        for seed in range(2)
+    ]
+    many = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+    plain = harness.make_step(tx, problem.loss_fn, method.extra_args)
+    together = jax.jit(jax.vmap(plain, in_axes=(0, 0, None)))
+    state = jax.vmap(tx.init)(many)
+    for t in range(10):
+        many, state = together(many, state, problem.batch(t))
+    for seed, start in enumerate(starts):
+        alone = harness.run(step, start, tx.init(start), problem, 10)
+        one = jax.tree.map(lambda x, s=seed: x[s], (many, state))
+        harness.assert_close(one, alone, 1e-10)
+
+
+# Perturbation.
+
+
+def point_and_offset(method, count=0, **changes):
+    """The last point handed over on an ascended step, and how far it is."""
+    params, g = harness.tree(), harness.tree(1)
+    tx, update = harness.compiled_update(method)
+    state = tx.init(params)
+    *_, points = update(g, g, state, params, ascend=True)
+    offset = jax.tree.map(jnp.subtract, points[-1], params)
+    return params, offset, points
+
+
+@every_method
+def test_perturbation_has_length_rho(method, x64):
+    params, offset, points = point_and_offset(method)
+    assert len(points) == method.calls
+    rho = method.settings["rho"]
+    np.testing.assert_allclose(method.norm(offset, params), rho, rtol=1e-9)
+    # Uphill: an offset that loses against the gradient would be as long.
+    assert optax.tree.vdot(offset, harness.tree(1)) > 0
+
+
+@every_method
+def test_rho_schedule_follows_the_step_counter(method):
+    rho = lambda count: 0.02 * (count + 1.0)
+    tx = method.build(rho=rho)
+    params, g = harness.tree(), harness.tree(1)
+
+    state, ascents = tx.init(params), 0
+    for t in range(12):
+        points = []
+        grad_fn = lambda p, points=points: points.append(p) or g
+        ascend = bool(optax_sam.ascends_next(state))
+        _, state = tx.update(g, state, params, grad_fn=grad_fn, ascend=ascend)
+        assert bool(points) == ascend
+        for point in points[-1:]:
+            ascents += 1
+            offset = jax.tree.map(jnp.subtract, point, params)
+            length = method.norm(offset, params)
+            np.testing.assert_allclose(length, rho(t), rtol=1e-5)
+    assert ascents == optax_sam.metrics(state)["ascents"] > 0
+
+
+@every_method
+def test_learning_rate_schedule_counts_steps(method):
+    seen = []
+
+    def remember(updates, state, params=None):
+        del params
+        return updates, state + 1
+
+    counter = optax.GradientTransformation(lambda p: jnp.zeros((), int), remember)
+    tx = method.optimizer(counter)
+    params = harness.tree()
+    state = tx.init(params)
+    update = jax.jit(
+        lambda s: tx.update(params, s, params, grad_fn=lambda p: params)[1]
+    )
+    for _ in range(9):
+        state = update(state)
+        seen.append(int(state[1]))
+    assert seen == list(range(1, 10))
+    assert harness.member_state(state).count == 9
+
+
+@one_per_ascent
+def test_survival_of_the_perturbation(method):
+    """A bf16 weight of size one does not move by 1e-4, unless it is perturbed wider."""
+    g = {"kernel": jax.random.normal(jax.random.key(0), (100, 100))}
+    for dtype, ascent_dtype, low, high in (
+        ("float32", None, 0.99, 1.01),
+        ("bfloat16", None, 0.95, 1.05),
+        ("bfloat16", "bfloat16", 0.0, 0.05),
+        ("bfloat16", "float32", 0.95, 1.05),
+    ):
+        # ASAM's ellipsoid is as wide as the weights, so its rho is what matters.
+        tx = method.build(ascent_dtype=ascent_dtype, rho=0.05)
+        params = {"kernel": jnp.ones((100, 100), dtype)}
+        grads = {"kernel": g["kernel"].astype(dtype)}
+
+        @jax.jit
+        def update(state, params=params, grads=grads, tx=tx):
+            points = []
+            grad_fn = lambda p: points.append(p) or grads
+            _, state = tx.update(grads, state, params, grad_fn=grad_fn, ascend=True)
+            return state, points[-1]
+
+        state, point = update(tx.init(params))
+        assert point["kernel"].dtype == (ascent_dtype or "float32")
+        survival = float(optax_sam.metrics(state)["survival"])
+        assert low <= survival <= high, (dtype, ascent_dtype, survival)
+        # What arrived, against what was meant: the metric must not flatter itself.
+        achieved = np.asarray(point["kernel"], np.float64) - 1
+        moved = float(method.norm({"kernel": jnp.asarray(achieved)}, params)) / 0.05
+        assert (moved > 0.9) == (survival > 0.9)
+
+
+# Numbers that are not ordinary.
+
+
+@every_method
+def test_zero_gradients(method):
+    tx, update = harness.compiled_update(method)
+    params, g = harness.tree(), harness.tree(1)
+    zero = harness.like(g, 0.0)
+    for pair in ((zero, zero), (zero, g), (g, zero)):
+        state = tx.init(params)
+        for _ in range(3):
+            d, state, points = update(*pair, state, params, ascend=True)
+            assert harness.is_finite((d, state))
+            if pair[0] is zero and pair[1] is zero:
+                harness.assert_equal((d, points[-1]), (zero, params))
+        d, state, _ = update(zero, zero, state, params, ascend=False)
+        assert harness.is_finite((d, state))
+        d, state, _ = update(g, g, state, params, ascend=True)
+        assert harness.is_finite((d, state))
+        assert optax_sam.metrics(state)["rejected_ascents"] == 0
+
+
+BAD = [np.nan, np.inf, -np.inf, 1e30]
+
+
+def warmed_up(method):
+    """A state that has something to lose: two ordinary ascended steps were taken."""
+    tx, update = harness.compiled_update(method)
+    params, g = harness.tree(), harness.tree(1)
+    state = tx.init(params)
+    for seed in (2, 3):
+        _, state, _ = update(g, harness.tree(seed), state, params, ascend=True)
+    return update, params, g, state
+
+
+def assert_remembers_nothing_of(update, state, params):
+    """The next ordinary steps are what they would have been."""
+    g, g_s = harness.tree(5), harness.tree(6)
+    d, state, _ = update(g, g_s, state, params, ascend=True)
+    harness.assert_equal(d, g_s)
+    d, state, _ = update(g, g_s, state, params, ascend=False)
+    assert harness.is_finite((d, state))
+
+
+@every_method
+@pytest.mark.parametrize("bad", BAD)
+def test_first_gradient_not_finite(method, bad):
+    update, params, g, before = warmed_up(method)
+    g_bad = harness.with_entry(g, bad)
+    for ascend in (True, False):
+        for g_s in (g_bad, g):
+            d, state, _ = update(g_bad, g_s, before, params, ascend=ascend)
+            # A guard after the member must see it; the other entries are untouched.
+            assert not abs(d["layer"]["kernel"][1, 1]) < 1e29
+            assert harness.is_finite(state)
+            assert_remembers_nothing_of(update, state, params)
+            rejected = optax_sam.metrics(state)["rejected_ascents"]
+            assert rejected == (1 if ascend else 0)
+
+
+@every_method
+@pytest.mark.parametrize("bad", BAD)
+def test_second_gradient_not_finite(method, bad):
+    update, params, g, before = warmed_up(method)
+    g_bad = harness.with_entry(g, bad)
+    d, state, _ = update(g, g_bad, before, params, ascend=True)
+    d_stale, skipped, _ = update(g, g, before, params, ascend=False)
+    harness.assert_equal(d, d_stale)
+    assert harness.is_finite((d, state))
+    harness.assert_equal(state.blend, skipped.blend)
+    harness.assert_equal(state.ascent, skipped.ascent)
+    metrics, were = optax_sam.metrics(state), optax_sam.metrics(before)
+    assert metrics["rejected_ascents"] == 1
+    assert metrics["ascents"] == were["ascents"] + 1
+    for name in ("gradient_norm", "ascended_norm", "survival"):
+        assert metrics[name] == were[name]
+    assert_remembers_nothing_of(update, state, params)
+
+
+@every_method
+def test_a_rejected_ascent_does_not_move_the_plan(method):
+    update, params, g, before = warmed_up(method)
+    plans = []
+    for g_s in (g, harness.with_entry(g, np.nan)):
+        _, state, _ = update(g, g_s, before, params, ascend=True)
+        plans.append(optax_sam.ascent_plan(state))
+    np.testing.assert_array_equal(*plans)
+
+
+@every_method
+def test_whole_gradient_overflows(method):
+    """1e30 everywhere is finite in float32, its squared norm is not."""
+    tx, update = harness.compiled_update(method)
+    params = harness.tree()
+    big = harness.tree(1, scale=1e30)
+    for pair in ((big, big), (harness.tree(1), big), (big, harness.tree(1))):
+        d, state, points = update(*pair, tx.init(params), params, ascend=True)
+        harness.assert_equal(d, pair[0])
+        assert harness.is_finite((state, points))
+        assert optax_sam.metrics(state)["rejected_ascents"] == 1
+
+
+@every_method
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18])
+def test_extreme_but_ordinary_scales(method, scale):
+    tx, update = harness.compiled_update(method)
+    params, g = harness.tree(), harness.tree(1, scale=scale)
+    state = tx.init(params)
+    for ascend in (True, False):
+        d, state, points = update(g, g, state, params, ascend=ascend)
+        assert harness.is_finite((d, state, points))
+        harness.assert_close(d, g, 1e-6)
+    assert optax_sam.metrics(state)["rejected_ascents"] == 0
+
+
+@every_method
+def test_half_precision_gradients_near_overflow(method):
+    """A float16 gradient whose norm no float16 holds is an ordinary gradient."""
+    tx = method.build()
+    params = harness.tree(dtype="float16")
+    g = harness.tree(1, scale=1e4, dtype="float16")
+    state = tx.init(params)
+    d, state = tx.update(g, state, params, grad_fn=lambda p: g, ascend=True)
+    harness.assert_equal(d, g)
+    assert optax_sam.metrics(state)["rejected_ascents"] == 0
+
+
+@every_method
+def test_ascended_gradient_beyond_the_emitted_dtype(method):
+    """Finite in the float32 of the perturbed point, infinite in float16: rejected."""
+    tx = method.build()
+    params = harness.tree(dtype="float16")
+    g, g_s = harness.tree(1, dtype="float16"), harness.tree(2, scale=1e6)
+
+    update = functools.partial(tx.update, g, params=params, grad_fn=lambda p: g_s)
+    d, state = update(tx.init(params), ascend=True)
+    later, state = update(state, ascend=False)
+    harness.assert_equal((d, later), (g, g))
+    assert optax_sam.metrics(state)["rejected_ascents"] == 1
+
+
+# Convergence, with a learning rate that falls to zero.
+
+TARGETS = {
+    "rosenbrock": (problems.rosenbrock, 0.02, 400),
+    "quadratic": (problems.quadratic, 0.1, 300),
+    "logistic": (problems.logistic, 0.5, 300),
+    "mlp": (problems.mlp, 0.1, 300),
+}
+
+
+def trained(problem, tx, extra_args, steps):
+    """The mean loss after a run in one scan, and the state."""
+    step = harness.make_step(tx, problem.loss_fn, extra_args)
+    body = lambda carry, batch: (step(*carry, batch), None)
+    run = jax.jit(lambda carry, batches: jax.lax.scan(body, carry, batches)[0])
+    params = problem.params()
+    params, state = run((params, tx.init(params)), problem.batches(steps))
+    losses = [problem.loss_fn(params, problem.batch(t)) for t in range(4)]
+    return np.mean(losses), state
+
+
+def falling(target):
+    _, rate, steps = TARGETS[target]
+    return optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9)
+
+
+@functools.cache
+def without_a_method(target):
+    make, _, steps = TARGETS[target]
+    tx = optax.chain(optax.with_extra_args_support(optax.identity()), falling(target))
+    return trained(make(), tx, grad_fn_only, steps)[0]
+
+
+@every_method
+@pytest.mark.parametrize(
+    "target",
+    ["rosenbrock"]
+    + [pytest.param(t, marks=pytest.mark.slow) for t in list(TARGETS)[1:]],
+)
+def test_converges(method, target):
+    """As far as the base optimizer does, up to a hundredth of the way."""
+    make, _, steps = TARGETS[target]
+    tx = method.optimizer(falling(target), rho=0.02)
+    reached, state = trained(make(), tx, method.extra_args, steps)
+    start = make().loss_fn(make().params(), make().batch(0))
+    plain = without_a_method(target)
+    assert reached - plain < 0.01 * (start - plain)
+    assert plain < 0.7 * start
+    assert optax_sam.metrics(state)["rejected_ascents"] == 0

@@ -1,0 +1,94 @@
+"""What a step costs: floating-point operations of the compiled program, and bytes."""
+
+import functools
+
+import harness
+import jax
+import jax.numpy as jnp
+import optax
+import problems
+import pytest
+from registry import METHODS
+
+import optax_sam
+
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+
+# More than 1e5 parameters and 128 examples, so that what is not a gradient is small.
+PROBLEM = functools.partial(problems.mlp, (32, 288, 320, 10), batch_size=128)
+
+
+def flops(tx, **ascend):
+    """Of one compiled step; of a program without a conditional, which counts both."""
+    problem = PROBLEM()
+    params = jax.eval_shape(problem.params)
+    step = functools.partial(harness.make_step(tx, problem.loss_fn), **ascend)
+    lowered = jax.jit(step).lower(params, jax.eval_shape(tx.init, params), batch())
+    return lowered.compile().cost_analysis()["flops"]
+
+
+def batch():
+    return jax.eval_shape(lambda: PROBLEM().batch(0))
+
+
+def base():
+    return optax.sgd(0.1, momentum=0.9)
+
+
+@functools.cache
+def flops_of_base():
+    return flops(optax.chain(optax.with_extra_args_support(optax.identity()), base()))
+
+
+def test_the_model_is_large_enough():
+    params = jax.eval_shape(PROBLEM().params)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    assert count >= 1e5
+    # Forward and backward: six operations per weight of a kernel and example, less
+    # the gradient of the data.
+    assert flops_of_base() > 4 * 128 * count
+
+
+# A weight costs its gradient 750 operations at this batch size; norms, offset and
+# metrics cost it 10 to 30 more, as the compiler fuses them.
+TOLERANCE = 0.025
+
+
+@every_method
+def test_ascended_step(method):
+    ratio = flops(method.optimizer(base()), ascend=True) / flops_of_base()
+    assert ratio == pytest.approx(1 + method.calls, rel=TOLERANCE)
+
+
+@every_method
+def test_skipped_step(method):
+    ratio = flops(method.optimizer(base()), ascend=False) / flops_of_base()
+    assert ratio == pytest.approx(1, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_ascent_of_several_steps(steps):
+    tx = optax.chain(optax_sam.sam(num_ascent_steps=steps), base())
+    assert flops(tx) / flops_of_base() == pytest.approx(steps + 1, rel=TOLERANCE)
+
+
+@every_method
+def test_bytes_of_state(method):
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    params = PROBLEM().params()
+    beyond_base = size(method.optimizer(base()).init(params)) - size(
+        base().init(params)
+    )
+    small = beyond_base - method.trees * size(params)
+    assert 0 < small < method.small_bytes
+
+
+@every_method
+def test_bytes_of_state_in_half_precision(method):
+    """Caches are kept in float32, whatever the parameters are."""
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), harness.tree())
+    state = method.build().init(params)
+    floats = [
+        x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    assert all(x.dtype == jnp.float32 for x in floats)
