@@ -84,12 +84,15 @@ def vsam(
       >>> vsam = optax_sam.vsam(rho=0.05, window=10, warmup_steps=20)
       >>> tx = optax.chain(vsam, optax.sgd(0.02, momentum=0.9))
       >>> loss_fn = lambda w: jnp.sum((w - 1.0) ** 2)
+      >>> grad_fn = jax.grad(loss_fn)
+      >>> @jax.jit
+      ... def train_step(w, state):
+      ...     updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+      ...     return optax.apply_updates(w, updates), state
       >>> w = jnp.zeros(3)
       >>> state = tx.init(w)
       >>> for _ in range(100):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
-      ...     w = optax.apply_updates(w, updates)
+      ...     w, state = train_step(w, state)
       >>> bool(loss_fn(w) < 0.1)
       True
       >>> bool(optax_sam.metrics(state)["ascent_rate"] < 0.6)
