@@ -261,6 +261,20 @@ def test_runs_grad_fn_as_often_as_promised(method):
     assert all(jnp.shape(x) == () for x in metrics.values())
 
 
+@every_method
+def test_metrics_are_those_of_the_last_ascended_step(method):
+    tx, update = harness.compiled_update(method)
+    params, g, g_s = harness.tree(), harness.tree(1), harness.tree(2)
+    _, state, _ = update(g, g_s, tx.init(params), params, ascend=True)
+    for _ in range(2):
+        metrics = optax_sam.metrics(state)
+        for name, tree in (("gradient_norm", g), ("ascended_norm", g_s)):
+            np.testing.assert_allclose(metrics[name], optax.tree.norm(tree), rtol=1e-5)
+        assert metrics["survival"] == 1
+        _, state, _ = update(g_s, g, state, params, ascend=False)
+    assert optax_sam.metrics(state)["ascent_rate"] == pytest.approx(1 / 3)
+
+
 @every_skipping
 def test_scan_skips_and_agrees_with_a_loop(method):
     problem = problems.mlp()

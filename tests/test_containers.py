@@ -306,11 +306,14 @@ def placed(tree, mesh, spec):
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), tree)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("split", "axes"),
     [
-        ("data", AxisType.Auto),
-        ("params", AxisType.Auto),
+        pytest.param("data", AxisType.Auto, marks=SLOW),
+        pytest.param("params", AxisType.Auto, marks=SLOW),
         # Sharded parameters with explicit axes need out_sharding= in the user's loss.
         ("data", AxisType.Explicit),
     ],
@@ -318,10 +321,7 @@ def placed(tree, mesh, spec):
 )
 @pytest.mark.parametrize(
     "method",
-    [
-        m if m.name == "vsam" else pytest.param(m, marks=pytest.mark.slow)
-        for m in METHODS
-    ],
+    [m if m.name == "vsam" else pytest.param(m, marks=SLOW) for m in METHODS],
     ids=lambda m: m.name,
 )
 def test_eight_devices(method, split, axes, x64):

@@ -49,9 +49,9 @@ def test_the_model_is_large_enough():
     assert flops_of_base() > 4 * 128 * count
 
 
-# A weight costs its gradient 750 operations at this batch size; norms, offset and
-# metrics cost it 10 to 30 more, as the compiler fuses them.
-TOLERANCE = 0.025
+# A weight costs its gradient 750 operations at this batch size. SAM's norms and offset
+# cost 4 more, ASAM's up to 12, as the compiler fuses them.
+TOLERANCE = 0.01
 
 
 @every_method

@@ -63,18 +63,6 @@ def with_plan(method, problem, steps):
     return params, state, decisions
 
 
-def with_dispatch(method, problem, steps):
-    tx = method.optimizer()
-    step = harness.make_step(tx, problem.loss_fn, method.extra_args)
-    step = optax_sam.dispatch(step, donate_argnums=(0, 1))
-    params = problem.params()
-    state, decisions = tx.init(params), []
-    for t in range(steps):
-        decisions.append(bool(optax_sam.ascends_next(state)))
-        params, state = step(params, state, problem.batch(t))
-    return params, state, decisions
-
-
 def assert_forms_agree(method, forms, steps, tolerance):
     problem = problems.mlp()
     reference = with_conditional(method, problem, steps)
@@ -94,38 +82,6 @@ def test_forms_agree_in_float64(method, x64):
 @pytest.mark.parametrize("name", ["sam_5", "ss_sam", "vsam"])
 def test_forms_agree_in_float32(name):
     assert_forms_agree(BY_NAME[name], (with_two_programs, with_plan), 20, 1e-5)
-
-
-@pytest.mark.parametrize("name", ["sam", "sam_5", "vsam"])
-def test_dispatch_agrees(name, x64):
-    assert_forms_agree(BY_NAME[name], (with_dispatch,), 60, 1e-10)
-
-
-def test_dispatch_reads_a_restored_state_anew():
-    """The plan belongs to the state it was read from, not to the call's number."""
-    method, problem = BY_NAME["sam_5"], problems.mlp()
-    tx = method.optimizer()
-    traced = []
-
-    def train_step(params, state, batch, ascend=None):
-        traced.append(ascend)
-        return harness.make_step(tx, problem.loss_fn)(params, state, batch, ascend)
-
-    step = optax_sam.dispatch(train_step)
-    start = problem.params(), tx.init(problem.params())
-    params, state = harness.run(step, *start, problem, 3)
-    harness.run(step, params, state, problem, 4)
-    params, state = harness.run(step, *start, problem, 6)
-    assert optax_sam.metrics(state)["ascents"] == 2
-    assert traced == [True, False]
-
-
-def test_dispatch_wants_a_keyword():
-    with pytest.raises(ValueError, match="ascend=None"):
-        optax_sam.dispatch(lambda params, state, batch: (params, state))
-    step = optax_sam.dispatch(lambda params, ascend=None: params)
-    with pytest.raises(ValueError, match="No state of a sharpness-aware method"):
-        step(jnp.ones(2))
 
 
 @every_method
