@@ -1,0 +1,137 @@
+"""The engine with parts that are not the library's own."""
+
+from typing import Any, NamedTuple
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_sam
+from optax_sam.blend import Blend
+from optax_sam.when import When
+
+
+class HistoryState(NamedTuple):
+    ascends: jax.Array
+    largest: jax.Array
+    counts: jax.Array
+
+    def metrics(self):
+        return {"largest": self.largest}
+
+
+def history():
+    """Ascends after steps with an even count; remembers what it is shown."""
+
+    def observe(state, g, g_s, step):
+        size = step.mean(jnp.maximum(optax.tree.norm(g), optax.tree.norm(g_s)))
+        return state._replace(
+            largest=jnp.maximum(state.largest, size),
+            counts=state.counts.at[step.count].set(step.count + 1),
+        )
+
+    return When(
+        init=lambda params: HistoryState(
+            jnp.array(True), jnp.zeros(()), jnp.zeros(8, jnp.int32)
+        ),
+        now=lambda state, g, step: state.ascends,
+        observe=observe,
+        advance=lambda state, ascended: state._replace(ascends=~ascended),
+    )
+
+
+def remember_both():
+    """Emits the mean of both gradients, or of the gradient and the last ascended."""
+
+    def fresh(g, g_s, state, step):
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, g, g_s)
+        return mean, step.mean(g_s)
+
+    def stale(g, state, step):
+        return jax.tree.map(lambda a, b: (a + b) / 2, g, state), state
+
+    return Blend(lambda params: jax.tree.map(jnp.zeros_like, params), fresh, stale)
+
+
+def momentum_ascent(rho):
+    """Climbs along an average of the gradients seen."""
+
+    def update(g, state, params=None, **extra):
+        del params, extra
+        state = jax.tree.map(lambda m, x: 0.5 * m + 0.5 * x, state, g)
+        return jax.tree.map(lambda m: rho * m, state), state
+
+    zeros = lambda params: jax.tree.map(jnp.zeros_like, params)
+    return optax.GradientTransformation(zeros, update)
+
+
+def method():
+    return optax_sam.sharpness_aware(momentum_ascent(0.1), history(), remember_both())
+
+
+def run(steps, bad_first=(), bad_second=()):
+    """Parameters, state and what was emitted, with NaN gradients on some steps."""
+    tx, w = method(), jnp.array([1.0, -2.0])
+    update = jax.jit(
+        lambda w, state, scale, scale_s: tx.update(
+            scale * 2 * w, state, w, grad_fn=lambda at: scale_s * 2 * at
+        )
+    )
+    state, emitted = tx.init(w), []
+    for t in range(steps):
+        scale = jnp.nan if t in bad_first else 1.0
+        d, state = update(w, state, scale, jnp.nan if t in bad_second else 1.0)
+        emitted.append(np.asarray(d))
+        w = w - 0.1 * jnp.where(jnp.isfinite(d), d, 0)
+    return state, emitted
+
+
+def test_own_parts_by_hand():
+    state, emitted = run(4)
+    w, m, cached, expected = np.array([1.0, -2.0]), 0.0, 0.0, []
+    for t in range(4):
+        g = 2 * w
+        if t % 2 == 0:
+            m = 0.5 * m + 0.5 * g
+            cached = 2 * (w + 0.1 * m)
+        expected.append((g + cached) / 2)
+        w = w - 0.1 * expected[-1]
+    np.testing.assert_allclose(emitted, expected, rtol=1e-6)
+    np.testing.assert_array_equal(state.when.counts, [1, 0, 3, 0, 0, 0, 0, 0])
+    assert optax_sam.metrics(state)["largest"] > 0
+
+
+@pytest.mark.parametrize("which", ["bad_first", "bad_second"])
+def test_nothing_bad_enters_own_parts(which):
+    state, emitted = run(4, **{which: (2,)})
+    assert harness.is_finite(state)
+    assert int(state.num_rejected) == 1
+    # The rule was not shown the bad pair, but its plan moved on.
+    np.testing.assert_array_equal(state.when.counts, [1, 0, 0, 0, 0, 0, 0, 0])
+    assert bool(state.when.ascends)
+    assert np.all(np.isnan(emitted[2])) == (which == "bad_first")
+    good, good_emitted = run(2)
+    harness.assert_equal(state.blend, good.blend)
+    harness.assert_equal(state.ascent, good.ascent)
+    if which == "bad_second":  # what the stale branch makes of that step
+        w = np.array([1.0, -2.0])
+        for d in good_emitted:
+            w = w - 0.1 * d
+        np.testing.assert_allclose(
+            emitted[2], (2 * w + np.asarray(good.blend)) / 2, rtol=1e-6
+        )
+
+
+def test_a_static_decision_wins_and_is_recorded():
+    tx, w = method(), jnp.ones(2)
+    grad_fn: Any = lambda at: 2 * at
+    state = tx.init(w)
+    _, skipped = tx.update(grad_fn(w), state, w, grad_fn=grad_fn, ascend=False)
+    assert int(skipped.num_ascents) == 0
+    assert bool(skipped.when.ascends)
+    _, taken = tx.update(grad_fn(w), skipped, w, grad_fn=grad_fn, ascend=True)
+    assert int(taken.num_ascents) == 1
+    assert not bool(taken.when.ascends)
