@@ -164,7 +164,7 @@ def n_step(
     step_size: optax.ScalarOrSchedule | None = None,
     project: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Several ascent steps, each normalised, kept inside the ball of radius rho.
+    r"""Several ascent steps, each normalized, kept inside the ball of radius rho.
 
     .. math::
       \delta_0 = 0, \qquad

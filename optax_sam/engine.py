@@ -56,7 +56,7 @@ class SharpnessAwareState(NamedTuple):
 def sharpness_aware(
     ascent: optax.GradientTransformation,
     when: When = always(),
-    blend: Blend | None = None,
+    blend: Blend = take_ascended(),
     *,
     mask: contract.Mask = None,
     axis_name: Any = None,
@@ -89,8 +89,7 @@ def sharpness_aware(
       ascent: transformation from gradient to offset, one of ``optax_sam.ascent`` or
         your own.
       when: the rule that decides, one of ``optax_sam.when`` or your own.
-      blend: the rule that combines, one of ``optax_sam.blend`` or your own; ``None``
-        means ``take_ascended()``.
+      blend: the rule that combines, one of ``optax_sam.blend`` or your own.
       mask: the leaves that are perturbed; excluded ones get a zero offset and stay
         out of the norm. A bool, a tree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
@@ -125,7 +124,6 @@ def sharpness_aware(
       6.387
     """
     ascent = restrict(ascent, mask)
-    blend = take_ascended() if blend is None else blend
 
     def mean(tree: Any) -> Any:
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

@@ -29,7 +29,7 @@ def sam(
 
     With ``when=optax_sam.when.every_k(5)`` it is SAM-5, with
     ``optax_sam.when.bernoulli(p)`` SS-SAM. With ``num_ascent_steps = n`` the ascent
-    takes ``n`` normalised steps, projected onto the ball. ``rho=0`` is the base
+    takes ``n`` normalized steps, projected onto the ball. ``rho=0`` is the base
     optimizer.
 
     Cost: 2 gradients per ascended step (``n + 1`` with ``n`` ascent steps), 1 on

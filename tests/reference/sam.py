@@ -19,7 +19,7 @@ def sam(w, grad, rho, eps=1e-12):
 
 
 def n_step(w, grad, rho, n, step_size, project=True):
-    """n normalised ascent steps, each followed by the projection on the ball.
+    """n normalized ascent steps, each followed by the projection on the ball.
 
     delta_0 = 0
     delta_{i+1} = P(delta_i + step_size grad(w + delta_i) / ||grad(w + delta_i)||)
