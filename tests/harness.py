@@ -6,6 +6,7 @@ Compiling dominates the time, so what several tests need is compiled once.
 import contextlib
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,18 +128,12 @@ def kinds(tree):
 
 def assert_equal(actual, desired):
     """Equal to the bit, structure included."""
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-    jax.tree.map(np.testing.assert_array_equal, actual, desired)
+    chex.assert_trees_all_equal(actual, desired)
 
 
 def assert_close(actual, desired, tolerance):
     """Equal to ``tolerance``, relative and absolute, structure included."""
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
-        actual,
-        desired,
-    )
+    chex.assert_trees_all_close(actual, desired, rtol=tolerance, atol=tolerance)
 
 
 def member_state(opt_state):
