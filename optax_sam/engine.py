@@ -230,10 +230,10 @@ def sharpness_aware(
 
         forced = _static(ascend)
         decision = when.now(state.when, g, step) if forced is None else forced
-        if isinstance(decision, bool):
-            d, state = (ascended if decision else skipped)(state)
-        else:
+        if isinstance(decision, jax.core.Tracer):
             d, state = jax.lax.cond(decision, ascended, skipped, state)
+        else:  # known while tracing, or nothing is traced: a cond would be compiled
+            d, state = (ascended if decision else skipped)(state)
         return d, state._replace(
             count=optax.safe_increment(state.count),
             when=when.advance(state.when, jnp.asarray(decision)),

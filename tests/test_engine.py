@@ -135,3 +135,18 @@ def test_a_static_decision_wins_and_is_recorded():
     _, taken = tx.update(grad_fn(w), skipped, w, grad_fn=grad_fn, ascend=True)
     assert int(taken.num_ascents) == 1
     assert not bool(taken.when.ascends)
+
+
+def test_no_conditional_is_compiled_outside_jit(monkeypatch):
+    def no_cond(*args):
+        raise AssertionError("a conditional was compiled")
+
+    monkeypatch.setattr(jax.lax, "cond", no_cond)
+    tx, w = optax_sam.sam(0.1, when=optax_sam.when.every_k(2)), jnp.ones(2)
+    state, asked = tx.init(w), []
+    for _ in range(4):
+        grad_fn = lambda at: asked.append(at) or 2 * at
+        _, state = tx.update(2 * w, state, w, grad_fn=grad_fn)
+    assert len(asked) == int(state.num_ascents) == 2
+    with pytest.raises(AssertionError, match="a conditional was compiled"):
+        jax.jit(lambda s: tx.update(w, s, w, grad_fn=lambda at: at))(state)

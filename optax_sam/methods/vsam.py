@@ -43,8 +43,10 @@ def vsam(
 
     How many steps of a window are sampled follows the variation of
     :math:`\|\mathrm{PSF}\|`, see :func:`optax_sam.when.variance_controlled`.
-    ``reuse_decay=0.0`` is vSAM-A: the same sampler without the reuse, and without the
-    stored tree.
+    The number grows over training, since the mean relative change of a noisy norm is
+    positive; so the length of the run in windows sets the cost, and a run of few
+    windows wants smaller ones. ``reuse_decay=0.0`` is vSAM-A: the same
+    sampler without the reuse, and without the stored tree.
 
     Cost: 1 gradient per step plus 1 per sampled step, 1.3 to 1.43 on average in the
     published runs; one tree like the parameters, three windows of scalars and a
