@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.contract import Mask, at, check_integer, check_number, resolve_mask
+from optax_sam.contract import Mask, at, check_integer, check_schedule, resolve_mask
 
 __all__ = ["adaptive", "l2", "n_step", "norm", "rescale", "restrict"]
 
@@ -75,7 +75,7 @@ def l2(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
       Foret et al., `Sharpness-Aware Minimization
       <https://arxiv.org/abs/2010.01412>`_, 2021
     """
-    check_number("rho", rho, 0.0)
+    check_schedule("rho", rho, 0.0)
 
     def update(
         g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
@@ -123,8 +123,8 @@ def adaptive(
     References:
       Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
     """
-    check_number("rho", rho, 0.0)
-    check_number("eta", eta, 0.0)
+    check_schedule("rho", rho, 0.0)
+    check_schedule("eta", eta, 0.0)
     chosen = _weights_and_gains if adapt is None else adapt
 
     def update(
@@ -206,10 +206,10 @@ def n_step(
       Flammarion, `Towards Understanding Sharpness-Aware Minimization
       <https://arxiv.org/abs/2206.06232>`_, 2022
     """
-    check_number("rho", rho, 0.0)
+    check_schedule("rho", rho, 0.0)
     check_integer("num_steps", num_steps, 1)
     if step_size is not None:
-        check_number("step_size", step_size, 0.0)
+        check_schedule("step_size", step_size, 0.0)
 
     def update(
         g: Any,

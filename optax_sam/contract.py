@@ -23,21 +23,30 @@ _CALL = (
 )
 
 
+def check_schedule(
+    name: str, value: optax.ScalarOrSchedule, low: float, high: float = np.inf
+) -> None:
+    """Raises unless ``value`` is a schedule, traced, or a number within the range."""
+    if not callable(value):
+        check_number(name, value, low, high, what="a number (or a schedule of such)")
+
+
 def check_number(
     name: str,
-    value: optax.ScalarOrSchedule,
+    value: ArrayLike,
     low: float,
     high: float = np.inf,
     *,
     open_low: bool = False,
+    what: str = "a number",
 ) -> None:
-    """Raises unless ``value`` is a schedule, traced, or a number within the range."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    """Raises unless ``value`` is traced or a number within the range."""
+    if isinstance(value, jax.core.Tracer):
         return
     allowed = f"{'(' if open_low else '['}{low}, {high}{')' if high == np.inf else ']'}"
-    advice = f"{name} must be a number in {allowed}, or a schedule of such"
+    advice = f"{name} must be {what} in {allowed}"
     try:
-        number = float(value)
+        number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ValueError(f"{advice}; got {value!r}.") from None
     inside = low < number if open_low else low <= number

@@ -104,9 +104,10 @@ def sharpness_aware(
       The transformation; its state is a :class:`SharpnessAwareState`.
 
     Raises:
-      ValueError: on ``init`` or ``update``, if it stands inside ``optax.masked`` or
-        ``optax.partition``; on ``update``, if ``params`` or ``grad_fn`` is missing or
-        a gradient has another structure, shape or kind than the parameters.
+      ValueError: if ``when`` or ``blend`` is no rule; on ``init`` or ``update``, if
+        it stands inside ``optax.masked`` or ``optax.partition``; on ``update``, if
+        ``params`` or ``grad_fn`` is missing or a gradient has another structure,
+        shape or kind than the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -123,6 +124,14 @@ def sharpness_aware(
       >>> print(f"{loss_fn(w):.3f}")
       6.387
     """
+    for part, kind in ((when, When), (blend, Blend)):
+        if not isinstance(part, kind):
+            word = kind.__name__.lower()
+            raise ValueError(
+                f"{name}: {word} must be a rule of optax_sam.{word}, such as"
+                f" {'when.every_k(5)' if kind is When else 'blend.take_ascended()'};"
+                f" got {part!r}."
+            )
     ascent = restrict(ascent, mask)
 
     def mean(tree: Any) -> Any:

@@ -24,6 +24,7 @@ from optax_sam.contract import (
     check_integer,
     check_key,
     check_number,
+    check_schedule,
     raw_key,
     resolve_mask,
     uniform,
@@ -230,7 +231,7 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
     References:
       Zhao et al., `SS-SAM <https://arxiv.org/abs/2203.09962>`_, 2022
     """
-    check_number("p", p, 0.0, 1.0)
+    check_schedule("p", p, 0.0, 1.0)
     check_key(key)
 
     def decide(state: BernoulliState) -> BernoulliState:

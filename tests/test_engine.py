@@ -150,3 +150,16 @@ def test_no_conditional_is_compiled_outside_jit(monkeypatch):
     assert len(asked) == int(state.num_ascents) == 2
     with pytest.raises(AssertionError, match="a conditional was compiled"):
         jax.jit(lambda s: tx.update(w, s, w, grad_fn=lambda at: at))(state)
+
+
+@pytest.mark.parametrize("wrong", [5, optax_sam.when.every_k, None])
+def test_what_is_no_rule_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"sam: when must be a rule.*every_k\(5\)"):
+        optax_sam.sam(when=wrong)
+    with pytest.raises(ValueError, match=r"blend must be a rule.*take_ascended\(\)"):
+        optax_sam.sharpness_aware(optax_sam.ascent.l2(0.1), blend=wrong)
+
+
+def test_numbers_that_have_no_schedule_refuse_one():
+    with pytest.raises(ValueError, match=r"max_rate must be a number in \(0.0, 1.0\]"):
+        optax_sam.vsam(max_rate=lambda t: 0.5)
