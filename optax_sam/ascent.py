@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.contract import Mask, at, check_integer, check_schedule, resolve_mask
+from optax_sam.arguments import Mask, at, resolve_mask
+from optax_sam.contract import check_integer, check_schedule
 
 __all__ = ["adaptive", "l2", "n_step", "norm", "rescale", "restrict"]
 

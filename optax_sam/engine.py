@@ -20,6 +20,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_sam import contract
+from optax_sam.arguments import Mask
 from optax_sam.ascent import norm, restrict
 from optax_sam.blend import Blend, take_ascended
 from optax_sam.when import Step, When, always
@@ -58,7 +59,7 @@ def sharpness_aware(
     when: When = always(),
     blend: Blend = take_ascended(),
     *,
-    mask: contract.Mask = None,
+    mask: Mask = None,
     axis_name: Any = None,
     ascent_dtype: DTypeLike | None = None,
     name: str = "sharpness_aware",

@@ -163,7 +163,7 @@ def test_arguments_without_a_member_are_refused():
 
 
 def test_a_rule_that_needs_the_gradient_runs_as_one_program():
-    class Watch(when.AlwaysState):
+    class Watch(when.fixed.AlwaysState):
         """No decision is known ahead."""
 
         @property

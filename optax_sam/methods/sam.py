@@ -8,7 +8,8 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_sam import ascent
-from optax_sam.contract import Mask, check_integer
+from optax_sam.arguments import Mask
+from optax_sam.contract import check_integer
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import When, always
 

@@ -8,8 +8,9 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_sam import ascent
+from optax_sam.arguments import Mask
 from optax_sam.blend import reuse_difference, take_ascended
-from optax_sam.contract import Mask, check_number
+from optax_sam.contract import check_number
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import variance_controlled
 

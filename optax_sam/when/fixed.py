@@ -1,0 +1,190 @@
+"""Rules that look at no gradient: always, every k-th step, with a probability."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from optax_sam.arguments import at, raw_key, uniform
+from optax_sam.contract import check_integer, check_key, check_schedule
+from optax_sam.when.rule import When, kept, unobserved
+
+# How many decisions of a rule without windows are read ahead at once.
+LOOKAHEAD = 64
+
+
+class AlwaysState(NamedTuple):
+    """Nothing to remember."""
+
+    @property
+    def ascends(self) -> bool:
+        """Every step ascends."""
+        return True
+
+    def plan(self) -> tuple[np.ndarray, int]:
+        """Only ascents, without asking the device."""
+        return np.ones(LOOKAHEAD, bool), LOOKAHEAD
+
+
+def always() -> When:
+    """On every step; no conditional is compiled.
+
+    Returns:
+      A rule for ``when=``.
+
+    Examples:
+      >>> import optax_sam
+      >>> tx = optax_sam.sam(0.05, when=optax_sam.when.always())
+    """
+    return When(
+        init=lambda params: AlwaysState(),
+        now=lambda state, g, step: True,
+        observe=unobserved,
+        advance=lambda state, ascended: state,
+    )
+
+
+class EveryKState(NamedTuple):
+    """State of :func:`every_k`.
+
+    Attributes:
+      ascends: whether the next step ascends, () bool.
+      position: the next step's place in its period, () int32 in ``[0, k)``.
+      period: the period ``k``, () int32.
+    """
+
+    ascends: jax.Array
+    position: jax.Array
+    period: jax.Array
+
+    def plan(self) -> tuple[jax.Array, int]:
+        """The decisions of the next steps, and how many of them are known."""
+        ahead = self.position + jnp.arange(LOOKAHEAD, dtype=jnp.int32)
+        return ahead % self.period == 0, LOOKAHEAD
+
+
+def every_k(k: int, phase: int = 0) -> When:
+    r"""On every k-th step, as in SAM-5 and SAM-10.
+
+    Step :math:`t = 0, 1, \dots` ascends where :math:`(t + \text{phase}) \bmod k = 0`.
+    The average cost is :math:`1 + 1/k` gradients per step.
+
+    Args:
+      k: the period in steps, at least 1.
+      phase: how far into the period training starts, ``0 <= phase < k``: 0 ascends
+        on the first step of each period, 1 on the last.
+
+    Returns:
+      A rule for ``when=``.
+
+    Raises:
+      ValueError: if ``k`` or ``phase`` is out of range.
+
+    Examples:
+      >>> import optax, optax_sam
+      >>> sam_5 = optax_sam.sam(0.05, when=optax_sam.when.every_k(5))
+      >>> state = sam_5.init({"w": 1.0})
+      >>> print(optax_sam.ascent_plan(state)[:6])
+      [ True False False False False  True]
+    """
+    check_integer("k", k, 1)
+    check_integer("phase", phase, 0)
+    if phase >= k:
+        raise ValueError(f"phase must be below k = {k}; got {phase}.")
+
+    def init(params: Any) -> EveryKState:
+        del params
+        return EveryKState(
+            ascends=jnp.array(phase == 0),
+            position=jnp.array(phase, jnp.int32),
+            period=jnp.array(k, jnp.int32),
+        )
+
+    def advance(state: EveryKState, ascended: jax.Array) -> EveryKState:
+        del ascended
+        position = (state.position + 1) % k
+        return state._replace(ascends=position == 0, position=position)
+
+    return When(init, kept, unobserved, advance)
+
+
+class BernoulliState(NamedTuple):
+    """State of :func:`bernoulli`.
+
+    Attributes:
+      ascends: whether the next step ascends, () bool.
+      count: number of steps taken, () int32.
+      key: raw key data, (2,) uint32; the draw of a step is a function of both.
+      probability: the next step's probability, () float.
+      known: for how many steps that probability is known to hold, () int32.
+    """
+
+    ascends: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    key: jax.Array
+    probability: jax.Array
+    known: jax.Array
+
+    def plan(self) -> tuple[jax.Array, jax.Array]:
+        """The decisions of the next steps, and how many of them are known."""
+        ahead = self.count + jnp.arange(LOOKAHEAD, dtype=jnp.int32)
+        draws = jax.vmap(uniform, in_axes=(None, 0))(self.key, ahead)
+        return draws < self.probability, self.known
+
+
+def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
+    r"""On each step with probability p, as in SS-SAM and RST.
+
+    Step :math:`t` ascends where :math:`u_t < p_t`, with :math:`u_t` uniform on
+    :math:`[0, 1)`, drawn before any gradient is seen and equal on all devices. The
+    average cost is :math:`1 + p` gradients per step.
+
+    Args:
+      p: probability in ``[0, 1]``, or a schedule of the step.
+      key: an int, a key from ``jax.random.key``, or raw key data.
+
+    Returns:
+      A rule for ``when=``.
+
+    Raises:
+      ValueError: if ``p`` is not in ``[0, 1]`` or ``key`` is no key.
+
+    Examples:
+      >>> import optax_sam
+      >>> ss_sam = optax_sam.sam(0.05, when=optax_sam.when.bernoulli(0.5, key=7))
+
+    References:
+      Zhao et al., `SS-SAM <https://arxiv.org/abs/2203.09962>`_, 2022
+    """
+    check_schedule("p", p, 0.0, 1.0)
+    check_key(key)
+
+    def decide(state: BernoulliState) -> BernoulliState:
+        probability = at(p, state.count).astype(state.probability.dtype)
+        return state._replace(
+            ascends=uniform(state.key, state.count) < probability,
+            probability=probability,
+        )
+
+    def init(params: Any) -> BernoulliState:
+        del params
+        return decide(
+            BernoulliState(
+                ascends=jnp.array(False),
+                count=jnp.zeros((), jnp.int32),
+                key=raw_key(key),
+                probability=jnp.zeros((), float),
+                known=jnp.array(1 if callable(p) else LOOKAHEAD, jnp.int32),
+            )
+        )
+
+    def advance(state: BernoulliState, ascended: jax.Array) -> BernoulliState:
+        del ascended
+        return decide(state._replace(count=optax.safe_increment(state.count)))
+
+    return When(init, kept, unobserved, advance)

@@ -1,0 +1,52 @@
+"""What a rule is, and the two functions that most rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Step(NamedTuple):
+    """What a part may ask about the current step.
+
+    Attributes:
+      count: number of steps taken before this one, () int32; schedules are read here.
+      mean: averages a tree over the devices of ``axis_name``; else the identity.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    mean: Callable[[Any], Any]
+
+
+class When(NamedTuple):
+    """A rule that decides on which steps the second gradient is taken.
+
+    Attributes:
+      init: ``init(params) -> state``.
+      now: ``now(state, g, step) -> decision`` for this step. A Python bool compiles
+        no conditional.
+      observe: ``observe(state, g, g_s, step) -> state``, called on ascended steps
+        whose gradients are finite. What it stores of a gradient must go through
+        ``step.mean``.
+      advance: ``advance(state, ascended) -> state``, called at the end of every
+        step; ``ascended`` says what was decided, also where ``ascend=`` overruled.
+    """
+
+    init: Callable[[Any], Any]
+    now: Callable[[Any, Any, Step], bool | jax.Array]
+    observe: Callable[[Any, Any, Any, Step], Any]
+    advance: Callable[[Any, jax.Array], Any]
+
+
+def kept(state: Any, g: Any, step: Step) -> jax.Array:
+    """The decision that the state has kept from the step before."""
+    del g, step
+    return state.ascends
+
+
+def unobserved(state: Any, g: Any, g_s: Any, step: Step) -> Any:
+    """Nothing is learnt from the gradients."""
+    del g, g_s, step
+    return state
