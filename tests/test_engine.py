@@ -163,3 +163,12 @@ def test_what_is_no_rule_is_refused(wrong):
 def test_numbers_that_have_no_schedule_refuse_one():
     with pytest.raises(ValueError, match=r"max_rate must be a number in \(0.0, 1.0\]"):
         optax_sam.vsam(max_rate=lambda t: 0.5)
+
+
+def test_a_mask_holds_for_rules_that_ignore_the_gradient():
+    ones = optax.stateless(lambda updates, _: jax.tree.map(jnp.ones_like, updates))
+    rule = optax_sam.ascent.restrict(ones, {"moves": True, "stays": False})
+    g = {"moves": jnp.zeros(2), "stays": jnp.zeros(3)}
+    e, _ = rule.update(g, rule.init(g), g)
+    np.testing.assert_array_equal(e["moves"], 1)
+    np.testing.assert_array_equal(e["stays"], 0)
