@@ -24,8 +24,8 @@ __all__ = ["adaptive", "l2", "n_step", "norm", "rescale", "restrict"]
 # none, 1e-16, 1e-12 or 1e-7; at 1e-12 a float32 gradient never notices.
 _EPS = 1e-12
 
-# A loop body is slow on CPU (XLA runs backward convolutions outside the entry
-# computation 20 to 80 times slower), so short loops are unrolled.
+# XLA's CPU backend runs backward convolutions in a loop many times slower than in the
+# entry computation, so short loops are unrolled.
 _UNROLL_LIMIT = 8
 
 

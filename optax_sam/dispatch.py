@@ -16,8 +16,8 @@ from optax_sam.readers import ascent_plan, members
 def dispatch(train_step: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
     """Compiles a train step with and without the ascent, and calls the right one.
 
-    XLA's CPU backend runs backward convolutions inside a conditional (or a loop) 20
-    to 80 times slower than outside, and a GPU has to read the decision back. Two
+    XLA's CPU backend runs backward convolutions inside a conditional (or a loop) many
+    times slower than outside, and a GPU has to read the decision back. Two
     straight-line programs have neither cost. Decisions are read ahead: the loop waits
     for the device once per window (vSAM) or once per 64 steps, and otherwise runs
     ahead of it. A state that is not the one returned by the call before, such as a
