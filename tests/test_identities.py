@@ -198,6 +198,14 @@ def test_masks(method, x64):
         )
 
 
+def test_a_mask_holds_for_rules_that_move_without_a_gradient():
+    """Noise, for instance, is not zero where the gradient is masked out."""
+    ones = optax.stateless(lambda g, params: jax.tree.map(jnp.ones_like, g))
+    g = harness.tree()
+    e, _ = restrict(ones, {"layer": True, "gain": False}).update(g, None, g)
+    harness.assert_equal(e, {"layer": harness.like(g["layer"], 1.0), "gain": 0.0})
+
+
 # vSAM.
 
 WINDOW = {"window": 4, "num_slices": 2, "warmup_steps": 7}
@@ -239,15 +247,18 @@ def test_vsam_reuses_the_difference(decay, max_reuse, x64):
         ),
         static_argnames="ascend",
     )
-    d, state = update(harness.tree(1), tx.init(params), ascend=True)
-    harness.assert_equal(d, g_s)
-    psf = jax.tree.map(jnp.subtract, g_s, harness.tree(1))
-    for j in range(1, 7):
-        g = harness.tree(10 + j)
-        d, state = update(g, state, ascend=False)
-        weight = decay**j if max_reuse is None or j <= max_reuse else 0.0
-        wanted = jax.tree.map(lambda x, y, w=weight: x + w * y, g, psf)
-        harness.assert_close(d, wanted, 1e-12)
+    state = tx.init(params)
+    # The second time the memory is not empty, and its age not zero.
+    for sampled in (harness.tree(1), harness.tree(3)):
+        d, state = update(sampled, state, ascend=True)
+        harness.assert_equal(d, g_s)
+        psf = jax.tree.map(jnp.subtract, g_s, sampled)
+        for j in range(1, 7):
+            g = harness.tree(10 + j)
+            d, state = update(g, state, ascend=False)
+            weight = decay**j if max_reuse is None or j <= max_reuse else 0.0
+            wanted = jax.tree.map(lambda x, y, w=weight: x + w * y, g, psf)
+            harness.assert_close(d, wanted, 1e-12)
 
 
 # Formulas.
