@@ -41,7 +41,8 @@ def norm(tree: Any) -> jax.Array:
 def rescale(tree: Any, length: jax.Array, radius: ArrayLike) -> Any:
     """``radius * tree / length``, in float32 or better.
 
-    A length that is zero or not finite is no direction: it gives the zero offset.
+    A length that is zero or not finite is no direction: finite entries then give a
+    zero offset; others stay NaN, and the engine uses nothing of such a step.
     """
     radius = jnp.asarray(radius, length.dtype)
     scale = jnp.where(length > 0, radius / (length + _EPS), 0)
