@@ -241,13 +241,13 @@ def n_step(
 
         # No distance from zero to go back: the first step needs no projection,
         # unless it is longer than the radius.
-        first = rescale(g, norm(g), jnp.minimum(length, radius) if project else length)
-        step = lambda delta: climb(delta, grad_fn(optax.tree.add(params, delta)))
-        if num_steps <= _UNROLL_LIMIT:
-            for _ in range(num_steps - 1):
-                first = step(first)
-            return first, state
-        return jax.lax.fori_loop(1, num_steps, lambda _, x: step(x), first), state
+        delta = rescale(g, norm(g), jnp.minimum(length, radius) if project else length)
+        step = lambda _, delta: climb(delta, grad_fn(optax.tree.add(params, delta)))
+        if num_steps > _UNROLL_LIMIT:
+            return jax.lax.fori_loop(1, num_steps, step, delta), state
+        for i in range(1, num_steps):
+            delta = step(i, delta)
+        return delta, state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

@@ -219,7 +219,7 @@ def sharpness_aware(
             d, fresh_blend = blend.fresh(g, g_s, state.blend, step)
             fallback, stale_blend = blend.stale(g, state.blend, step)
             gradient_norm, ascended_norm, survival = choose(
-                (measured[0], measured[1], measured[2]),
+                tuple(measured),
                 (state.gradient_norm, state.ascended_norm, state.survival),
             )
             observed = when.observe(state.when, g, g_s, step)

@@ -44,7 +44,7 @@ def _without_variables(tree: Any) -> Any:
     )
 
 
-def _only_when(opt_state: Any) -> Any:
+def _some_members(opt_state: Any) -> list[SharpnessAwareState]:
     found = members(opt_state)
     if not found:
         raise ValueError(
@@ -52,6 +52,11 @@ def _only_when(opt_state: Any) -> Any:
             " optimizer that has one, for instance"
             " optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))."
         )
+    return found
+
+
+def _only_when(opt_state: Any) -> Any:
+    found = _some_members(opt_state)
     if len(found) > 1:
         raise ValueError(
             "Several sharpness-aware members found, so there is no single decision:"
@@ -148,9 +153,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       >>> int(optax_sam.metrics(state)["ascents"])
       0
     """
-    found = members(opt_state)
-    if not found:
-        _only_when(opt_state)
+    found = _some_members(opt_state)
     named: dict[str, jax.Array] = {}
     for path, variables in zip(_paths(opt_state), found, strict=True):
         state = _without_variables(variables)

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from reference import vsam
 
 DATA = pathlib.Path(__file__).parent / "data" / "parity"
 RUNS = json.loads((DATA / "runs.json").read_text())
@@ -37,6 +38,21 @@ def data(name, t):
         return PROBLEM["quad/A"], PROBLEM["quad/b"]
     batch = slice(64 * (t % 8), 64 * (t % 8) + 64)
     return PROBLEM["X"][batch], PROBLEM["y"][batch]
+
+
+def transcribed_vsam(name):
+    """The transcription with the hyperparameters of a run."""
+    h = RUNS[name]["hyperparameters"]
+    return vsam.VSAM(
+        h["rho"],
+        h["beta"],
+        tail=TENSORS[-h["last_layer"] :],
+        K=h["K"],
+        m=h["m"],
+        a=h["a"],
+        max_rate=h["max_rate"],
+        warmup=h["warmup_steps"],
+    )
 
 
 def arrays(name):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import recorded
-from reference import base, vsam
+from reference import base
 
 import optax_sam
 
@@ -154,16 +154,7 @@ def test_vsam_decides_by_itself_as_the_transcription(key, name):
     steps = list(descend(name, tx))
     states = stacked([state for _, _, state in steps])
 
-    reference = vsam.VSAM(
-        h["rho"],
-        h["beta"],
-        tail=recorded.TENSORS[-h["last_layer"] :],
-        K=h["K"],
-        m=h["m"],
-        a=h["a"],
-        max_rate=h["max_rate"],
-        warmup=h["warmup_steps"],
-    )
+    reference = recorded.transcribed_vsam(name)
     control, u = reference.controller, draws(key, h["steps"])
     samples, s = [0], []
 

@@ -78,17 +78,8 @@ def test_trajectory(name):
 
 @pytest.mark.parametrize("name", [n for n in recorded.RUNS if "vsam" in n])
 def test_vsam_decides_and_descends_as_recorded(name):
-    h, run = recorded.RUNS[name]["hyperparameters"], recorded.arrays(name)
-    method = vsam.VSAM(
-        h["rho"],
-        h["beta"],
-        tail=recorded.TENSORS[-h["last_layer"] :],
-        K=h["K"],
-        m=h["m"],
-        a=h["a"],
-        max_rate=h["max_rate"],
-        warmup=h["warmup_steps"],
-    )
+    run = recorded.arrays(name)
+    method = recorded.transcribed_vsam(name)
     control, log = method.controller, []
 
     def step(t, w):
