@@ -27,6 +27,11 @@ def quad(w, A, b):
 LOSSES = {"mlp": mlp, "quad": quad}
 
 
+def runs(*methods):
+    """The names of the recorded runs of some methods, with their variants."""
+    return [name for name in RUNS if name.removeprefix("quad_").startswith(methods)]
+
+
 def initial(name):
     if RUNS[name]["problem"] == "quad":
         return {"w": PROBLEM["quad/w0"]}

@@ -83,8 +83,8 @@ def check(name, steps):
     return stacked(states)
 
 
-SAM_RUNS = [name for name in recorded.RUNS if "vsam" not in name]
-VSAM_RUNS = [name for name in recorded.RUNS if "vsam" in name]
+SAM_RUNS = recorded.runs("sgd", "sam", "asam")
+VSAM_RUNS = recorded.runs("vsam")
 
 
 def member(name):

@@ -62,7 +62,7 @@ def test_gradient_of_the_network(batch):
         np.testing.assert_allclose(g, recorded_grad, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", [n for n in recorded.RUNS if "vsam" not in n])
+@pytest.mark.parametrize("name", recorded.runs("sgd", "sam", "asam"))
 def test_trajectory(name):
     steps = recorded.RUNS[name]["steps"]
     trajectory = descend(name, direction(name), steps)
@@ -76,7 +76,7 @@ def test_trajectory(name):
         np.testing.assert_allclose(norms, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [n for n in recorded.RUNS if "vsam" in n])
+@pytest.mark.parametrize("name", recorded.runs("vsam"))
 def test_vsam_decides_and_descends_as_recorded(name):
     run = recorded.arrays(name)
     method = recorded.transcribed_vsam(name)
@@ -105,7 +105,7 @@ def test_vsam_decides_and_descends_as_recorded(name):
         assert recorded.deviation(trajectory[t], w) < TOLERANCE, t
 
 
-@pytest.mark.parametrize("name", [n for n in recorded.RUNS if "vsam" in n])
+@pytest.mark.parametrize("name", recorded.runs("vsam"))
 def test_controller_alone_decides_as_recorded(name):
     h, run = recorded.RUNS[name]["hyperparameters"], recorded.arrays(name)
     sampled, s = vsam.simulate(
