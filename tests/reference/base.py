@@ -21,6 +21,11 @@ def scaled(a, c):
     return {leaf: c * a[leaf] for leaf in a}
 
 
+def dot(a, b):
+    """<a, b>, over all leaves together."""
+    return sum(np.sum(a[leaf] * b[leaf]) for leaf in a)
+
+
 def norm(a, leaves=None):
     """||a||, over all leaves together or over those named."""
     return np.sqrt(sum(np.sum(a[leaf] ** 2) for leaf in (leaves or a)))
@@ -32,6 +37,12 @@ def unit(a, eps=1e-12):
     return scaled(a, 1.0 / (n + eps) if n > 0 else 0.0)
 
 
+def rejection(a, b):
+    """a - (<a, b> / ||b||^2) b, the part of a orthogonal to b; a where b = 0."""
+    n = norm(b)
+    return add(a, b, -dot(a, b) / n**2 if n > 0 else 0.0)
+
+
 def clip(a, max_norm):
     """a scaled back to norm max_norm where it is longer."""
     n = norm(a)
@@ -41,26 +52,38 @@ def clip(a, max_norm):
 def descend(w, steps, direction, *, lr, momentum, weight_decay=0.0, nesterov=False):
     """SGD on the directions of a method; returns [w_0, ..., w_steps].
 
+    lr is a number, or one per step.
     d = direction(t, w) + weight_decay w
     v <- momentum v + d
     w <- w - lr v                     (Nesterov: w <- w - lr (d + momentum v))
     """
     trajectory, v = [w], scaled(w, 0.0)
-    for t in range(steps):
+    for t, lr_t in enumerate(np.broadcast_to(lr, steps)):
         d = add(direction(t, w), w, weight_decay)
         v = add(d, v, momentum)
-        w = add(w, add(d, v, momentum) if nesterov else v, -lr)
+        w = add(w, add(d, v, momentum) if nesterov else v, -lr_t)
         trajectory.append(w)
     return trajectory
 
 
-def mlp(w, x, y):
-    """Loss and gradient of x -> Dense -> tanh -> Dense -> softmax cross-entropy."""
+def forward(w, x, y):
+    """x -> Dense -> tanh -> Dense -> softmax: h, probabilities, one-hot labels."""
     h = np.tanh(x @ w["layer0/kernel"] + w["layer0/bias"])
     z = h @ w["layer1/kernel"] + w["layer1/bias"]
     p = np.exp(z - z.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
-    one_hot = np.eye(z.shape[1])[y]
+    return h, p, np.eye(z.shape[1])[y]
+
+
+def mlp_losses(w, x, y):
+    """The cross-entropy of each example."""
+    _, p, one_hot = forward(w, x, y)
+    return -np.log(np.sum(p * one_hot, axis=1))
+
+
+def mlp(w, x, y):
+    """The mean of the examples' losses and its gradient."""
+    h, p, one_hot = forward(w, x, y)
     loss = -np.mean(np.log(np.sum(p * one_hot, axis=1)))
     dz = (p - one_hot) / len(y)
     da = (dz @ w["layer1/kernel"].T) * (1.0 - h**2)

@@ -12,10 +12,14 @@ arXiv 2203.09962; zhaoyang-0204/gnp, training/training_core.py.
 from .base import add, norm, scaled, unit
 
 
+def ascend(w, g, rho, eps=1e-12):
+    """e = rho g / (||g|| + eps)."""
+    return scaled(unit(g, eps), rho)
+
+
 def sam(w, grad, rho, eps=1e-12):
-    """e = rho g / (||g|| + eps),  d = grad(w + e)."""
-    e = scaled(unit(grad(w), eps), rho)
-    return grad(add(w, e))
+    """d = grad(w + e)."""
+    return grad(add(w, ascend(w, grad(w), rho, eps)))
 
 
 def n_step(w, grad, rho, n, step_size, project=True):
