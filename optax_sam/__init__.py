@@ -3,7 +3,15 @@
 from optax_sam import ascent, blend, when
 from optax_sam.dispatch import dispatch
 from optax_sam.engine import SharpnessAwareState, sharpness_aware
+from optax_sam.methods.ae_looksam import ae_looksam
+from optax_sam.methods.ae_sam import ae_sam
 from optax_sam.methods.asam import asam
+from optax_sam.methods.esam import esam
+from optax_sam.methods.gsam import gsam, rho_from_lr
+from optax_sam.methods.look_layer_sam import look_layer_sam
+from optax_sam.methods.looksam import looksam
+from optax_sam.methods.random_sam import random_sam
+from optax_sam.methods.renyi_sam import renyi_sam
 from optax_sam.methods.sam import sam
 from optax_sam.methods.vsam import vsam
 from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
@@ -12,13 +20,22 @@ from optax_sam.version import __version__
 __all__ = [
     "SharpnessAwareState",
     "__version__",
+    "ae_looksam",
+    "ae_sam",
     "asam",
     "ascends_next",
     "ascent",
     "ascent_plan",
     "blend",
     "dispatch",
+    "esam",
+    "gsam",
+    "look_layer_sam",
+    "looksam",
     "metrics",
+    "random_sam",
+    "renyi_sam",
+    "rho_from_lr",
     "sam",
     "sharpness_aware",
     "static_args",

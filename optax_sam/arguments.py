@@ -64,7 +64,16 @@ def raw_key(key: ArrayLike) -> jax.Array:
     return jnp.array(key)
 
 
+def draw(key: jax.Array, count: ArrayLike | None) -> jax.Array:
+    """The generator that belongs to step ``count``: a function, never a state."""
+    if count is None:
+        raise ValueError(
+            "A random rule needs the step: pass count=..., the number of steps taken so"
+            " far (optax_sam.sharpness_aware does so)."
+        )
+    return jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), count)
+
+
 def uniform(key: jax.Array, count: ArrayLike) -> jax.Array:
-    """The draw in [0, 1) that belongs to step ``count``: a function, never a state."""
-    generator = jax.random.wrap_key_data(key, impl="threefry2x32")
-    return jax.random.uniform(jax.random.fold_in(generator, count))
+    """The draw in [0, 1) that belongs to step ``count``."""
+    return jax.random.uniform(draw(key, count))

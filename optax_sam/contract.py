@@ -36,19 +36,24 @@ def check_number(
     high: float = np.inf,
     *,
     open_low: bool = False,
+    open_high: bool = False,
     what: str = "a number",
+    finite: bool = True,
 ) -> None:
     """Raises unless ``value`` is traced or a number within the range."""
     if isinstance(value, jax.core.Tracer):
         return
-    allowed = f"{'(' if open_low else '['}{low}, {high}{')' if high == np.inf else ']'}"
+    open_high |= finite and high == np.inf
+    allowed = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
     advice = f"{name} must be {what} in {allowed}"
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ValueError(f"{advice}; got {value!r}.") from None
-    inside = low < number if open_low else low <= number
-    if not (inside and number <= high and np.isfinite(number)):
+    inside = (low < number if open_low else low <= number) and (
+        number < high if open_high else number <= high
+    )
+    if not inside:  # a number that is none lies in no range
         raise ValueError(f"{advice}; got {number}.")
 
 

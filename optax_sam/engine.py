@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from optax_sam import contract
 from optax_sam.arguments import Mask
-from optax_sam.ascent import norm, restrict
+from optax_sam.ascent import OwnGradient, norm, restrict
 from optax_sam.blend import Blend, take_ascended
 from optax_sam.when import Step, When, always
 
@@ -194,6 +194,9 @@ def sharpness_aware(
                 count=state.count,
                 **extra,
             )
+            # A rule that looked elsewhere (R-SAM) stands on its own gradient, also
+            # where it falls back: XLA drops the incoming one if nothing uses it.
+            e, first = e if isinstance(e, OwnGradient) else (e, g)
             w_e = rounded(optax.tree.add(params, e))
             g_s = gradient(w_e)
             # Judged in the dtype that is emitted: float16 may not hold what grad_fn
@@ -202,7 +205,7 @@ def sharpness_aware(
                 [
                     x.astype(state.gradient_norm.dtype)
                     for x in (
-                        norm(g),
+                        norm(optax.tree.cast_like(first, g)),
                         norm(optax.tree.cast_like(g_s, g)),
                         _survival(params, w_e, e),
                     )
@@ -216,13 +219,13 @@ def sharpness_aware(
             def choose(new: Any, old: Any) -> Any:
                 return jax.tree.map(lambda x, y: jnp.where(accepted, x, y), new, old)
 
-            d, fresh_blend = blend.fresh(g, g_s, state.blend, step)
-            fallback, stale_blend = blend.stale(g, state.blend, step)
+            d, fresh_blend = blend.fresh(first, g_s, state.blend, step)
+            fallback, stale_blend = blend.stale(first, state.blend, step)
             gradient_norm, ascended_norm, survival = choose(
                 tuple(measured),
                 (state.gradient_norm, state.ascended_norm, state.survival),
             )
-            observed = when.observe(state.when, g, g_s, step)
+            observed = when.observe(state.when, first, g_s, step)
             return emit(choose(d, fallback)), state._replace(
                 num_ascents=optax.safe_increment(state.num_ascents),
                 num_rejected=state.num_rejected + ~accepted,
@@ -239,7 +242,11 @@ def sharpness_aware(
             return emit(d), state._replace(blend=blend_state)
 
         forced = _static(ascend)
-        decision = when.now(state.when, g, step) if forced is None else forced
+        decision, moved = when.now(state.when, g, step)
+        decision, state = (
+            decision if forced is None else forced,
+            state._replace(when=moved),
+        )
         if isinstance(decision, jax.core.Tracer):
             d, state = jax.lax.cond(decision, ascended, skipped, state)
         else:  # known while tracing, or nothing is traced: a cond would be compiled

@@ -172,7 +172,7 @@ def test_a_rule_that_needs_the_gradient_runs_as_one_program():
 
     by_norm = when.When(
         init=lambda params: Watch(),
-        now=lambda state, g, step: jnp.linalg.norm(g) > 1.5,
+        now=lambda state, g, step: (jnp.linalg.norm(g) > 1.5, state),
         observe=lambda state, g, g_s, step: state,
         advance=lambda state, ascended: state,
     )

@@ -37,7 +37,7 @@ def history():
         init=lambda params: HistoryState(
             jnp.array(True), jnp.zeros(()), jnp.zeros(8, jnp.int32)
         ),
-        now=lambda state, g, step: state.ascends,
+        now=lambda state, g, step: (state.ascends, state),
         observe=observe,
         advance=lambda state, ascended: state._replace(ascends=~ascended),
     )

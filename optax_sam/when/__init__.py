@@ -14,16 +14,27 @@ from optax_sam.when.fixed import (
     every_k,
 )
 from optax_sam.when.rule import Step, When
+from optax_sam.when.trend import (
+    LaggedNormTrendState,
+    NormTrendState,
+    norm_above_trend,
+)
 from optax_sam.when.variance import VarianceControlledState, variance_controlled
+from optax_sam.when.warmup import AfterState, after
 
 __all__ = [
+    "AfterState",
     "BernoulliState",
     "EveryKState",
+    "LaggedNormTrendState",
+    "NormTrendState",
     "Step",
     "VarianceControlledState",
     "When",
+    "after",
     "always",
     "bernoulli",
     "every_k",
+    "norm_above_trend",
     "variance_controlled",
 ]

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from optax_sam.arguments import at, raw_key, uniform
 from optax_sam.contract import check_integer, check_key, check_schedule
-from optax_sam.when.rule import When, kept, unobserved
+from optax_sam.when.rule import When, kept, unmoved, unobserved
 
 # How many decisions of a rule without windows are read ahead at once.
 LOOKAHEAD = 64
@@ -43,9 +43,9 @@ def always() -> When:
     """
     return When(
         init=lambda params: AlwaysState(),
-        now=lambda state, g, step: True,
+        now=lambda state, g, step: (True, state),
         observe=unobserved,
-        advance=lambda state, ascended: state,
+        advance=unmoved,
     )
 
 

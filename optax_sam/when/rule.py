@@ -25,8 +25,9 @@ class When(NamedTuple):
 
     Attributes:
       init: ``init(params) -> state``.
-      now: ``now(state, g, step) -> decision`` for this step. A Python bool compiles
-        no conditional.
+      now: ``now(state, g, step) -> (decision, state)`` for this step. A Python bool
+        compiles no conditional. It sees every gradient, also those that are not
+        finite, and what it stores of one must go through ``step.mean``.
       observe: ``observe(state, g, g_s, step) -> state``, called on ascended steps
         whose gradients are finite. What it stores of a gradient must go through
         ``step.mean``.
@@ -35,15 +36,21 @@ class When(NamedTuple):
     """
 
     init: Callable[[Any], Any]
-    now: Callable[[Any, Any, Step], bool | jax.Array]
+    now: Callable[[Any, Any, Step], tuple[bool | jax.Array, Any]]
     observe: Callable[[Any, Any, Any, Step], Any]
     advance: Callable[[Any, jax.Array], Any]
 
 
-def kept(state: Any, g: Any, step: Step) -> jax.Array:
+def kept(state: Any, g: Any, step: Step) -> tuple[jax.Array, Any]:
     """The decision that the state has kept from the step before."""
     del g, step
-    return state.ascends
+    return state.ascends, state
+
+
+def unmoved(state: Any, ascended: jax.Array) -> Any:
+    """Nothing changes at the end of a step."""
+    del ascended
+    return state
 
 
 def unobserved(state: Any, g: Any, g_s: Any, step: Step) -> Any:

@@ -1,0 +1,211 @@
+"""One step to the boundary of a ball, an ellipsoid, or a ball for each leaf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam.arguments import Mask, at, resolve_mask
+from optax_sam.ascent.rule import check_params, norm, rescale, scaled, wide
+from optax_sam.contract import check_schedule
+
+
+def l2(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""The steepest point of an l2 ball: :math:`e = \rho\, g / \|g\|`.
+
+    The norm is global, over all leaves together.
+
+    Args:
+      rho: radius of the ball, in units of the weights, at least 0, or a schedule.
+
+    Returns:
+      A transformation from a gradient to an offset of norm ``rho``; a zero gradient
+      gives a zero offset.
+
+    Raises:
+      ValueError: if ``rho`` is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.l2(0.5)
+      >>> g = {"w": jnp.array([3.0, 4.0])}
+      >>> e, _ = rule.update(g, rule.init(g))
+      >>> print(e["w"])
+      [0.3 0.4]
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2010.01412>`_, 2021
+    """
+    check_schedule("rho", rho, 0.0)
+
+    def update(
+        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        del params, extra
+        return rescale(g, norm(g), at(rho, count)), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def weight_scaled(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""SAM's offset times the sizes of the weights: :math:`e = \rho\, |w|\, g / \|g\|`.
+
+    It is what big_vision's GSAM calls adaptive. It is not ASAM's ellipsoid
+    (:func:`adaptive`), which multiplies by the sizes twice and divides by the norm of
+    the scaled gradient.
+
+    Args:
+      rho: radius relative to the weights' sizes, at least 0, or a schedule.
+
+    Returns:
+      A transformation from a gradient to an offset; it needs ``params``.
+
+    Raises:
+      ValueError: if ``rho`` is negative, or ``params`` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.weight_scaled(0.5)
+      >>> w, g = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}
+      >>> e, _ = rule.update(g, rule.init(w), w)
+      >>> print(e["w"])
+      [0.3 0.8]
+
+    References:
+      Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
+      <https://arxiv.org/abs/2203.08065>`_, 2022; code: google-research/big_vision
+    """
+    check_schedule("rho", rho, 0.0)
+
+    def update(
+        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        del extra
+        check_params("A weight-scaled ascent", params)
+        e = rescale(g, norm(g), at(rho, count))
+        return jax.tree.map(lambda x, w: jnp.abs(w) * x, e, params), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def trust_ratio(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""A ball for each leaf, as large as its weights: LookLayerSAM's ascent.
+
+    .. math::
+      e_l = \rho\, \frac{\|w_l\|}{\|g_l\|}\, g_l, \qquad \|e_l\| = \rho\, \|w_l\|
+
+    The ratio is LAMB's: 1 where either norm is zero.
+
+    Args:
+      rho: radius relative to the norm of a leaf's weights, at least 0, or a schedule.
+
+    Returns:
+      A transformation from a gradient to an offset; it needs ``params``.
+
+    Raises:
+      ValueError: if ``rho`` is negative, or ``params`` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.trust_ratio(0.1)
+      >>> w = {"a": jnp.array([6.0, 8.0]), "b": jnp.array([0.0])}
+      >>> g = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([3.0])}
+      >>> e, _ = rule.update(g, rule.init(w), w)
+      >>> print(e["a"], e["b"])
+      [0. 1.] [0.3]
+
+    References:
+      Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2203.02714>`_, 2022
+    """
+    check_schedule("rho", rho, 0.0)
+
+    def update(
+        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        del extra
+        check_params("A layer-wise ascent", params)
+        radius = at(rho, count)
+
+        def offset(x: jax.Array, w: jax.Array) -> jax.Array:
+            size, weights = norm(x), norm(w)
+            both = (size > 0) & (weights > 0)
+            ratio = jnp.where(both, weights / jnp.where(both, size, 1), 1)
+            return scaled(x, radius * ratio)
+
+        return jax.tree.map(offset, g, params), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def adaptive(
+    rho: optax.ScalarOrSchedule,
+    eta: optax.ScalarOrSchedule = 0.01,
+    adapt: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The steepest point of an ellipsoid that follows the sizes of the weights.
+
+    .. math::
+      T = |w| + \eta \text{ on adapted leaves, else } 1, \qquad
+      e = \rho\, T^2 g / \|T g\|, \qquad \|e / T\| = \rho
+
+    Args:
+      rho: radius in units of the weights' own size, at least 0, or a schedule.
+      eta: added to the sizes, so that zero weights move too; at least 0, or a
+        schedule.
+      adapt: the adapted leaves: a bool for all, a tree of bools or a prefix of it,
+        or a function from the parameters to one. Default: leaves with two or more
+        dimensions, and gains of normalization layers (named ``scale`` or
+        ``weight``).
+
+    Returns:
+      A transformation from a gradient to an offset; it needs ``params``.
+
+    Raises:
+      ValueError: if ``rho`` or ``eta`` is negative, or ``params`` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.adaptive(1.0, eta=0.0, adapt=True)
+      >>> w, g = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 2.0])}
+      >>> e, _ = rule.update(g, rule.init(w), w)
+      >>> print(e["w"])
+      [0.6 1.6]
+
+    References:
+      Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
+    """
+    check_schedule("rho", rho, 0.0)
+    check_schedule("eta", eta, 0.0)
+    chosen = _weights_and_gains if adapt is None else adapt
+
+    def update(
+        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        del extra
+        check_params("An adaptive ascent", params)
+        radius, eta_now = at(rho, count), at(eta, count)
+        adapted = resolve_mask(chosen, params, name="adapt")
+
+        def times_t(x: jax.Array, w: jax.Array, is_adapted: bool) -> jax.Array:
+            return (jnp.abs(w) + eta_now) * wide(x) if is_adapted else wide(x)
+
+        t_g = jax.tree.map(times_t, g, params, adapted)
+        t2_g = jax.tree.map(times_t, t_g, params, adapted)
+        return rescale(t2_g, norm(t_g), radius), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _weights_and_gains(params: Any) -> Any:
+    """Kernels, embeddings and norm gains, as PyTorch's ``weight`` names them."""
+
+    def is_weight(path: Any, leaf: Any) -> bool:
+        names = {getattr(k, "key", getattr(k, "name", None)) for k in path[-2:]}
+        return jnp.ndim(leaf) >= 2 or bool(names & {"scale", "weight"})
+
+    return jax.tree_util.tree_map_with_path(is_weight, params)

@@ -1,0 +1,100 @@
+"""A step whose length follows the Renyi entropy of the gradient: the rule of RSAM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from optax_sam.arguments import at
+from optax_sam.ascent.rule import norm, scaled, wide
+from optax_sam.contract import check_number, check_schedule
+
+# Added to the sum and to the squared norm, as the authors do.
+_EPS = 1e-16
+
+
+def renyi(
+    rho: optax.ScalarOrSchedule = 0.65,
+    alpha: optax.ScalarOrSchedule = 1.2,
+    *,
+    layerwise: bool = False,
+    max_offset_norm: ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The step along the gradient that adds a Renyi-type regularizer, to first order.
+
+    .. math::
+      S_\alpha(g) = \frac{\sum_j |g_j|^{2\alpha}}{\|g\|^{2\alpha}}, \qquad
+      e = -\mathrm{sign}(1 - \alpha)\, \rho\, \frac{S_\alpha(g)}{\|g\|^2}\, g,
+      \qquad L(w + e) \approx L(w) - \mathrm{sign}(1 - \alpha)\, \rho\, S_\alpha(g)
+
+    The sum runs over all coordinates, or over the leaves with their norms. It goes
+    uphill for ``alpha > 1`` and downhill for ``alpha < 1``. The length of the offset,
+    :math:`\rho S_\alpha / \|g\|`, has no bound as the gradient vanishes.
+
+    Args:
+      rho: weight of the regularizer, at least 0, or a schedule.
+      alpha: order of the entropy, positive and not 1, or a schedule. Below 1 the sum
+        grows with the number of weights to the power ``1 - alpha``, so ``rho`` must
+        be smaller by orders of magnitude.
+      layerwise: whether the sum runs over leaves instead of coordinates.
+      max_offset_norm: the largest norm of the offset, positive; ``None`` means no
+        limit.
+
+    Returns:
+      A transformation from a gradient to an offset; a zero gradient gives a zero
+      offset.
+
+    Raises:
+      ValueError: if ``rho`` is negative, ``alpha`` is 1 or not positive, or
+        ``max_offset_norm`` is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.renyi(1.0, alpha=2.0)
+      >>> g = {"w": jnp.array([1.0, -1.0])}
+      >>> e, _ = rule.update(g, rule.init(g))
+      >>> print(e["w"])  # S = 1 / 2
+      [ 0.25 -0.25]
+
+    References:
+      Zhang et al., `Rényi Sharpness <https://arxiv.org/abs/2510.07758>`_, 2025; code:
+      QiaozheZhang/RSAM
+    """
+    check_schedule("rho", rho, 0.0)
+    check_schedule("alpha", alpha, 0.0)
+    if not callable(alpha) and not isinstance(alpha, jax.core.Tracer):
+        check_number("alpha", alpha, 0.0, open_low=True)
+        if float(np.asarray(alpha)) == 1:
+            raise ValueError(
+                "alpha must not be 1, where the regularizer is constant: alpha > 1"
+                " (such as 1.2) climbs towards the sharp side, alpha < 1 descends."
+            )
+    if max_offset_norm is not None:
+        check_number("max_offset_norm", max_offset_norm, 0.0, open_low=True)
+
+    def update(
+        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        del params, extra
+        n, a = norm(g), at(alpha, count)
+        square = jnp.square(n) + _EPS
+        length = jnp.sqrt(square)
+
+        def powers(x: jax.Array) -> jax.Array:
+            # Divided before the power is taken, which float32 could not hold.
+            sizes = norm(x) if layerwise else jnp.abs(wide(x))
+            return jnp.sum((sizes / length) ** (2 * a))
+
+        s = sum(map(powers, jax.tree.leaves(g))) + _EPS / length ** (2 * a)
+        c = at(rho, count) * s / square
+        if max_offset_norm is not None:
+            c = jnp.minimum(c, max_offset_norm / jnp.where(n > 0, n, 1))
+        c = jnp.where(n > 0, -jnp.sign(1 - a) * c, 0)
+        return scaled(g, c), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

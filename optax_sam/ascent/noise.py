@@ -1,0 +1,140 @@
+"""Ascent from a gradient at randomly smoothed weights: the rule of R-SAM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optax_sam.arguments import Mask, at, draw, raw_key, resolve_mask
+from optax_sam.ascent.masks import keep
+from optax_sam.ascent.rule import OwnGradient, norm, rescale, wide
+from optax_sam.contract import check_key, check_schedule
+
+
+class SmoothedState(NamedTuple):
+    """State of :func:`smoothed`.
+
+    Attributes:
+      key: raw key data, (2,) uint32; the noise of a step is a function of both.
+    """
+
+    key: jax.Array
+
+
+def smoothed(
+    rho: optax.ScalarOrSchedule,
+    sigma: optax.ScalarOrSchedule = 5e-4,
+    gradient_weight: optax.ScalarOrSchedule = 2.0,
+    key: ArrayLike = 0,
+    *,
+    mask: Mask = None,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Ascends along a gradient at randomly smoothed weights, mixed with the noise.
+
+    .. math::
+      \Delta_u &= \sigma\, \|W_u\|\, z_u, \quad z \sim \mathcal N(0, I)
+        && \text{for each output unit } u \text{ of a kernel} \\
+      \Delta &= \sigma\, (\|b\| + 10^{-16})\, z
+        && \text{for leaves of one dimension or none} \\
+      g_1 &= \nabla L(w + \Delta), \qquad
+      e = \rho\, \frac{\lambda g_1 + \Delta}{\|\lambda g_1 + \Delta\|}
+
+    The incoming gradient is not used: the rule takes its own, :math:`g_1`, which the
+    engine also falls back to, as an :class:`optax_sam.ascent.OwnGradient`. Output
+    units are the last axis of a kernel, as in Flax.
+
+    Args:
+      rho: radius of the perturbation, at least 0, or a schedule.
+      sigma: size of the noise relative to the norm of a unit's weights, at least 0,
+        or a schedule.
+      gradient_weight: weight ``lambda`` of the gradient against the noise, at least
+        0, or a schedule.
+      key: an int, a key from ``jax.random.key``, or raw key data.
+      mask: the leaves that are smoothed and perturbed, a tree of bools like the
+        parameters or a prefix of it, or a function from the parameters to one;
+        ``None`` means all.
+      axis_name: name of a mapped axis whose devices draw noise of their own.
+
+    Returns:
+      A transformation from a gradient to an offset; it needs ``params``, ``grad_fn``
+      and ``count``. The extra argument ``noise``, a tree of standard normals like the
+      parameters, replaces its draw.
+
+    Raises:
+      ValueError: if ``rho``, ``sigma`` or ``gradient_weight`` is negative, ``key`` is
+        no key, or ``params``, ``grad_fn`` or ``count`` is missing.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.smoothed(0.1, sigma=0.01)
+      >>> grad_fn = jax.grad(lambda w: (w**2).sum())
+      >>> w = jnp.array([3.0, 4.0])
+      >>> own, _ = rule.update(grad_fn(w), rule.init(w), w, grad_fn=grad_fn, count=0)
+      >>> print(jnp.linalg.norm(own.offset))
+      0.1
+
+    References:
+      Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022; code:
+      RSAM-Optimizer/R-SAM
+    """
+    check_schedule("rho", rho, 0.0)
+    check_schedule("sigma", sigma, 0.0)
+    check_schedule("gradient_weight", gradient_weight, 0.0)
+    check_key(key)
+
+    def update(
+        g: Any,
+        state: SmoothedState,
+        params: Any = None,
+        *,
+        grad_fn: Callable[[Any], Any] | None = None,
+        count: Any = None,
+        noise: Any = None,
+        **extra: Any,
+    ) -> tuple[OwnGradient, SmoothedState]:
+        del g, extra
+        if params is None or grad_fn is None:
+            raise ValueError("A smoothed ascent needs params and grad_fn.")
+        if noise is None:
+            generator = draw(state.key, count)
+            if axis_name is not None:
+                device = jax.lax.axis_index(axis_name)
+                generator = jax.random.fold_in(generator, device)
+            noise = optax.tree.random_like(
+                generator, jax.tree.map(wide, params), jax.random.normal
+            )
+        elif jax.tree.map(jnp.shape, noise) != jax.tree.map(jnp.shape, params):
+            raise ValueError(
+                "noise must be a tree of standard normals, of the structure and the"
+                " shapes of the parameters: optax.tree.random_like(key, params,"
+                " jax.random.normal)."
+            )
+        sigma_now = at(sigma, count)
+        chosen = resolve_mask(mask, params)
+        delta = keep(
+            jax.tree.map(lambda w, z: sigma_now * _sizes(w) * z, params, noise), chosen
+        )
+        g_1 = grad_fn(optax.tree.add(params, delta))
+        weight = at(gradient_weight, count)
+        d_1 = keep(jax.tree.map(lambda x, z: weight * wide(x) + z, g_1, delta), chosen)
+        return OwnGradient(rescale(d_1, norm(d_1), at(rho, count)), g_1), state
+
+    def init(params: Any) -> SmoothedState:
+        del params
+        return SmoothedState(raw_key(key))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _sizes(w: jax.Array) -> jax.Array:
+    """The norm of each output unit of a kernel, or of the whole of a smaller leaf."""
+    if w.ndim < 2:
+        return norm(w) + 1e-16
+    axes = tuple(range(w.ndim - 1))
+    return jnp.sqrt(jnp.sum(jnp.square(wide(w)), axes, keepdims=True))

@@ -1,0 +1,73 @@
+"""Norms and lengths that the rules share, and what a rule may return."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+# Added to a norm before dividing, outside the square root. The authors' codes have
+# none, 1e-16, 1e-12 or 1e-7; at 1e-12 a float32 gradient never notices.
+EPS = 1e-12
+
+
+class OwnGradient(NamedTuple):
+    """What a rule returns that took its own first gradient, elsewhere than at ``w``.
+
+    The incoming gradient is then not used on ascended steps, and XLA drops its
+    computation.
+
+    Attributes:
+      offset: the offset ``e``.
+      gradient: the gradient that stands for the incoming one.
+    """
+
+    offset: Any
+    gradient: Any
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """The array in float32 or better."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def inner(a: Any, b: Any) -> jax.Array:
+    """The inner product over all leaves together, in float32 or better."""
+    products = [
+        jnp.sum(wide(x) * wide(y))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    ]
+    return sum(products, start=jnp.zeros((), jnp.float32))
+
+
+def norm(tree: Any) -> jax.Array:
+    """The l2 norm over all leaves together, accumulated in float32 or better."""
+    squares = [jnp.sum(jnp.square(wide(x))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+
+
+def rescale(tree: Any, length: jax.Array, radius: ArrayLike, eps: float = EPS) -> Any:
+    """``radius * tree / (length + eps)``, in float32 or better.
+
+    A length that is zero or not finite is no direction: finite entries then give a
+    zero offset; others stay NaN, and the engine uses nothing of such a step.
+    """
+    radius = jnp.asarray(radius, length.dtype)
+    scale = jnp.where(length > 0, radius / (length + eps), 0)
+    return scaled(tree, scale)
+
+
+def scaled(tree: Any, scale: jax.Array) -> Any:
+    """``scale * tree``, each leaf in its own precision, float32 at least."""
+    return jax.tree.map(lambda x: (scale.astype(wide(x).dtype)) * x, tree)
+
+
+def check_params(rule: str, params: Any) -> None:
+    """Raises unless a rule that follows the weights has got them."""
+    if params is None:
+        raise ValueError(
+            f"{rule} needs params, whose sizes it follows: rule.update(g, state,"
+            " params)."
+        )

@@ -1,0 +1,111 @@
+"""Several ascent steps, projected onto the ball or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam.arguments import at
+from optax_sam.ascent.rule import norm, rescale
+from optax_sam.contract import check_integer, check_schedule
+
+# XLA's CPU backend runs backward convolutions in a loop many times slower than in the
+# entry computation, so short loops are unrolled.
+_UNROLL_LIMIT = 8
+
+
+def n_step(
+    rho: optax.ScalarOrSchedule,
+    num_steps: int,
+    *,
+    step_size: optax.ScalarOrSchedule | None = None,
+    project: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Several ascent steps, each normalized, kept inside the ball of radius rho.
+
+    .. math::
+      \delta_0 = 0, \qquad
+      \delta_{i+1} = \Pi_\rho\big(\delta_i + s\, g_i / \|g_i\|\big), \qquad
+      g_i = \nabla L(w + \delta_i), \qquad e = \delta_n
+
+    The first gradient is the incoming one, so ``n`` steps cost ``n`` gradients and
+    the descent gradient one more.
+
+    Args:
+      rho: radius of the ball, at least 0, or a schedule.
+      num_steps: number ``n`` of ascent steps, at least 1; up to 8 are unrolled,
+        more run in a loop (slow for convolutions on CPU).
+      step_size: length ``s`` of one step; ``None`` means ``rho``.
+      project: whether to return into the ball after each step. Without it the offset
+        can reach ``n * s``, as in ``optax.contrib.sam`` with
+        ``sync_period = n + 1``.
+
+    Returns:
+      A transformation from a gradient to an offset; it needs ``params`` and
+      ``grad_fn``.
+
+    Raises:
+      ValueError: if ``rho`` or ``step_size`` is negative, or ``num_steps`` is traced
+        or below 1.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.n_step(0.1, num_steps=3)
+      >>> grad_fn = jax.grad(lambda w: (w**2).sum())
+      >>> w = jnp.array([3.0, 4.0])
+      >>> e, _ = rule.update(grad_fn(w), rule.init(w), w, grad_fn=grad_fn)
+      >>> print(jnp.linalg.norm(e))
+      0.1
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2010.01412>`_, 2021; projected as in Andriushchenko and
+      Flammarion, `Towards Understanding Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2206.06232>`_, 2022
+    """
+    check_schedule("rho", rho, 0.0)
+    check_integer("num_steps", num_steps, 1)
+    if step_size is not None:
+        check_schedule("step_size", step_size, 0.0)
+
+    def update(
+        g: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        grad_fn: Callable[[Any], Any] | None = None,
+        count: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, Any]:
+        del extra
+        if params is None or grad_fn is None:
+            raise ValueError("An ascent of several steps needs params and grad_fn.")
+        radius = at(rho, count)
+        length = radius if step_size is None else at(step_size, count)
+
+        def climb(delta: Any, g: Any) -> Any:
+            delta = optax.tree.add(delta, rescale(g, norm(g), length))
+            if not project:
+                return delta
+            size = norm(delta)
+            return jax.tree.map(
+                lambda x, inner: jnp.where(size > radius, x, inner),
+                rescale(delta, size, radius),
+                delta,
+            )
+
+        # No distance from zero to go back: the first step needs no projection,
+        # unless it is longer than the radius.
+        delta = rescale(g, norm(g), jnp.minimum(length, radius) if project else length)
+        step = lambda _, delta: climb(delta, grad_fn(optax.tree.add(params, delta)))
+        if num_steps > _UNROLL_LIMIT:
+            return jax.lax.fori_loop(1, num_steps, step, delta), state
+        for i in range(1, num_steps):
+            delta = step(i, delta)
+        return delta, state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

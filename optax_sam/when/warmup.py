@@ -1,0 +1,93 @@
+"""Another rule, after a number of plain steps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_sam.contract import check_integer
+from optax_sam.when.fixed import always
+from optax_sam.when.rule import Step, When
+
+
+class AfterState(NamedTuple):
+    """State of :func:`after`.
+
+    Attributes:
+      left: plain steps to come, () int32.
+      rule: state of the rule that follows, whose clock stands still until then.
+    """
+
+    left: jax.Array
+    rule: Any
+
+    @property
+    def ascends(self) -> jax.Array:
+        """Whether the next step ascends, () bool."""
+        return (self.left == 0) & self.rule.ascends
+
+    def plan(self) -> tuple[jax.Array, jax.Array]:
+        """The decisions of the next steps, and how many of them are known."""
+        rule = self.rule
+        if hasattr(rule, "plan"):
+            decisions, known = rule.plan()
+        else:
+            decisions, known = jnp.reshape(rule.ascends, 1), 1
+        decisions = jnp.asarray(decisions)
+        later = jnp.arange(len(decisions)) - self.left
+        decisions = (later >= 0) & decisions[jnp.maximum(later, 0)]
+        return decisions, jnp.minimum(known + self.left, len(decisions))
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Scalars to log: those of the rule."""
+        return self.rule.metrics() if hasattr(self.rule, "metrics") else {}
+
+
+def after(num_steps: int, rule: When = always()) -> When:
+    """After a number of plain steps, as another rule says.
+
+    Args:
+      num_steps: plain steps at the start of training, at least 0.
+      rule: what follows; its own clock starts then.
+
+    Returns:
+      A rule for ``when=``.
+
+    Raises:
+      ValueError: if ``num_steps`` is negative or ``rule`` is no rule.
+
+    Examples:
+      >>> import optax_sam
+      >>> late = optax_sam.when.after(2, optax_sam.when.every_k(2))
+      >>> state = optax_sam.sam(0.05, when=late).init({"w": 1.0})
+      >>> print(optax_sam.ascent_plan(state)[:6])
+      [False False  True False  True False]
+    """
+    check_integer("num_steps", num_steps, 0)
+    if not isinstance(rule, When):
+        raise ValueError(f"rule must be a rule of optax_sam.when; got {rule!r}.")
+
+    def init(params: Any) -> AfterState:
+        return AfterState(jnp.array(num_steps, jnp.int32), rule.init(params))
+
+    def choose(left: jax.Array, new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda x, y: jnp.where(left == 0, x, y), new, old)
+
+    def now(state: AfterState, g: Any, step: Step) -> tuple[jax.Array, AfterState]:
+        decision, moved = rule.now(state.rule, g, step)
+        decision = (state.left == 0) & jnp.asarray(decision)
+        return decision, state._replace(rule=choose(state.left, moved, state.rule))
+
+    def observe(state: AfterState, g: Any, g_s: Any, step: Step) -> AfterState:
+        return state._replace(rule=rule.observe(state.rule, g, g_s, step))
+
+    def advance(state: AfterState, ascended: jax.Array) -> AfterState:
+        moved = rule.advance(state.rule, ascended)
+        return AfterState(
+            left=jnp.maximum(state.left - 1, 0),
+            rule=choose(state.left, moved, state.rule),
+        )
+
+    return When(init, now, observe, advance)
