@@ -35,18 +35,35 @@ def optimizer(name, member):
         after.append(optax.clip_by_global_norm(h["clip_global_norm"]))
     if h.get("weight_decay"):
         after.append(optax.add_decayed_weights(h["weight_decay"]))
-    sgd = optax.sgd(h["lr"], momentum=h["momentum"], nesterov=h.get("nesterov", False))
+    lr = schedule(name, "lr_used") if "gsam" in name else h["lr"]
+    sgd = optax.sgd(lr, momentum=h["momentum"], nesterov=h.get("nesterov", False))
     return optax.chain(member, *after, sgd)
 
 
-def descend(name, tx, ascend=None):
+def schedule(name, array):
+    """A recorded hyperparameter by step."""
+    values = jnp.asarray(recorded.arrays(name)[array])
+    return lambda count: values[count]
+
+
+def descend(name, tx, ascend=None, recorded_extra=lambda t: {}):
     """Yields t, w_t and the state before step t, and once more after the last step."""
     loss = loss_fn(name)
 
     @functools.partial(jax.jit, static_argnames="ascend")
-    def step(w, state, batch, ascend):
+    def step(w, state, batch, extra, ascend):
+        def per_example_loss_fn(p, indices=None):
+            one = lambda *example: loss(p, jax.tree.map(lambda x: x[None], example))
+            given = batch if indices is None else [x[indices] for x in batch]
+            return jax.vmap(one)(*given)
+
         grad_fn = lambda p: jax.grad(loss)(p, batch)
-        updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn, ascend=ascend)
+        extra |= {"grad_fn": grad_fn, "ascend": ascend}
+        if "esam" in name and "quad" not in name:
+            extra["per_example_loss_fn"] = per_example_loss_fn
+        elif "esam" in name:
+            extra["per_example_loss_fn"] = lambda p: loss(p, batch)[None]
+        updates, state = tx.update(grad_fn(w), state, w, **extra)
         return optax.apply_updates(w, updates), state
 
     w = jax.tree.map(jnp.asarray, recorded.initial(name))
@@ -54,7 +71,7 @@ def descend(name, tx, ascend=None):
     yield 0, w, state
     for t in range(recorded.RUNS[name]["steps"]):
         decision = None if ascend is None else bool(ascend[t])
-        w, state = step(w, state, recorded.data(name, t), decision)
+        w, state = step(w, state, recorded.data(name, t), recorded_extra(t), decision)
         yield t + 1, w, state
 
 
@@ -103,6 +120,129 @@ def member(name):
 @pytest.mark.parametrize("name", SAM_RUNS)
 def test_sam_and_asam(name):
     check(name, descend(name, optimizer(name, member(name))))
+
+
+@pytest.mark.parametrize("name", recorded.runs("gsam"))
+def test_gsam(name):
+    h, run = recorded.RUNS[name]["hyperparameters"], recorded.arrays(name)
+    rho = schedule(name, "rho_used")
+    blend = optax_sam.blend.surrogate_gap(h["alpha"])
+    if not h.get("minimize_fp", True):
+        blend = optax_sam.blend.surrogate_gap(h["alpha"], minimize="clean")
+    if h.get("adaptive_perturbation"):
+        rule = optax_sam.ascent.weight_scaled(rho)
+    elif h.get("adaptive"):
+        rule = optax_sam.ascent.adaptive(rho, eta=0.0, adapt=True)
+    else:
+        rule = optax_sam.ascent.l2(rho)
+    parts = optax_sam.sharpness_aware(rule, blend=blend)
+    check(name, descend(name, optimizer(name, parts)))
+    if "adaptive" in name or "minimize_f" in name:
+        return
+    # The named method, with the radius tied to the learning rate.
+    tied = rho
+    if "rho_max" in h:
+        steps = recorded.RUNS[name]["steps"]
+        low, high = h["lr_min"], h.get("lr_max", h.get("lr"))
+        decay = {
+            "linear": optax.linear_schedule(high, low, steps),
+            "cosine": optax.cosine_decay_schedule(high, steps, low / high),
+        }[h.get("schedule", h.get("lr_schedule"))]
+        # Optax computes in float32 where it is given an int32.
+        lr = lambda count: decay(jnp.asarray(count, float))
+        np.testing.assert_allclose(lr(np.arange(steps)), run["lr_used"], rtol=1e-12)
+        tied = optax_sam.rho_from_lr(lr, h["rho_min"], h["rho_max"])
+    check(name, descend(name, optimizer(name, optax_sam.gsam(tied, alpha=h["alpha"]))))
+
+
+@pytest.mark.parametrize("name", recorded.runs("looksam"))
+def test_looksam(name):
+    h = recorded.RUNS[name]["hyperparameters"]
+    tx = optimizer(name, optax_sam.looksam(h["rho"], k=h["k"], alpha=h["alpha"]))
+    states = check(name, descend(name, tx))
+    decisions = optax_sam.ascends_next(states)[:-1]
+    np.testing.assert_array_equal(decisions, recorded.arrays(name)["is_sam_step"])
+
+
+@pytest.mark.parametrize("name", recorded.runs("renyi_sam"))
+def test_renyi_sam(name):
+    h = recorded.RUNS[name]["hyperparameters"]
+    member = optax_sam.renyi_sam(h["rho"], alpha=h["a"], layerwise=h["cls"] == "RSAM")
+    check(name, descend(name, optimizer(name, member)))
+
+
+@pytest.mark.parametrize("name", recorded.runs("esam"))
+def test_esam(name):
+    h, run = recorded.RUNS[name]["hyperparameters"], recorded.arrays(name)
+    order = ("w",) if "quad" in name else recorded.TENSORS
+    draws = run.get("mask_uniforms")
+    extra = lambda t: (
+        {}
+        if draws is None
+        else {"mask_uniforms": dict(zip(order, draws[t], strict=True))}
+    )
+    member = optax_sam.esam(h["rho"], beta=h["beta"], gamma=h["gamma"])
+    steps = descend(name, optimizer(name, member), recorded_extra=extra)
+    states = check(name, steps)
+    if "active_tensors_first_pass" in run:
+        active = optax.tree.get(states, "active")[:-1]
+        in_our_order = [order.index(leaf) for leaf in sorted(order)]
+        np.testing.assert_array_equal(
+            active, run["active_tensors_first_pass"][:, in_our_order]
+        )
+
+
+@pytest.mark.parametrize("name", recorded.runs("random_sam"))
+def test_random_sam(name):
+    h, run = recorded.RUNS[name]["hyperparameters"], recorded.arrays(name)
+    deltas = {}
+    for key, value in run.items():
+        if key.startswith("delta/"):
+            _, step, leaf = key.split("/", 2)
+            deltas.setdefault(int(step.removeprefix("step")) - 1, {})[leaf] = value
+
+    grow = optax.cosine_decay_schedule(h["sigma0"], h["T"], alpha=h["inc"])
+    sigma = lambda count: grow(count + 1)  # theirs starts at 1
+    np.testing.assert_allclose(
+        sigma(np.arange(len(run["sigma"]))), run["sigma"], rtol=1e-12
+    )
+    weights = {}
+
+    def standard_normals(t):
+        """The recorded noise, without its size at the weights of the step."""
+        sizes = lambda w: (
+            np.linalg.norm(w, axis=0) if w.ndim > 1 else np.linalg.norm(w) + 1e-16
+        )
+        return {
+            "noise": {
+                leaf: delta / (run["sigma"][t] * sizes(np.asarray(weights[leaf])))
+                for leaf, delta in deltas[t].items()
+            }
+        }
+
+    member = optax_sam.random_sam(
+        schedule(name, "rho_used"), sigma=sigma, gradient_weight=h["lam"]
+    )
+
+    def steps():
+        for t, w, state in descend(
+            name, optimizer(name, member), recorded_extra=standard_normals
+        ):
+            weights.update(w)
+            yield t, w, state
+
+    states = check(name, steps())
+    norms = optax_sam.metrics(states)["gradient_norm"][1:]
+    np.testing.assert_allclose(norms, run["g1_norm"], rtol=1e-10)
+    for step in (0, 1):
+        if f"normal/step{step + 1:03}/layer0/kernel" in run:
+            weights.update(
+                recorded.initial(name) if step == 0 else recorded.saved(name)[step]
+            )
+            noise = standard_normals(step)["noise"]
+            for leaf, normal in noise.items():
+                expected = run[f"normal/step{step + 1:03}/{leaf}"]
+                np.testing.assert_allclose(normal, expected, rtol=1e-9)
 
 
 def vsam_member(name, **changes):
