@@ -4,6 +4,7 @@ A new method enters with one entry here; the tests do not name methods otherwise
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,22 +20,86 @@ def grad_fn_only(loss_fn, batch):
     return {"grad_fn": lambda params: jax.grad(loss_fn)(params, batch)}
 
 
-def l2_norm(offset, params):
+def l2_norm(offset, params, g):
     """The norm in which an l2 ball is a ball."""
-    del params
+    del params, g
     return optax.tree.norm(offset)
+
+
+def relative_norm(offset, params, g):
+    """Relative to the weights; every leaf has the same."""
+    del g
+    return optax.tree.norm(offset) / optax.tree.norm(params)
+
+
+def esam_norm(offset, params, g):
+    """Without ESAM's factor ``1 / beta`` (0.6 here) and its large epsilon."""
+    del params
+    n = optax.tree.norm(g)
+    return 0.6 * optax.tree.norm(offset) * (n + 1e-7) / n
+
+
+def renyi_norm(offset, params, g):
+    """``rho`` from the length ``rho S / ||g||``, for ``alpha = 1.2``."""
+    del params
+    n = optax.tree.norm(g)
+    s = sum(jnp.sum((jnp.abs(x) / n) ** 2.4) for x in jax.tree.leaves(g))
+    return optax.tree.norm(offset) * n / s
 
 
 def ellipsoid_norm(eta, everywhere=False):
     """ASAM's norm of an offset: ``||e / T||``."""
 
-    def norm(offset, params):
+    def norm(offset, params, g):
+        del g
         sizes = jax.tree.map(
             lambda w: jnp.abs(w) + eta if everywhere or w.ndim >= 2 else 1, params
         )
         return optax.tree.norm(jax.tree.map(jnp.divide, offset, sizes))
 
     return norm
+
+
+def ascended(g, g_s):
+    """What most methods emit on an ascended step."""
+    del g
+    return g_s
+
+
+def without_gap(g, g_s, alpha=0.4):
+    """What GSAM emits on an ascended step."""
+    g_s = jax.tree.map(lambda x, like: x.astype(like.dtype), g_s, g)
+    c = optax.tree.vdot(g, g_s) / optax.tree.vdot(g_s, g_s)
+    return jax.tree.map(lambda x, x_s: x_s - alpha * (x - c * x_s), g, g_s)
+
+
+@functools.wraps(optax_sam.esam)
+def esam_by_grad_fn(*args, **kwargs):
+    """ESAM on four examples each of whose losses has the gradient ``grad_fn``."""
+    method = optax_sam.esam(*args, **kwargs)
+
+    def update(updates, state, params=None, *, grad_fn=None, **extra):
+        @jax.custom_vjp
+        def losses(p, like):
+            return like
+
+        def forward(p, like):
+            grads = grad_fn(p)
+            return like, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, p)
+
+        def backward(grads, cotangent):
+            return jax.tree.map(lambda g: jnp.sum(cotangent) * g, grads), cotangent
+
+        losses.defvjp(forward, backward)
+
+        def per_example_loss_fn(p, indices=None):
+            return losses(p, jnp.zeros(4 if indices is None else indices.shape))
+
+        if callable(grad_fn):
+            extra["per_example_loss_fn"] = per_example_loss_fn
+        return method.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(method.init, update)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,8 +112,12 @@ class Method:
       settings: arguments that suit quick tests.
       calls: how often ``grad_fn`` runs on an ascended step.
       skips: whether it leaves some steps out.
+      foresees: whether it knows at the end of a step what the next one does.
+      uses_incoming: whether an ascended step looks at the incoming gradient.
+      needs: the extra argument that it cannot do without.
       extra_args: ``(loss_fn, batch)`` to the extra arguments that ``update`` requires.
-      norm: ``(offset, params)`` to the length that ``rho`` bounds.
+      norm: ``(offset, params, g)`` to the length that ``rho`` bounds.
+      fresh: ``(g, g_s)`` to what it emits on an ascended step.
       static: the arguments that ``inject_hyperparams`` must not trace.
       trees: how many trees like the parameters its state holds.
       small_bytes: the most that the rest of its state takes in float32.
@@ -59,8 +128,12 @@ class Method:
     settings: Mapping[str, Any]
     calls: int = 1
     skips: bool = False
+    foresees: bool = True
+    uses_incoming: bool = True
+    needs: str = "grad_fn"
     extra_args: Callable[[Any, Any], dict] = grad_fn_only
-    norm: Callable[[Any, Any], jax.Array] = l2_norm
+    norm: Callable[[Any, Any, Any], jax.Array] = l2_norm
+    fresh: Callable[[Any, Any], Any] = ascended
     static: tuple[str, ...] = ()
     trees: int = 0
     small_bytes: int = 200
@@ -114,6 +187,26 @@ _VSAM = {
     # Three windows, a dozen scalars beside two bools, and a key.
     "small_bytes": 3 * 4 * 6 + 4 * 14 + 8,
 }
+_GSAM = {"factory": optax_sam.gsam, "static": ("when", *_COMMON)}
+_LOOK = {"skips": True, "trees": 1, "static": ("k", *_COMMON)}
+_AE = {"skips": True, "static": ("lag", *_COMMON)}
+_ESAM = {
+    "factory": esam_by_grad_fn,
+    "needs": "per_example_loss_fn",
+    "norm": esam_norm,
+    "static": ("gamma", "key", "when", *_COMMON),
+}
+_RENYI = {
+    "factory": optax_sam.renyi_sam,
+    "norm": renyi_norm,
+    "static": ("layerwise", "max_offset_norm", "warmup_steps", "when", *_COMMON),
+}
+_RANDOM = {
+    "factory": optax_sam.random_sam,
+    "calls": 2,
+    "uses_incoming": False,
+    "static": ("key", "when", *_COMMON),
+}
 
 METHODS = (
     Method("sam", settings={"rho": 0.1}, **_SAM),
@@ -155,6 +248,68 @@ METHODS = (
         trees=1,
         **_VSAM,
     ),
+    Method("gsam", settings={"rho": 0.1}, fresh=without_gap, **_GSAM),
+    Method(
+        "gsam_5",
+        settings={"rho": 0.1, "when": optax_sam.when.every_k(5)},
+        fresh=without_gap,
+        skips=True,
+        **_GSAM,
+    ),
+    Method("looksam", optax_sam.looksam, {"rho": 0.1, "k": 3, "alpha": 0.3}, **_LOOK),
+    Method(
+        "look_layer_sam",
+        optax_sam.look_layer_sam,
+        {"rho": 0.05, "k": 4, "alpha": 0.2},
+        norm=relative_norm,
+        **_LOOK,
+    ),
+    Method(
+        "ae_sam",
+        optax_sam.ae_sam,
+        {"rho": 0.1, "decay": 0.6},
+        foresees=False,
+        **_AE,
+    ),
+    Method(
+        "ae_sam_lagged",
+        optax_sam.ae_sam,
+        {"rho": 0.1, "decay": 0.6, "lag": 1},
+        **_AE,
+    ),
+    Method(
+        "ae_looksam",
+        optax_sam.ae_looksam,
+        {"rho": 0.1, "decay": 0.6, "alpha": 0.3},
+        foresees=False,
+        trees=1,
+        **_AE,
+    ),
+    Method("esam", settings={"rho": 0.1, "key": 1}, **_ESAM),
+    Method(
+        "esam_2",
+        settings={"rho": 0.1, "when": optax_sam.when.every_k(2), "key": 4},
+        skips=True,
+        **_ESAM,
+    ),
+    Method("renyi_sam", settings={"rho": 0.1}, **_RENYI),
+    Method(
+        "renyi_sam_after_warmup",
+        settings={
+            "rho": 0.1,
+            "warmup_steps": 6,
+            "when": optax_sam.when.bernoulli(0.5, key=2),
+        },
+        skips=True,
+        **_RENYI,
+    ),
+    Method("random_sam", settings={"rho": 0.1}, **_RANDOM),
+    Method(
+        "random_sam_2",
+        settings={"rho": 0.1, "sigma": 0.05, "when": optax_sam.when.every_k(2)},
+        skips=True,
+        **_RANDOM,
+    ),
     Method(
         "product",
         product,
@@ -165,4 +320,5 @@ METHODS = (
     ),
 )
 SKIPPING = tuple(method for method in METHODS if method.skips)
+FORESEEN = tuple(method for method in SKIPPING if method.foresees)
 BY_NAME = {method.name: method for method in METHODS}

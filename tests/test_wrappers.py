@@ -58,7 +58,7 @@ def test_inject_hyperparams(method):
         state.hyperparams["rho"] = jnp.asarray(rho)
         _, state, point = update(state)
         offset = jax.tree.map(jnp.subtract, point, params)
-        length = method.norm(offset, params)
+        length = method.norm(offset, params, g)
         np.testing.assert_allclose(length, rho, rtol=1e-4, atol=1e-8)
         np.testing.assert_allclose(state.hyperparams["rho"], rho)
     assert optax_sam.metrics(state)["ascents"] == 4

@@ -147,13 +147,9 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
         g: Any, g_s: Any, state: ReuseNormalState, step: Step
     ) -> tuple[Any, ReuseNormalState]:
         c = along(g_s, g, _EPS)
-        g_v = jax.tree.map(
-            lambda a, b, cached: a.astype(cached.dtype) - c.astype(cached.dtype) * b,
-            g_s,
-            g,
-            state.normal,
-        )
-        g_v = step.mean(g_v)
+        wide_g, wide_g_s = (optax.tree.cast_like(x, state.normal) for x in (g, g_s))
+        rejection = lambda a, b: a - c.astype(a.dtype) * b
+        g_v = step.mean(jax.tree.map(rejection, wide_g_s, wide_g))
         # Without curvature (or with rho = 0) what rounding and the epsilon leave of g_v
         # must not be blown up to the length of a gradient.
         length, rounding = norm(g_v), 100 * jnp.finfo(c.dtype).eps
@@ -164,7 +160,9 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
     def stale(
         g: Any, state: ReuseNormalState, step: Step
     ) -> tuple[Any, ReuseNormalState]:
-        weight = at(alpha, step.count) * norm(g)
+        length = norm(g)
+        # One that is not finite lets its gradient through as it is.
+        weight = at(alpha, step.count) * jnp.where(jnp.isfinite(length), length, 0)
         reused = lambda x, v: x + weight.astype(v.dtype) * v
         return jax.tree.map(reused, g, state.normal), state
 
