@@ -112,7 +112,7 @@ class Method:
       settings: arguments that suit quick tests.
       calls: how often ``grad_fn`` runs on an ascended step.
       skips: whether it leaves some steps out.
-      foresees: whether it knows at the end of a step what the next one does.
+      lookahead: how many steps it plans at a time, at least on average; 0: none.
       uses_incoming: whether an ascended step looks at the incoming gradient.
       needs: the extra argument that it cannot do without.
       extra_args: ``(loss_fn, batch)`` to the extra arguments that ``update`` requires.
@@ -128,7 +128,7 @@ class Method:
     settings: Mapping[str, Any]
     calls: int = 1
     skips: bool = False
-    foresees: bool = True
+    lookahead: int = 4
     uses_incoming: bool = True
     needs: str = "grad_fn"
     extra_args: Callable[[Any, Any], dict] = grad_fn_only
@@ -268,20 +268,21 @@ METHODS = (
         "ae_sam",
         optax_sam.ae_sam,
         {"rho": 0.1, "decay": 0.6},
-        foresees=False,
+        lookahead=0,
         **_AE,
     ),
     Method(
         "ae_sam_lagged",
         optax_sam.ae_sam,
         {"rho": 0.1, "decay": 0.6, "lag": 1},
+        lookahead=1,
         **_AE,
     ),
     Method(
         "ae_looksam",
         optax_sam.ae_looksam,
         {"rho": 0.1, "decay": 0.6, "alpha": 0.3},
-        foresees=False,
+        lookahead=0,
         trees=1,
         **_AE,
     ),
@@ -320,5 +321,5 @@ METHODS = (
     ),
 )
 SKIPPING = tuple(method for method in METHODS if method.skips)
-FORESEEN = tuple(method for method in SKIPPING if method.foresees)
+FORESEEN = tuple(method for method in SKIPPING if method.lookahead)
 BY_NAME = {method.name: method for method in METHODS}

@@ -23,7 +23,7 @@ one_per_ascent = pytest.mark.parametrize(
     ids=lambda m: m.name,
 )
 every_foreseen = pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.foresees], ids=lambda m: m.name
+    "method", [m for m in METHODS if m.lookahead], ids=lambda m: m.name
 )
 every_skipping = pytest.mark.parametrize("method", SKIPPING, ids=lambda m: m.name)
 

@@ -276,7 +276,8 @@ def resume(method, through, path):
     harness.assert_equal(restored, half)
     kinds_after = jax.tree.map(jnp.asarray, restored)
     assert harness.kinds(kinds_after) == harness.kinds(half)
-    for reader in (optax_sam.metrics, optax_sam.ascent_plan):
+    readers = [optax_sam.metrics, *(method.lookahead * [optax_sam.ascent_plan])]
+    for reader in readers[:2]:
         harness.assert_equal(reader(restored[1]), reader(half[1]))
     resumed = harness.run(step, *restored, problem, 10, first=10)
     harness.assert_equal(resumed, whole)

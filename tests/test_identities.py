@@ -66,9 +66,10 @@ def test_no_radius_and_no_leaf_is_the_base_optimizer(method, x64):
     for member in (method.build(rho=0.0), method.build(mask=False)):
         d, points, state = ascended(member)
         assert len(points) == method.calls
-        for point in points:
+        # R-SAM's first point is smoothed; it is masked, but not small with rho.
+        for point in points if method.uses_incoming else points[-1:]:
             harness.assert_equal(point, params)
-        harness.assert_equal(d, g_s)
+        harness.assert_close(d, method.fresh(harness.tree(1), g_s), 1e-12)
         assert optax_sam.metrics(state)["survival"] == 1
 
 
@@ -186,12 +187,14 @@ def test_masks(method, x64):
     results = [ascended(method.build(mask=mask)) for mask in kernels]
     harness.assert_equal(results[1], results[0])
     d, points, _ = results[0]
-    harness.assert_equal(d, harness.tree(2))
+    harness.assert_close(d, method.fresh(harness.tree(1), harness.tree(2)), 1e-12)
     for point in points:
         kernel = lambda tree: {"layer": {"kernel": tree["layer"]["kernel"]}}
         offset = jax.tree.map(jnp.subtract, kernel(point), kernel(params))
-        length = method.norm(offset, kernel(params))
-        np.testing.assert_allclose(length, method.settings["rho"], rtol=1e-9)
+        g = kernel(harness.tree(1 if method.uses_incoming else 2))
+        length = method.norm(offset, kernel(params), g)
+        if method.uses_incoming or point is points[-1]:  # R-SAM's first is noise
+            np.testing.assert_allclose(length, method.settings["rho"], rtol=1e-9)
         harness.assert_equal(
             (point["gain"], point["layer"]["bias"]),
             (params["gain"], params["layer"]["bias"]),
