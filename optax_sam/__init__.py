@@ -1,6 +1,7 @@
 """Sharpness-aware minimization for JAX, as pure Optax gradient transformations."""
 
 from optax_sam import ascent, blend, when
+from optax_sam.decay import decay_after
 from optax_sam.dispatch import dispatch
 from optax_sam.engine import SharpnessAwareState, sharpness_aware
 from optax_sam.methods.asam import asam
@@ -17,6 +18,7 @@ __all__ = [
     "ascent",
     "ascent_plan",
     "blend",
+    "decay_after",
     "dispatch",
     "metrics",
     "sam",
