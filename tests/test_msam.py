@@ -277,6 +277,16 @@ def test_types_stay(inner, dtype):
     assert harness.kinds(w) == harness.kinds(params)
 
 
+def test_types_stay_with_a_decay_inside():
+    """The unperturbed weights would make its momentum one of float32."""
+    inner = optax.chain(optax.add_decayed_weights(0.1), SGD)
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), harness.tree())
+    tx = optax_sam.msam(inner, rho=0.5)
+    state = tx.init(params)
+    _, after = jax.jit(tx.update)(params, state, params)
+    assert harness.kinds(after) == harness.kinds(state)
+
+
 def test_numbers_as_parameters():
     tx = optax_sam.msam(SGD, rho=1.0)
     params = {"w": 1.0, "b": np.ones(2, np.float32)}
