@@ -1,6 +1,7 @@
 """Sharpness-aware minimization for JAX, as pure Optax gradient transformations."""
 
 from optax_sam import ascent, blend, when
+from optax_sam.decay import decay_after
 from optax_sam.dispatch import dispatch
 from optax_sam.engine import SharpnessAwareState, sharpness_aware
 from optax_sam.methods.ae_looksam import ae_looksam
@@ -10,6 +11,7 @@ from optax_sam.methods.esam import esam
 from optax_sam.methods.gsam import gsam, rho_from_lr
 from optax_sam.methods.look_layer_sam import look_layer_sam
 from optax_sam.methods.looksam import looksam
+from optax_sam.methods.msam import MSAMState, msam, msam_eval_params
 from optax_sam.methods.random_sam import random_sam
 from optax_sam.methods.renyi_sam import renyi_sam
 from optax_sam.methods.sam import sam
@@ -18,6 +20,7 @@ from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
 from optax_sam.version import __version__
 
 __all__ = [
+    "MSAMState",
     "SharpnessAwareState",
     "__version__",
     "ae_looksam",
@@ -27,12 +30,15 @@ __all__ = [
     "ascent",
     "ascent_plan",
     "blend",
+    "decay_after",
     "dispatch",
     "esam",
     "gsam",
     "look_layer_sam",
     "looksam",
     "metrics",
+    "msam",
+    "msam_eval_params",
     "random_sam",
     "renyi_sam",
     "rho_from_lr",

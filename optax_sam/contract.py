@@ -90,10 +90,15 @@ def check_key(key: ArrayLike) -> None:
         )
 
 
+def has_placeholders(*trees: Any) -> bool:
+    """Whether some leaves are hidden by optax.masked or optax.partition."""
+    is_placeholder = lambda x: isinstance(x, optax.MaskedNode)
+    return any(map(is_placeholder, jax.tree.leaves(trees, is_leaf=is_placeholder)))
+
+
 def check_not_masked(method: str, *trees: Any) -> None:
     """Refuses placeholders: a member inside optax.masked or optax.partition."""
-    is_placeholder = lambda x: isinstance(x, optax.MaskedNode)
-    if any(map(is_placeholder, jax.tree.leaves(trees, is_leaf=is_placeholder))):
+    if has_placeholders(*trees):
         raise ValueError(
             f"{method} stands inside optax.masked or optax.partition, where grad_fn"
             " would get placeholders instead of parameters. Put it outside, and say"
