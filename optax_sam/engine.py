@@ -53,6 +53,20 @@ class SharpnessAwareState(NamedTuple):
     when: Any
     blend: Any
 
+    def metrics(self) -> dict[str, jax.Array]:
+        """Scalars to log, with those of the parts."""
+        values = {
+            "ascents": self.num_ascents,
+            "rejected_ascents": self.num_rejected,
+            "ascent_rate": self.num_ascents / jnp.maximum(self.count, 1),
+            "gradient_norm": self.gradient_norm,
+            "ascended_norm": self.ascended_norm,
+            "survival": self.survival,
+        }
+        for part in (self.ascent, self.when, self.blend):
+            values |= part.metrics() if hasattr(part, "metrics") else {}
+        return values
+
 
 def sharpness_aware(
     ascent: optax.GradientTransformation,

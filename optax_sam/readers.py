@@ -17,21 +17,15 @@ import numpy as np
 import optax
 
 from optax_sam.engine import SharpnessAwareState
+from optax_sam.methods.msam import MSAMState
+from optax_sam.states import nodes, paths
 
-
-def _is_member(x: Any) -> bool:
-    return isinstance(x, SharpnessAwareState)
+_MEASURED = (SharpnessAwareState, MSAMState)
 
 
 def members(tree: Any) -> list[SharpnessAwareState]:
-    """The state of every sharpness-aware member in a tree."""
-    # Without paths: they cost five times as much, and dispatch asks on every step.
-    return list(filter(_is_member, jax.tree.leaves(tree, is_leaf=_is_member)))
-
-
-def _paths(tree: Any) -> list[str]:
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_member)[0]
-    return [jax.tree_util.keystr(path) for path, x in nodes if _is_member(x)]
+    """The state of every member on the engine in a tree."""
+    return nodes(tree, SharpnessAwareState)
 
 
 def _without_variables(tree: Any) -> Any:
@@ -44,8 +38,8 @@ def _without_variables(tree: Any) -> Any:
     )
 
 
-def _some_members(opt_state: Any) -> list[SharpnessAwareState]:
-    found = members(opt_state)
+def _some(opt_state: Any, *types: type) -> list[Any]:
+    found = nodes(opt_state, *types)
     if not found:
         raise ValueError(
             "No state of a sharpness-aware method found; pass the opt_state of an"
@@ -56,11 +50,12 @@ def _some_members(opt_state: Any) -> list[SharpnessAwareState]:
 
 
 def _only_when(opt_state: Any) -> Any:
-    found = _some_members(opt_state)
+    found = _some(opt_state, SharpnessAwareState)
     if len(found) > 1:
+        several = ", ".join(paths(opt_state, SharpnessAwareState))
         raise ValueError(
             "Several sharpness-aware members found, so there is no single decision:"
-            f" {', '.join(_paths(opt_state))}. Pass the state of one of them."
+            f" {several}. Pass the state of one of them."
         )
     when = _without_variables(found[0].when)
     if not hasattr(when, "ascends"):
@@ -141,8 +136,10 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       per step), ``gradient_norm``, ``ascended_norm`` and ``survival`` (the share of
       the offset that rounding left over on half-precision leaves; 1 if there are
       none) of the last ascended step, and those of the method's parts (vSAM:
-      ``samples_per_window``, ``used_in_window``, ``psf_norm``). With several members
-      the names start with their paths.
+      ``samples_per_window``, ``used_in_window``, ``psf_norm``; AE-SAM:
+      ``squared_norm_mean``, ``squared_norm_deviation``). MSAM has
+      ``perturbation_scale`` instead. With several members the names start with their
+      paths.
 
     Raises:
       ValueError: if there is no such member.
@@ -153,21 +150,11 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       >>> int(optax_sam.metrics(state)["ascents"])
       0
     """
-    found = _some_members(opt_state)
+    found = _some(opt_state, *_MEASURED)
     named: dict[str, jax.Array] = {}
-    for path, variables in zip(_paths(opt_state), found, strict=True):
-        state = _without_variables(variables)
-        values = {
-            "ascents": state.num_ascents,
-            "rejected_ascents": state.num_rejected,
-            "ascent_rate": state.num_ascents / jax.numpy.maximum(state.count, 1),
-            "gradient_norm": state.gradient_norm,
-            "ascended_norm": state.ascended_norm,
-            "survival": state.survival,
-        }
-        for part in (state.ascent, state.when, state.blend):
-            values |= part.metrics() if hasattr(part, "metrics") else {}
+    for path, state in zip(paths(opt_state, *_MEASURED), found, strict=True):
         prefix = f"{path}/" if len(found) > 1 else ""
+        values = _without_variables(state).metrics()
         named |= {prefix + name: value for name, value in values.items()}
     return named
 

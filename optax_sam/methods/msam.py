@@ -10,7 +10,8 @@ import optax
 
 from optax_sam import contract
 from optax_sam.arguments import at
-from optax_sam.ascent import norm, rescale
+from optax_sam.ascent.rule import norm, rescale, scaled
+from optax_sam.states import nodes
 
 # Where Optax's optimizers keep their first moment.
 _MOMENTUM = {
@@ -164,12 +165,12 @@ def msam(
         contract.check_gradients("msam", "the incoming gradient", updates, params)
         # Python and NumPy numbers among the leaves become arrays, as in Optax.
         g, params = jax.tree.map(jnp.asarray, (updates, params))
-        before = _times(state.scale, _momentum(state.inner))
+        before = scaled(_momentum(state.inner), state.scale)
         w = optax.tree.cast_like(optax.tree.add(params, before), params)
         u, inner_state = inner.update(g, state.inner, w, **extra)
         v = _momentum(inner_state)
         scale = rescale(jnp.ones((), float), norm(v), at(rho, state.count))
-        after = _times(scale, v)
+        after = scaled(v, scale)
         # Not through w: a step that is small beside the weights would lose digits.
         moved = jax.tree.map(
             lambda u, x, y, like: (u + (x - y)).astype(like.dtype),
@@ -206,7 +207,7 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
       >>> print(jnp.round(optax_sam.msam_eval_params(state, params), 3))
       [-0.3 -0.4]
     """
-    found = _nodes(opt_state, (MSAMState,))
+    found = nodes(opt_state, MSAMState)
     if len(found) != 1:
         raise ValueError(
             f"msam_eval_params needs one state of optax_sam.msam, found {len(found)}."
@@ -224,27 +225,15 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
         )
     (scale,) = jax.tree.leaves(found[0].scale)
     live = [jnp.asarray(x) for x in live]
-    offset = _times(scale, momentum)
+    offset = scaled(momentum, scale)
     w = [(x + y).astype(x.dtype) for x, y in zip(live, offset, strict=True)]
     return jax.tree.unflatten(structure, w)
 
 
-def _nodes(tree: Any, types: tuple[type, ...]) -> list[Any]:
-    """The nodes of some types, in the order in which a chain has them."""
-    wanted = lambda x: isinstance(x, types)
-    return list(filter(wanted, jax.tree.leaves(tree, is_leaf=wanted)))
-
-
-def _times(scale: jax.Array, tree: Any) -> Any:
-    """The perturbation ``scale * tree``, in float32 or better."""
-    wide = lambda x: scale.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jax.tree.map(lambda x: wide(x) * x, tree)
-
-
 def _momentum(inner_state: Any) -> Any:
     """The first moment in the state of an optimizer."""
-    nodes = _nodes(inner_state, (*_MOMENTUM, *_SCALES))
-    found = [x for x in nodes if not isinstance(x, _SCALES)]
+    states = nodes(inner_state, *_MOMENTUM, *_SCALES)
+    found = [x for x in states if not isinstance(x, _SCALES)]
     names = [type(x).__name__ for x in found]
     write = "Write for instance optax_sam.msam(optax.sgd(0.1, momentum=0.9), rho=3.0)."
     if not found:
@@ -259,7 +248,7 @@ def _momentum(inner_state: Any) -> Any:
             f" {', '.join(names)}. {write} Optimizers of which each has a part of the"
             " parameters (optax.partition) cannot be inside it."
         )
-    if _is_of_steps(nodes):
+    if _is_of_steps(states):
         raise ValueError(
             "msam needs a momentum of gradients, but that of the inner optimizer"
             f" ({names[0]}) is one of steps, of the other sign: the learning rate"
@@ -270,10 +259,10 @@ def _momentum(inner_state: Any) -> Any:
     return getattr(found[0], _MOMENTUM[type(found[0])])
 
 
-def _is_of_steps(nodes: list[Any]) -> bool:
+def _is_of_steps(states: list[Any]) -> bool:
     """Whether a momentum is what is emitted, or has a schedule before it."""
-    emitted = isinstance(nodes[-1], (optax.TraceState, optax.EmaState))
-    first = next(x for x in nodes if type(x) is not optax.EmptyState)
+    emitted = isinstance(states[-1], (optax.TraceState, optax.EmaState))
+    first = next(x for x in states if type(x) is not optax.EmptyState)
     return emitted or isinstance(first, optax.ScaleByScheduleState)
 
 
