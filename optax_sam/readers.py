@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from optax_sam.engine import SharpnessAwareState
+from optax_sam.search import without_variables
 
 
 def _is_member(x: Any) -> bool:
@@ -32,16 +33,6 @@ def members(tree: Any) -> list[SharpnessAwareState]:
 def _paths(tree: Any) -> list[str]:
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_member)[0]
     return [jax.tree_util.keystr(path) for path, x in nodes if _is_member(x)]
-
-
-def _without_variables(tree: Any) -> Any:
-    """The tree with NNX variables replaced by the arrays that they hold."""
-    is_variable = lambda x: hasattr(x, "get_value") and not isinstance(x, jax.Array)
-    return jax.tree.map(
-        lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x,
-        tree,
-        is_leaf=is_variable,
-    )
 
 
 def _some_members(opt_state: Any) -> list[SharpnessAwareState]:
@@ -62,7 +53,7 @@ def _only_when(opt_state: Any) -> Any:
             "Several sharpness-aware members found, so there is no single decision:"
             f" {', '.join(_paths(opt_state))}. Pass the state of one of them."
         )
-    when = _without_variables(found[0].when)
+    when = without_variables(found[0].when)
     if not hasattr(when, "ascends"):
         raise ValueError(
             f"{type(when).__name__} decides from the next step's gradient, so nothing"
@@ -156,7 +147,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     found = _some_members(opt_state)
     named: dict[str, jax.Array] = {}
     for path, variables in zip(_paths(opt_state), found, strict=True):
-        state = _without_variables(variables)
+        state = without_variables(variables)
         values = {
             "ascents": state.num_ascents,
             "rejected_ascents": state.num_rejected,
