@@ -85,16 +85,18 @@ def check_key(key: ArrayLike) -> None:
         )
 
 
-def check_not_masked(method: str, *trees: Any) -> None:
+def check_not_masked(method: str, *trees: Any, advice: str | None = None) -> None:
     """Refuses placeholders: a member inside optax.masked or optax.partition."""
     is_placeholder = lambda x: isinstance(x, optax.MaskedNode)
     if any(map(is_placeholder, jax.tree.leaves(trees, is_leaf=is_placeholder))):
-        raise ValueError(
-            f"{method} stands inside optax.masked or optax.partition, where grad_fn"
-            " would get placeholders instead of parameters. Put it outside, and say"
-            " with mask= which leaves it perturbs:"
+        advice = advice or (
+            "grad_fn would get placeholders instead of parameters. Put it outside, and"
+            " say with mask= which leaves it perturbs:"
             f" optax.chain(optax_sam.{method}(..., mask=mask),"
             " optax.partition(transforms, labels))."
+        )
+        raise ValueError(
+            f"{method} stands inside optax.masked or optax.partition, where {advice}"
         )
 
 
