@@ -46,8 +46,8 @@ def mesa(
     Apply the model in evaluation mode at :math:`v`. Statistics of BatchNorm are no
     parameters: average them next to the optimizer, with the same step,
     ``optax.incremental_update(batch_stats, averaged_stats, 1 - decay)``. The authors
-    leave the term out at first: ``coefficient=jnp.where(step > start, 0.8, 0.0)``,
-    five epochs of steps.
+    leave the term out of the first epochs, up to the fifth or so:
+    ``coefficient=jnp.where(epoch > 5, 0.8, 0.0)``.
 
     Cost: 1 gradient and 1 forward pass per step; one tree like the parameters.
 

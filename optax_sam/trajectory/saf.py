@@ -71,7 +71,7 @@ def saf(
     harm. It is known on visits ``start < visits < end``, counted from 0, once
     ``delay`` of them are recorded.
 
-    Cost: 1 gradient per step, no forward pass. The table takes
+    Cost: 1 gradient per step, no further forward pass. The table takes
     ``num_examples * delay * num_classes`` numbers: 6 MB for CIFAR-10 and 60 MB for
     CIFAR-100 in float32; for ImageNet 15.4 GB in float32, 7.7 GB in float16, and
     5.1 GB in float16 with ``delay=2``. Donate the state to the step, or the table is
