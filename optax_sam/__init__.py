@@ -17,10 +17,15 @@ from optax_sam.methods.renyi_sam import renyi_sam
 from optax_sam.methods.sam import sam
 from optax_sam.methods.vsam import vsam
 from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
+from optax_sam.trajectory.loss import trajectory_loss
+from optax_sam.trajectory.mesa import MESAState, mesa, mesa_params
+from optax_sam.trajectory.saf import SAFState, saf, saf_past_logits
 from optax_sam.version import __version__
 
 __all__ = [
+    "MESAState",
     "MSAMState",
+    "SAFState",
     "SharpnessAwareState",
     "__version__",
     "ae_looksam",
@@ -36,15 +41,20 @@ __all__ = [
     "gsam",
     "look_layer_sam",
     "looksam",
+    "mesa",
+    "mesa_params",
     "metrics",
     "msam",
     "msam_eval_params",
     "random_sam",
     "renyi_sam",
     "rho_from_lr",
+    "saf",
+    "saf_past_logits",
     "sam",
     "sharpness_aware",
     "static_args",
+    "trajectory_loss",
     "vsam",
     "when",
 ]

@@ -96,15 +96,17 @@ def has_placeholders(*trees: Any) -> bool:
     return any(map(is_placeholder, jax.tree.leaves(trees, is_leaf=is_placeholder)))
 
 
-def check_not_masked(method: str, *trees: Any) -> None:
+def check_not_masked(method: str, *trees: Any, advice: str | None = None) -> None:
     """Refuses placeholders: a member inside optax.masked or optax.partition."""
     if has_placeholders(*trees):
-        raise ValueError(
-            f"{method} stands inside optax.masked or optax.partition, where grad_fn"
-            " would get placeholders instead of parameters. Put it outside, and say"
-            " with mask= which leaves it perturbs:"
+        advice = advice or (
+            "grad_fn would get placeholders instead of parameters. Put it outside, and"
+            " say with mask= which leaves it perturbs:"
             f" optax.chain(optax_sam.{method}(..., mask=mask),"
             " optax.partition(transforms, labels))."
+        )
+        raise ValueError(
+            f"{method} stands inside optax.masked or optax.partition, where {advice}"
         )
 
 

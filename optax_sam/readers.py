@@ -18,24 +18,15 @@ import optax
 
 from optax_sam.engine import SharpnessAwareState
 from optax_sam.methods.msam import MSAMState
-from optax_sam.states import nodes, paths
+from optax_sam.states import nodes, paths, without_variables
+from optax_sam.trajectory.saf import SAFState
 
-_MEASURED = (SharpnessAwareState, MSAMState)
+_MEASURED = (SharpnessAwareState, MSAMState, SAFState)
 
 
 def members(tree: Any) -> list[SharpnessAwareState]:
     """The state of every member on the engine in a tree."""
     return nodes(tree, SharpnessAwareState)
-
-
-def _without_variables(tree: Any) -> Any:
-    """The tree with NNX variables replaced by the arrays that they hold."""
-    is_variable = lambda x: hasattr(x, "get_value") and not isinstance(x, jax.Array)
-    return jax.tree.map(
-        lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x,
-        tree,
-        is_leaf=is_variable,
-    )
 
 
 def _some(opt_state: Any, *types: type) -> list[Any]:
@@ -57,7 +48,7 @@ def _only_when(opt_state: Any) -> Any:
             "Several sharpness-aware members found, so there is no single decision:"
             f" {several}. Pass the state of one of them."
         )
-    when = _without_variables(found[0].when)
+    when = without_variables(found[0].when)
     if not hasattr(when, "ascends"):
         raise ValueError(
             f"{type(when).__name__} decides from the next step's gradient, so nothing"
@@ -138,8 +129,8 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       none) of the last ascended step, and those of the method's parts (vSAM:
       ``samples_per_window``, ``used_in_window``, ``psf_norm``; AE-SAM:
       ``squared_norm_mean``, ``squared_norm_deviation``). MSAM has
-      ``perturbation_scale`` instead. With several members the names start with their
-      paths.
+      ``perturbation_scale`` instead, SAF ``dropped_examples``. With several members
+      the names start with their paths.
 
     Raises:
       ValueError: if there is no such member.
@@ -154,7 +145,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     named: dict[str, jax.Array] = {}
     for path, state in zip(paths(opt_state, *_MEASURED), found, strict=True):
         prefix = f"{path}/" if len(found) > 1 else ""
-        values = _without_variables(state).metrics()
+        values = without_variables(state).metrics()
         named |= {prefix + name: value for name, value in values.items()}
     return named
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+
+State = TypeVar("State")
 
 
 def nodes(tree: Any, *types: type) -> list[Any]:
@@ -19,3 +21,24 @@ def paths(tree: Any, *types: type) -> list[str]:
     wanted = lambda x: isinstance(x, types)
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=wanted)[0]
     return [jax.tree_util.keystr(path) for path, x in found if wanted(x)]
+
+
+def the_state(kind: type[State], method: str, opt_state: Any, example: str) -> State:
+    """The one state of a type in a tree, holding arrays."""
+    found = nodes(opt_state, kind)
+    if len(found) != 1:
+        raise ValueError(
+            f"Expected one state of {method}, found {len(found)}; pass the opt_state of"
+            f" an optimizer that has one, such as {example}."
+        )
+    return without_variables(found[0])
+
+
+def without_variables(tree: Any) -> Any:
+    """The tree with NNX variables replaced by the arrays that they hold."""
+    is_variable = lambda x: hasattr(x, "get_value") and not isinstance(x, jax.Array)
+    return jax.tree.map(
+        lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x,
+        tree,
+        is_leaf=is_variable,
+    )

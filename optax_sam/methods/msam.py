@@ -11,7 +11,7 @@ import optax
 from optax_sam import contract
 from optax_sam.arguments import at
 from optax_sam.ascent.rule import norm, rescale, scaled
-from optax_sam.states import nodes
+from optax_sam.states import nodes, the_state
 
 # Where Optax's optimizers keep their first moment.
 _MOMENTUM = {
@@ -26,6 +26,7 @@ _MOMENTUM = {
 }
 # What scales updates: with a number (which has no state of its own), or a schedule.
 _SCALES = (optax.ScaleState, optax.EmptyState, optax.ScaleByScheduleState)
+_EXAMPLE = "optax_sam.msam(optax.sgd(0.1, momentum=0.9))"
 
 
 class MSAMState(NamedTuple):
@@ -207,25 +208,17 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
       >>> print(jnp.round(optax_sam.msam_eval_params(state, params), 3))
       [-0.3 -0.4]
     """
-    found = nodes(opt_state, MSAMState)
-    if len(found) != 1:
-        raise ValueError(
-            f"msam_eval_params needs one state of optax_sam.msam, found {len(found)}."
-            " Pass opt_state first and params second:"
-            " optax_sam.msam_eval_params(opt_state, params), with the opt_state of an"
-            " optimizer such as optax_sam.msam(optax.sgd(0.1, momentum=0.9))."
-        )
+    state = the_state(MSAMState, "msam", opt_state, _EXAMPLE)
     # By leaves: NNX keeps a momentum in another kind of variables than parameters.
     live, structure = jax.tree.flatten(params)
-    momentum = jax.tree.leaves(_momentum(found[0].inner))
+    momentum = jax.tree.leaves(_momentum(state.inner))
     if list(map(jnp.shape, live)) != list(map(jnp.shape, momentum)):
         raise ValueError(
             "msam_eval_params got parameters of other shapes than the momentum in the"
             " state; pass those that this optimizer trains."
         )
-    (scale,) = jax.tree.leaves(found[0].scale)
     live = [jnp.asarray(x) for x in live]
-    offset = scaled(momentum, scale)
+    offset = scaled(momentum, state.scale)
     w = [(x + y).astype(x.dtype) for x, y in zip(live, offset, strict=True)]
     return jax.tree.unflatten(structure, w)
 
@@ -283,11 +276,11 @@ def _check_like(momentum: Any, params: Any) -> None:
 
 
 def _check_not_masked(*trees: Any) -> None:
-    if contract.has_placeholders(*trees):
-        raise ValueError(
-            "msam stands inside optax.masked or optax.partition, but it moves all"
-            " parameters by one perturbation, which msam_eval_params removes from all."
-            " Put it outside; to freeze leaves, write"
-            " optax.chain(optax.masked(optax.set_to_zero(), frozen),"
-            " optax_sam.msam(optax.sgd(0.1, momentum=0.9)))."
-        )
+    contract.check_not_masked(
+        "msam",
+        *trees,
+        advice="it would perturb a part of the parameters, and msam_eval_params could"
+        " not tell which. Put it outside; to freeze leaves, write"
+        " optax.chain(optax.masked(optax.set_to_zero(), frozen),"
+        f" {_EXAMPLE}).",
+    )

@@ -1,0 +1,1 @@
+"""SAF and MESA: sharpness through the loss along the trajectory, without ascent."""
