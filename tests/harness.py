@@ -142,3 +142,10 @@ def member_state(opt_state):
     leaves = jax.tree.leaves(opt_state, is_leaf=is_member)
     (found,) = [x for x in leaves if is_member(x)]
     return found
+
+
+def ascents(opt_state):
+    """The second gradients that were asked for so far."""
+    is_member = lambda x: isinstance(x, optax_sam.SharpnessAwareState)
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_member)
+    return sum(int(x.num_ascents) for x in leaves if is_member(x))

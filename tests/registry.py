@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import optax_sam
 
@@ -102,6 +103,18 @@ def esam_by_grad_fn(*args, **kwargs):
     return optax.GradientTransformationExtraArgs(method.init, update)
 
 
+@functools.wraps(optax_sam.saf)
+def saf_of_four(*args, **kwargs):
+    """SAF that is shown the same logits of the same four examples on every step."""
+    method = optax_sam.saf(*args, **kwargs)
+    rows = {"logits": jnp.ones((4, 2)), "indices": jnp.arange(4)}
+
+    def update(updates, state, params=None, **extra):
+        return method.update(updates, state, params, **(extra | rows))
+
+    return optax.GradientTransformationExtraArgs(method.init, update)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """What the tests have to know about a method.
@@ -118,6 +131,9 @@ class Method:
       extra_args: ``(loss_fn, batch)`` to the extra arguments that ``update`` requires.
       norm: ``(offset, params, g)`` to the length that ``rho`` bounds.
       fresh: ``(g, g_s)`` to what it emits on an ascended step.
+      place: where it stands: ``"first"`` in a chain, ``"last"``, or ``"around"`` it.
+      variant: whether another entry shows nearly the same; then the quick tests leave
+        it out.
       static: the arguments that ``inject_hyperparams`` must not trace.
       trees: how many trees like the parameters its state holds.
       small_bytes: the most that the rest of its state takes in float32.
@@ -134,18 +150,27 @@ class Method:
     extra_args: Callable[[Any, Any], dict] = grad_fn_only
     norm: Callable[[Any, Any, Any], jax.Array] = l2_norm
     fresh: Callable[[Any, Any], Any] = ascended
+    place: str = "first"
+    variant: bool = False
     static: tuple[str, ...] = ()
     trees: int = 0
     small_bytes: int = 200
 
     def build(self, **changes):
-        """The chain member."""
-        return self.factory(**{**self.settings, **changes})
+        """The method alone; one that wraps an optimizer, around SGD with momentum."""
+        settings = {**self.settings, **changes}
+        if self.place == "around":
+            return self.factory(optax.sgd(0.1, momentum=0.9), **settings)
+        return self.factory(**settings)
 
     def optimizer(self, base=None, **changes):
         """The whole optimizer: with SGD and momentum, if no other is given."""
         base = optax.sgd(0.1, momentum=0.9) if base is None else base
-        return optax.chain(self.build(**changes), base)
+        if self.place == "around":
+            return self.factory(base, **{**self.settings, **changes})
+        member = self.build(**changes)
+        first = self.place == "first"
+        return optax.chain(member, base) if first else optax.chain(base, member)
 
 
 def product(
@@ -228,6 +253,7 @@ METHODS = (
     Method("asam", settings={"rho": 0.3}, norm=ellipsoid_norm(0.01), **_ASAM),
     Method(
         "asam_all_leaves",
+        variant=True,
         settings={"rho": 0.3, "adapt": True, "eta": 0.0},
         norm=ellipsoid_norm(0.0, everywhere=True),
         **_ASAM,
@@ -236,6 +262,7 @@ METHODS = (
     Method("vsam_a", settings={"rho": 0.1, "reuse_decay": 0.0, **_WINDOW}, **_VSAM),
     Method(
         "vsam_without_catch_up",
+        variant=True,
         settings={
             "rho": 0.1,
             "window": 6,
@@ -251,6 +278,7 @@ METHODS = (
     Method("gsam", settings={"rho": 0.1}, fresh=without_gap, **_GSAM),
     Method(
         "gsam_5",
+        variant=True,
         settings={"rho": 0.1, "when": optax_sam.when.every_k(5)},
         fresh=without_gap,
         skips=True,
@@ -275,6 +303,7 @@ METHODS = (
         "ae_sam_lagged",
         optax_sam.ae_sam,
         {"rho": 0.1, "decay": 0.6, "lag": 1},
+        variant=True,
         lookahead=1,
         **_AE,
     ),
@@ -289,6 +318,7 @@ METHODS = (
     Method("esam", settings={"rho": 0.1, "key": 1}, **_ESAM),
     Method(
         "esam_2",
+        variant=True,
         settings={"rho": 0.1, "when": optax_sam.when.every_k(2), "key": 4},
         skips=True,
         **_ESAM,
@@ -296,6 +326,7 @@ METHODS = (
     Method("renyi_sam", settings={"rho": 0.1}, **_RENYI),
     Method(
         "renyi_sam_after_warmup",
+        variant=True,
         settings={
             "rho": 0.1,
             "warmup_steps": 6,
@@ -307,6 +338,7 @@ METHODS = (
     Method("random_sam", settings={"rho": 0.1}, **_RANDOM),
     Method(
         "random_sam_2",
+        variant=True,
         settings={"rho": 0.1, "sigma": 0.05, "when": optax_sam.when.every_k(2)},
         skips=True,
         **_RANDOM,
@@ -320,6 +352,34 @@ METHODS = (
         trees=1,
     ),
 )
-SKIPPING = tuple(method for method in METHODS if method.skips)
-FORESEEN = tuple(method for method in SKIPPING if method.lookahead)
-BY_NAME = {method.name: method for method in METHODS}
+
+# What is no member on the engine: it takes no second gradient, and none is skipped.
+OTHERS = (
+    Method(
+        "msam",
+        optax_sam.msam,
+        {"rho": 0.1},
+        calls=0,
+        place="around",
+        static=("inner",),
+    ),
+    Method("saf", saf_of_four, {"num_examples": 5, "num_classes": 2}, calls=0),
+    Method("mesa", optax_sam.mesa, {"decay": 0.9}, calls=0, place="last", trees=1),
+)
+BY_NAME = {method.name: method for method in METHODS + OTHERS}
+
+
+def each(*methods, slow=lambda method: method.variant):
+    """Parametrizes a test by methods, the slow ones of which only CI runs."""
+    entries = [
+        pytest.param(m, marks=pytest.mark.slow) if slow(m) else m for m in methods
+    ]
+    return pytest.mark.parametrize("method", entries, ids=lambda m: m.name)
+
+
+every_method = each(*METHODS)
+# Where a variant shows nothing that the first entry of its method does not.
+every_named = each(*(method for method in METHODS if not method.variant))
+every_one = each(*METHODS, *OTHERS)
+every_skipping = each(*(method for method in METHODS if method.skips))
+every_foreseen = each(*(method for method in METHODS if method.lookahead))

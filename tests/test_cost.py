@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import optax
 import problems
 import pytest
-from registry import METHODS
+from registry import every_method
 
 import optax_sam
-
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 
 # More than 1e5 parameters and 128 examples, so that what is not a gradient is small.
 PROBLEM = functools.partial(problems.mlp, (32, 288, 320, 10), batch_size=128)

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import METHODS
+from registry import every_named
 
 import optax_sam
-
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 
 
 def refuse(method, message, grads, params, grad_fn):
@@ -27,7 +25,7 @@ def refuse(method, message, grads, params, grad_fn):
             jax.eval_shape(update, grads, state, params)
 
 
-@every_method
+@every_named
 def test_another_structure(method):
     params = harness.tree()
     less = {"layer": {"kernel": params["layer"]["kernel"]}, "gain": params["gain"]}
@@ -45,7 +43,7 @@ def test_another_structure(method):
     refuse(method, f"{returned}.*has_aux=True", params, params, lambda p: None)
 
 
-@every_method
+@every_named
 def test_another_shape(method):
     params = harness.tree()
     wrong = {**params, "layer": {**params["layer"], "bias": jnp.zeros((1, 2))}}
@@ -54,7 +52,7 @@ def test_another_shape(method):
     refuse(method, message, params, params, lambda p: wrong)
 
 
-@every_method
+@every_named
 @pytest.mark.parametrize("dtype", ["complex64", "int32", "bool"])
 def test_another_kind_of_number(method, dtype):
     params = harness.tree()
@@ -66,7 +64,7 @@ def test_another_kind_of_number(method, dtype):
     refuse(method, message, wrong, wrong, lambda p: p)
 
 
-@every_method
+@every_named
 def test_gradient_of_an_integer_parameter(method):
     """``allow_int=True`` gives a gradient of JAX's empty dtype."""
     params = {"w": jnp.ones(2), "steps": jnp.array(3)}
@@ -189,7 +187,7 @@ def test_the_edges_of_the_ranges_are_allowed(build):
 # Masks.
 
 
-@every_method
+@every_named
 @pytest.mark.parametrize(
     "mask",
     [

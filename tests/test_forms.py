@@ -9,13 +9,17 @@ import numpy as np
 import optax
 import problems
 import pytest
-from registry import BY_NAME, FORESEEN, METHODS, SKIPPING
+from registry import (
+    BY_NAME,
+    METHODS,
+    each,
+    every_foreseen,
+    every_method,
+    every_skipping,
+)
 
 import optax_sam
 
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-every_foreseen = pytest.mark.parametrize("method", FORESEEN, ids=lambda m: m.name)
-every_skipping = pytest.mark.parametrize("method", SKIPPING, ids=lambda m: m.name)
 with_key = pytest.mark.parametrize(
     "rule",
     [
@@ -74,7 +78,7 @@ def assert_forms_agree(method, forms, steps, tolerance):
             harness.assert_close(state, reference[1], 100 * tolerance)
 
 
-@every_foreseen
+@each(*(m for m in METHODS if m.skips and m.lookahead))
 def test_forms_agree_in_float64(method, x64):
     assert_forms_agree(method, (with_two_programs, with_plan), 200, 1e-10)
 
@@ -84,9 +88,7 @@ def test_forms_agree_in_float32(name):
     assert_forms_agree(BY_NAME[name], (with_two_programs, with_plan), 20, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.lookahead], ids=lambda m: m.name
-)
+@every_foreseen
 def test_plan_is_what_happens(method):
     tx, update = harness.compiled_update(method)
     params = harness.tree()
@@ -105,9 +107,7 @@ def test_plan_is_what_happens(method):
     assert all(decisions) != method.skips
 
 
-@pytest.mark.parametrize(
-    "method", [m for m in METHODS if not m.lookahead], ids=lambda m: m.name
-)
+@each(*(m for m in METHODS if not m.lookahead))
 def test_nothing_is_known_ahead(method):
     """AE-SAM decides from the gradient to come."""
     state = method.build().init(harness.tree())

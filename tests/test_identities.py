@@ -13,12 +13,11 @@ import problems
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from registry import METHODS, SKIPPING
+from registry import every_method, every_skipping
 
 import optax_sam
 from optax_sam.ascent import adaptive, l2, n_step, restrict
 
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 RHO = 0.1
 STEPS = 25
 
@@ -73,7 +72,7 @@ def test_no_radius_and_no_leaf_is_the_base_optimizer(method, x64):
         assert optax_sam.metrics(state)["survival"] == 1
 
 
-@pytest.mark.parametrize("method", SKIPPING, ids=lambda m: m.name)
+@every_skipping
 def test_no_radius_trains_as_the_base_optimizer(method, x64):
     harness.assert_close(trained(method.build(rho=0.0)), trained_by("sgd"), 1e-12)
 

@@ -11,11 +11,10 @@ import numpy as np
 import optax
 import problems
 import pytest
-from registry import BY_NAME, METHODS
+from registry import BY_NAME, every_method
 
 import optax_sam
 
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 some_methods = pytest.mark.parametrize(
     "method", [BY_NAME["sam_5"], BY_NAME["vsam"]], ids=lambda m: m.name
 )

@@ -267,7 +267,11 @@ def _check_like(momentum: Any, params: Any) -> None:
             " To freeze leaves, write optax.chain(optax.masked(optax.set_to_zero(),"
             " frozen), optax_sam.msam(optax.sgd(0.1, momentum=0.9)))."
         )
-    if jax.tree.map(jnp.shape, momentum) != jax.tree.map(jnp.shape, params):
+    (shapes, structure), wanted = (
+        (list(map(jnp.shape, jax.tree.leaves(tree))), jax.tree.structure(tree))
+        for tree in (momentum, params)
+    )
+    if (shapes, structure) != wanted:
         raise ValueError(
             "msam needs a momentum like the parameters, but the inner optimizer keeps"
             " it in another structure or in other shapes (optax.flatten?); put what"
