@@ -3,8 +3,10 @@
 ``conftest.py`` asks XLA for the eight devices before JAX starts.
 """
 
+import functools
 import re
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from registry import METHODS, each
 
 import optax_sam
 
@@ -216,6 +219,31 @@ def test_axis_name_is_m_sharpness(mesh, method, check_vma):
         for leaf in jax.tree.leaves((actual, opt_state)):
             shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
             assert all(np.array_equal(shards[0], shard) for shard in shards[1:])
+
+
+@each(*(m for m in METHODS if "axis_name" in m.static))
+def test_nothing_that_stays_varies_over_devices(mesh, method):
+    """By JAX's types, for which ``out_specs=P()`` is a proof: nothing is run."""
+    params, data = problem(jnp.float32)
+    tx = method.build(axis_name="data")
+
+    def emitted(params, state, batch, ascend):
+        local = jax.lax.pcast(params, "data", to="varying")
+        grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+        return tx.update(grad_fn(local), state, local, grad_fn=grad_fn, ascend=ascend)
+
+    state = jax.eval_shape(tx.init, params)
+    for ascend in (None, True, False):
+        mapped = jax.shard_map(
+            functools.partial(emitted, ascend=ascend),
+            mesh=mesh,
+            in_specs=(P(), P(), P("data")),
+            out_specs=P(),
+        )
+        batch = jax.tree.map(lambda x: x[0], data)
+        d, after = jax.eval_shape(mapped, params, state, batch)
+        assert harness.kinds(d) == harness.kinds(params)
+        assert harness.kinds(after) == harness.kinds(state)
 
 
 def test_one_bad_device_rejects_the_ascent_for_all(mesh):

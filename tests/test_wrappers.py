@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import problems
 import pytest
-from registry import BY_NAME, every_method
+from registry import BY_NAME, every_method, every_one
 
 import optax_sam
 
@@ -279,6 +279,44 @@ def test_clipping_belongs_after_a_member(method):
     before = emitted(optax.chain(clip, member))
     clipped, _ = clip.update(g, clip.init(params))
     harness.assert_close(before, method.fresh(clipped, g_s), 1e-5)
+
+
+# The bases that people use.
+
+
+def plateau(base):
+    """Lowers the rate where the loss, handed on as ``value``, does not fall."""
+    return optax.chain(base, optax.contrib.reduce_on_plateau(0.5, patience=1))
+
+
+@every_one
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda: optax.sgd(0.05, momentum=0.9),
+        lambda: optax.adamw(0.01),
+        lambda: plateau(optax.sgd(0.05, momentum=0.9)),
+    ],
+    ids=["sgd", "adamw", "reduce_on_plateau"],
+)
+def test_bases(method, base):
+    """The whole is trained, and what the base gets as ``value`` counts."""
+    problem, tx = problems.logistic(), method.optimizer(base())
+
+    @jax.jit
+    def step(params, state, batch):
+        value, grads = jax.value_and_grad(problem.loss_fn)(params, batch)
+        extra = method.extra_args(problem.loss_fn, batch)
+        updates, state = tx.update(grads, state, params, value=value, **extra)
+        return optax.apply_updates(params, updates), state
+
+    params, state = problem.params(), tx.init(problem.params())
+    for t in range(12):
+        params, state = step(params, state, problem.batch(t))
+    losses = [problem.loss_fn(params, problem.batch(t)) for t in range(4)]
+    assert np.mean(losses) < np.log(2)  # where it started
+    best = optax.tree.get(state, "best_value")
+    assert best is None or jnp.isfinite(best)
 
 
 # The same as what Optax itself offers.
