@@ -115,7 +115,8 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
       d = g + \alpha\, \frac{\|g\|}{\|g_v\|}\, g_v \quad\text{on the others}
 
     1e-12 is added to the squared norm. A normal part that is not longer than rounding
-    leaves it has no direction and is not reused.
+    leaves it has no direction and is not reused. With ``axis_name``, norms are those of
+    each device's own gradient.
 
     Args:
       alpha: length of what is added, relative to the plain gradient, at least 0, or a

@@ -1,0 +1,57 @@
+"""The tables of docs/methods.md say what the code does."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from registry import METHODS, OTHERS
+
+import optax_sam
+
+PAGE = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+
+
+def rows(heading):
+    """The rows of the table under a heading, as lists of cells."""
+    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines][
+        2:
+    ]
+
+
+COSTS = {cells[0]: cells[1:] for cells in rows("What a step costs")}
+DEFAULTS = {
+    cells[0].strip("`"): cells[1].strip("`") for cells in rows("Hyperparameters")
+}
+NAMED = {m.factory.__name__: m for m in reversed(METHODS + OTHERS) if not m.variant}
+
+
+def test_every_method_is_in_both_tables():
+    methods = {name for name in NAMED if hasattr(optax_sam, name)}
+    assert methods == set(DEFAULTS)
+    assert methods == {re.match(r"`(\w+)", name)[1] for name in COSTS}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults(name):
+    call = ast.parse(f"f({DEFAULTS[name]})", mode="eval").body
+    quoted = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    parameters = inspect.signature(getattr(optax_sam, name)).parameters
+    plain = (bool, int, float, str)
+    actual = {k: p.default for k, p in parameters.items() if k != "key"}
+    assert quoted == {k: v for k, v in actual.items() if isinstance(v, plain)}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_trees_of_state(name):
+    _, state, _ = COSTS[f"`{name}`"]
+    assert ("1 tree" in state) == (NAMED[name].trees == 1)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_it_needs(name):
+    method = NAMED[name]
+    assert not method.calls or method.needs in COSTS[f"`{name}`"][2]
