@@ -55,7 +55,7 @@ def esam(
     (k,), of which it must compute no others. Terms such as an L2 penalty belong into
     every example's loss. The losses at ``params`` come from the same forward pass as
     the incoming gradient if XLA sees both in one program; else give them as
-    ``per_example_losses``.
+    ``per_example_losses``. From ``gamma = 0.99`` on ``grad_fn`` alone will do.
 
     Cost: 1 gradient, 1 forward pass and a gradient of ``k`` examples per ascended step,
     1.82 gradients for ``gamma=0.5``; 1 on other steps; one bool for each leaf, a key
@@ -132,41 +132,43 @@ def esam(
         per_example_losses: jax.Array | None = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
-        if per_example_loss_fn is None:
-            raise ValueError(f"esam needs per_example_loss_fn: {_CALL}.")
-
-        def losses_at(point: Any) -> jax.Array:
-            losses = per_example_loss_fn(point)
-            if jnp.ndim(losses) != 1:
-                raise ValueError(
-                    "per_example_loss_fn must return one loss per example, a vector;"
-                    f" got the shape {jnp.shape(losses)}. Write {_CALL}."
-                )
-            return losses
-
         def selected_gradient(w_e: Any) -> Any:
-            chosen = () if gamma >= 0.99 else (select(w_e),)
+            chosen = () if gamma >= 0.99 else (selected(w_e),)
             mean_loss = lambda p: jnp.mean(per_example_loss_fn(p, *chosen))
             return jax.grad(mean_loss)(w_e)
 
-        def select(w_e: Any) -> jax.Array:
+        def selected(w_e: Any) -> jax.Array:
             # Both losses in one precision: of half-precision parameters w_e is wider.
             before = (
-                losses_at(optax.tree.cast_like(params, w_e))
+                per_example_loss_fn(optax.tree.cast_like(params, w_e))
                 if per_example_losses is None
                 else per_example_losses
             )
-            rise = losses_at(w_e) - before
-            position = int(gamma * rise.shape[0])
-            if position < 1:
-                raise ValueError(
-                    f"gamma * B must be at least 1: gamma={gamma} keeps no example of"
-                    f" B={rise.shape[0]}. Write esam(gamma={1 / rise.shape[0]:.3g}) or"
-                    " more, or take larger batches."
-                )
-            return jax.lax.top_k(rise, max(1, position - 1))[1]
+            return _largest_rises(before, per_example_loss_fn(w_e), gamma)
 
-        extra["grad_fn"] = selected_gradient
+        if per_example_loss_fn is not None:
+            extra["grad_fn"] = selected_gradient
+        elif gamma < 0.99 or extra.get("grad_fn") is None:
+            raise ValueError(f"esam needs per_example_loss_fn: {_CALL}.")
         return engine.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(engine.init, update)
+
+
+def _largest_rises(before: jax.Array, after: jax.Array, gamma: float) -> jax.Array:
+    """The examples whose losses rise most, (k,) int32."""
+    for losses in (before, after):
+        if jnp.ndim(losses) != 1 or jnp.shape(losses) != jnp.shape(after):
+            raise ValueError(
+                "esam needs one loss per example, a vector; got losses of shape"
+                f" {jnp.shape(before)} at params and {jnp.shape(after)} at the perturbed"
+                f" ones. Write {_CALL}."
+            )
+    position = int(gamma * len(after))
+    if position < 1:
+        raise ValueError(
+            f"gamma * B must be at least 1: gamma={gamma} keeps no example of"
+            f" B={len(after)}. Write esam(gamma={1 / len(after):.3g}) or more, or take"
+            " larger batches."
+        )
+    return jax.lax.top_k(after - before, max(1, position - 1))[1]
