@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -128,8 +127,8 @@ def esam(
         state: Any,
         params: Any = None,
         *,
-        per_example_loss_fn: Callable[..., jax.Array] | None = None,
-        per_example_losses: jax.Array | None = None,
+        per_example_loss_fn: Any = None,
+        per_example_losses: Any = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
         def selected_gradient(w_e: Any) -> Any:
@@ -161,8 +160,8 @@ def _largest_rises(before: jax.Array, after: jax.Array, gamma: float) -> jax.Arr
         if jnp.ndim(losses) != 1 or jnp.shape(losses) != jnp.shape(after):
             raise ValueError(
                 "esam needs one loss per example, a vector; got losses of shape"
-                f" {jnp.shape(before)} at params and {jnp.shape(after)} at the perturbed"
-                f" ones. Write {_CALL}."
+                f" {jnp.shape(before)} at params and {jnp.shape(after)} at the"
+                f" perturbed ones. Write {_CALL}."
             )
     position = int(gamma * len(after))
     if position < 1:
