@@ -285,7 +285,9 @@ def test_quadratic_gsam(x64):
 
 
 @pytest.mark.parametrize(
-    "rule", [when.bernoulli(0.4, key=2), when.after(2, when.every_k(2))], ids=str
+    "rule",
+    [when.bernoulli(0.4, key=2), when.after(2, when.every_k(2))],
+    ids=["bernoulli", "after"],
 )
 def test_sampled_gsam(rule, x64):
     """On skipped steps it emits the plain gradient, on others GSAM's."""
@@ -1079,6 +1081,8 @@ def test_the_plan_of_after_is_what_happens(name, x64):
         taken.append(int(state.num_ascents) > before)
     assert not any(taken[:3])
     assert any(taken[3:])
+    if name == "bernoulli, a schedule":  # the plain steps and one more are known
+        assert [len(plan) for plan in plans[:5]] == [4, 3, 2, 1, 1]
     for t, plan in enumerate(plans):
         assert len(plan) >= 1
         np.testing.assert_array_equal(plan[: 30 - t], taken[t : t + len(plan)])
