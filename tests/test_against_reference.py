@@ -50,19 +50,30 @@ def compiled(tx):
     """A training step with the gradient of the small network."""
 
     @jax.jit
-    def step(w, state, batch):
+    def step(w, state, batch, extra):
         grad_fn = lambda p: jax.grad(recorded.mlp)(p, *batch)
-        updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+
+        def losses(p, indices=None):
+            x, y = (a if indices is None else a[indices] for a in batch)
+            one = lambda x, y: recorded.mlp(p, x[None], y[None])
+            return jax.vmap(one)(x, y)
+
+        updates, state = tx.update(
+            grad_fn(w), state, w, grad_fn=grad_fn, per_example_loss_fn=losses, **extra
+        )
         return optax.apply_updates(w, updates), state
 
     return step
 
 
-def package(step, w, state, batches):
-    """w_0, ..., w_T, and all states as one whose leaves have an axis of steps."""
+def package(step, w, state, batches, extras=None):
+    """w_0, ..., w_T, and all states as one whose leaves have an axis of steps.
+
+    ``extras`` are further extra arguments, one dict per step.
+    """
     trajectory, states = [jax.tree.map(jnp.asarray, w)], [state]
-    for batch in batches:
-        w, state = step(trajectory[-1], states[-1], batch)
+    for batch, extra in zip(batches, extras or len(batches) * [{}], strict=True):
+        w, state = step(trajectory[-1], states[-1], batch, extra)
         trajectory.append(w)
         states.append(state)
     return trajectory, jax.tree.map(lambda *leaves: np.stack(leaves), *states)

@@ -98,7 +98,34 @@ NUMBERS = {
     "n_step step_size": lambda x: optax_sam.ascent.n_step(0.1, 2, step_size=x),
     "bernoulli p": optax_sam.when.bernoulli,
     "reuse_difference decay": optax_sam.blend.reuse_difference,
+    "gsam rho": optax_sam.gsam,
+    "gsam alpha": lambda x: optax_sam.gsam(alpha=x),
+    "rho_from_lr rho_min": lambda x: optax_sam.rho_from_lr(0.1, x, 1.0),
+    "rho_from_lr rho_max": lambda x: optax_sam.rho_from_lr(0.1, 0.0, x),
+    "looksam rho": optax_sam.looksam,
+    "looksam alpha": lambda x: optax_sam.looksam(alpha=x),
+    "look_layer_sam rho": optax_sam.look_layer_sam,
+    "look_layer_sam alpha": lambda x: optax_sam.look_layer_sam(alpha=x),
+    "ae_sam rho": optax_sam.ae_sam,
+    "ae_sam decay": lambda x: optax_sam.ae_sam(decay=x),
+    "ae_looksam rho": optax_sam.ae_looksam,
+    "ae_looksam decay": lambda x: optax_sam.ae_looksam(decay=x),
+    "ae_looksam alpha": lambda x: optax_sam.ae_looksam(alpha=x),
+    "esam rho": optax_sam.esam,
+    "esam beta": lambda x: optax_sam.esam(beta=x),
+    "esam gamma": lambda x: optax_sam.esam(gamma=x),
+    "renyi_sam rho": optax_sam.renyi_sam,
+    "renyi_sam alpha": lambda x: optax_sam.renyi_sam(alpha=x),
+    "renyi_sam max_offset_norm": lambda x: optax_sam.renyi_sam(max_offset_norm=x),
+    "random_sam rho": optax_sam.random_sam,
+    "random_sam sigma": lambda x: optax_sam.random_sam(sigma=x),
+    "random_sam gradient_weight": lambda x: optax_sam.random_sam(gradient_weight=x),
+    "weight_scaled rho": optax_sam.ascent.weight_scaled,
+    "surrogate_gap alpha": optax_sam.blend.surrogate_gap,
+    "reuse_normal alpha": optax_sam.blend.reuse_normal,
 }
+# Where ``None`` has a meaning.
+OPTIONAL = ("n_step step_size", "renyi_sam max_offset_norm")
 BAD_NUMBERS = [-0.1, np.nan, np.inf, -np.inf, None, "large", [0.1, 0.2], 1j]
 
 
@@ -108,7 +135,7 @@ BAD_NUMBERS = [-0.1, np.nan, np.inf, -np.inf, None, "large", [0.1, 0.2], 1j]
         (what, bad)
         for what in NUMBERS
         for bad in BAD_NUMBERS
-        if (what, bad) != ("n_step step_size", None)  # there it means rho
+        if bad is not None or what not in OPTIONAL
     ],
     ids=str,
 )
@@ -118,7 +145,16 @@ def test_numbers_out_of_range(what, bad):
         NUMBERS[what](bad)
 
 
-SHARES = ["vsam max_rate", "vsam reuse_decay", "bernoulli p", "reuse_difference decay"]
+SHARES = [
+    "vsam max_rate",
+    "vsam reuse_decay",
+    "bernoulli p",
+    "reuse_difference decay",
+    "ae_sam decay",
+    "ae_looksam decay",
+    "esam beta",
+    "esam gamma",
+]
 
 
 @pytest.mark.parametrize("what", SHARES)
@@ -134,6 +170,8 @@ INTEGERS = {
     "every_k k": optax_sam.when.every_k,
     "vsam window": lambda x: optax_sam.vsam(window=x),
     "vsam num_slices": lambda x: optax_sam.vsam(num_slices=x),
+    "looksam k": lambda x: optax_sam.looksam(k=x),
+    "look_layer_sam k": lambda x: optax_sam.look_layer_sam(k=x),
 }
 
 
@@ -158,6 +196,30 @@ def test_integers_out_of_range(what, bad):
         (lambda: optax_sam.vsam(warmup_steps=-1), "warmup_steps must be"),
         (lambda: optax_sam.vsam(max_reuse=-1), "max_reuse must be"),
         (lambda: optax_sam.vsam(max_reuse=1.5), "max_reuse must be"),
+        (lambda: optax_sam.renyi_sam(alpha=1.0), "alpha must not be 1"),
+        (lambda: optax_sam.renyi_sam(alpha=jnp.asarray(1)), "alpha must not be 1"),
+        (lambda: optax_sam.renyi_sam(alpha=0.0), r"alpha must be .*\(0.0, inf\)"),
+        (lambda: optax_sam.renyi_sam(max_offset_norm=0), r"max_offset_norm .*\(0.0"),
+        (lambda: optax_sam.renyi_sam(warmup_steps=-1), "warmup_steps must be .* >= 0"),
+        (lambda: optax_sam.renyi_sam(warmup_steps=1.5), "warmup_steps must be an int"),
+        (lambda: optax_sam.when.after(-1), "num_steps must be an integer >= 0"),
+        (lambda: optax_sam.ae_sam(lag=2), "lag must be 0 .* or 1 .*got 2"),
+        (lambda: optax_sam.ae_looksam(lag=-1), "lag must be 0 .* or 1 .*got -1"),
+        (lambda: optax_sam.ae_sam(decay=1), r"decay must be .*\[0.0, 1.0\).*got 1.0"),
+        (lambda: optax_sam.ae_looksam(decay=1.0), r"decay must be .*\[0.0, 1.0\)"),
+        (lambda: optax_sam.ae_sam(threshold=np.nan), "threshold must be a number"),
+        (lambda: optax_sam.ae_sam(threshold="high"), "threshold must be a number"),
+        (lambda: optax_sam.ae_sam(threshold=None), "threshold must be a number"),
+        (lambda: optax_sam.esam(gamma=0), r"gamma must be .*\(0.0, 1.0\].*got 0.0"),
+        (lambda: optax_sam.esam(beta=0), r"beta must be .*\(0.0, 1.0\].*got 0.0"),
+        (
+            lambda: optax_sam.rho_from_lr(0.1, 0.3, 0.2),
+            "rho_max must be at least rho_min = 0.3; got 0.2",
+        ),
+        (
+            lambda: optax_sam.blend.surrogate_gap(minimize="x"),
+            """minimize must be "perturbed" or "clean"; got 'x'""",
+        ),
     ],
 )
 def test_combinations_out_of_range(build, message):
@@ -178,6 +240,16 @@ def test_combinations_out_of_range(build, message):
         lambda: optax_sam.vsam(max_rate=1, reuse_decay=1, max_reuse=0),
         lambda: optax_sam.vsam(warmup_steps=0, max_reuse=None, sensitivity=0),
         lambda: optax_sam.vsam(window=100, max_rate=0.01),
+        lambda: optax_sam.gsam(0, alpha=0),
+        lambda: optax_sam.gsam(alpha=3),
+        lambda: optax_sam.rho_from_lr(0.1, 0, 0),
+        lambda: optax_sam.looksam(0, k=1, alpha=0),
+        lambda: optax_sam.ae_sam(decay=0, threshold=-np.inf, lag=np.int64(1)),
+        lambda: optax_sam.ae_looksam(threshold=np.inf),
+        lambda: optax_sam.esam(beta=1, gamma=1),
+        lambda: optax_sam.renyi_sam(0, alpha=1e-3),
+        lambda: optax_sam.random_sam(0, sigma=0, gradient_weight=0),
+        lambda: optax_sam.when.after(0),
     ],
 )
 def test_the_edges_of_the_ranges_are_allowed(build):
@@ -217,6 +289,16 @@ def test_parts_say_what_they_miss():
         adaptive.update(g, adaptive.init(g))
     with pytest.raises(ValueError, match="needs params and grad_fn"):
         steps.update(g, steps.init(g), g)
+    for rule, message in (
+        (optax_sam.ascent.weight_scaled(0.1), "weight-scaled ascent needs params"),
+        (optax_sam.ascent.trust_ratio(0.1), "layer-wise ascent needs params"),
+        (optax_sam.ascent.smoothed(0.1), "smoothed ascent needs params and grad_fn"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rule.update(g, rule.init(g))
+    for rule in (optax_sam.ascent.smoothed(0.1), optax_sam.ascent.random_leaves(0.1)):
+        with pytest.raises(ValueError, match=r"random rule needs the step.*count="):
+            rule.update(g, rule.init(g), g, grad_fn=lambda p: p)
     schedule = optax_sam.ascent.l2(optax.constant_schedule(0.1))
     with pytest.raises(ValueError, match="count="):
         schedule.update(g, schedule.init(g), g)

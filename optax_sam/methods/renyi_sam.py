@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_sam import ascent
 from optax_sam.arguments import Mask
+from optax_sam.contract import check_integer
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import When, after, always
 
@@ -90,12 +91,13 @@ def renyi_sam(
       Zhang et al., `Rényi Sharpness <https://arxiv.org/abs/2510.07758>`_, 2025; code:
       QiaozheZhang/RSAM
     """
+    check_integer("warmup_steps", warmup_steps, 0)
     rule = ascent.renyi(
         rho, alpha, layerwise=layerwise, max_offset_norm=max_offset_norm
     )
     return sharpness_aware(
         rule,
-        after(warmup_steps, when) if warmup_steps != 0 else when,
+        after(warmup_steps, when) if warmup_steps else when,
         mask=mask,
         axis_name=axis_name,
         ascent_dtype=ascent_dtype,
