@@ -57,16 +57,20 @@ def check_number(
         raise ValueError(f"{advice}; got {number}.")
 
 
-def check_integer(name: str, value: int, low: int) -> None:
-    """Raises unless ``value`` is a Python integer, not below ``low``."""
+def check_static(name: str, value: Any, what: str) -> None:
+    """Raises if ``value``, which the program's form depends on, is an array."""
     if isinstance(value, jax.Array):
         raise ValueError(
-            f"{name} sets a shape or a loop, so it must be a Python integer, but it is"
-            f" a JAX array or a traced value: {value}. Inside"
-            " optax.inject_hyperparams, name it as static:"
-            " optax.inject_hyperparams(factory,"
+            f"{name} sets a shape or a loop, so it must be {what}, but it is a JAX"
+            f" array or a traced value: {value}. Inside optax.inject_hyperparams, name"
+            " it as static: optax.inject_hyperparams(factory,"
             " static_args=optax_sam.static_args(factory))."
         )
+
+
+def check_integer(name: str, value: int, low: int) -> None:
+    """Raises unless ``value`` is a Python integer, not below ``low``."""
+    check_static(name, value, "a Python integer")
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ValueError(f"{name} must be an integer >= {low}; got {value!r}.")
     if value < low:

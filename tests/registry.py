@@ -315,7 +315,7 @@ METHODS = (
         trees=1,
         **_AE,
     ),
-    Method("esam", settings={"rho": 0.1, "key": 1}, **_ESAM),
+    Method("esam", settings={"rho": 0.1, "key": 11}, **_ESAM),
     Method(
         "esam_2",
         variant=True,

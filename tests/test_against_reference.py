@@ -300,7 +300,7 @@ def drive(norms, x, a, key, window=50, num_slices=5, warmup=100, force_quota=Tru
         t, norm_t, x_t = series
         step = types.SimpleNamespace(count=t, mean=lambda tree: tree)
         g, g_s = jnp.stack([norm_t, 0.0 * x_t]), jnp.stack([norm_t, x_t])
-        take, rate = rule.now(state, g, step), state.rate
+        (take, state), rate = rule.now(state, g, step), state.rate
         observe = lambda state: rule.observe(state, g, g_s, step)
         state = jax.lax.cond(take, observe, lambda state: state, state)
         return rule.advance(state, take), (take, rate)

@@ -591,6 +591,15 @@ def test_renyi_in_float32_at_extreme_scales(scale, alpha, layerwise):
     np.testing.assert_allclose(flat(e), exact, rtol=1e-4)
 
 
+def test_renyi_sum_keeps_its_bound():
+    """Where the epsilon takes over, in float32 at that: no NaN at ``rho = 0``."""
+    g = {"w": jnp.full(100, 1e-5)}
+    for rho, length in ((0.0, 0.0), (0.1, 0.1 / 1e-4)):
+        rule = optax_sam.ascent.renyi(rho, alpha=5.0)
+        e, _ = rule.update(g, rule.init(g))
+        np.testing.assert_allclose(optax.tree.norm(e), length, rtol=1e-4)
+
+
 def test_renyi_of_a_zero_gradient_is_zero():
     zero = harness.like(harness.tree(), 0.0)
     for settings in ({}, {"max_offset_norm": 0.1}, {"layerwise": True}):

@@ -103,8 +103,9 @@ def test_injected_schedule_is_the_plain_schedule():
             lambda: optax.inject_hyperparams(optax_sam.sam)(num_ascent_steps=2),
             "num_ascent_steps",
         ),
+        (lambda: optax.inject_hyperparams(optax_sam.esam)(gamma=0.5), "gamma"),
     ],
-    ids=["window", "warmup_steps", "num_ascent_steps"],
+    ids=["window", "warmup_steps", "num_ascent_steps", "gamma"],
 )
 def test_a_traced_shape_is_named(factory, name):
     message = rf"{name} sets a shape or a loop(.|\n)*static_args"

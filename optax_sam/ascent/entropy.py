@@ -36,6 +36,10 @@ def renyi(
     uphill for ``alpha > 1`` and downhill for ``alpha < 1``. The length of the offset,
     :math:`\rho S_\alpha / \|g\|`, has no bound as the gradient vanishes.
 
+    As in the authors' code 1e-16 is added to the sum and to the squared norm; for
+    ``alpha = 2`` it takes over at norms below 1e-3. Here :math:`S_\alpha \le 1` still
+    holds for ``alpha > 1``.
+
     Args:
       rho: weight of the regularizer, at least 0, or a schedule.
       alpha: order of the entropy, positive and not 1, or a schedule. Below 1 the sum
@@ -91,6 +95,9 @@ def renyi(
             return jnp.sum((sizes / length) ** (2 * a))
 
         s = sum(map(powers, jax.tree.leaves(g))) + _EPS / length ** (2 * a)
+        # Shares to a power above 1 add up to 1 at most; with the epsilon those of a
+        # small gradient would to anything.
+        s = jnp.where(a > 1, jnp.minimum(s, 1), s)
         c = at(rho, count) * s / square
         if max_offset_norm is not None:
             c = jnp.minimum(c, max_offset_norm / jnp.where(n > 0, n, 1))

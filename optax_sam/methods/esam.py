@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_sam import ascent
 from optax_sam.arguments import Mask
-from optax_sam.contract import check_number
+from optax_sam.contract import check_number, check_static
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import When, always
 
@@ -112,6 +112,7 @@ def esam(
       Neural Networks <https://arxiv.org/abs/2110.03141>`_, 2022; code:
       dydjw9/Efficient_SAM
     """
+    check_static("gamma", gamma, "a Python number")
     check_number("gamma", gamma, 0.0, 1.0, open_low=True)
     engine = sharpness_aware(
         ascent.random_leaves(rho, beta, key),

@@ -81,7 +81,8 @@ def renyi_sam(
       (True, 45)
 
     Differs from the authors' code in:
-      1. The offset can be capped, and a zero gradient gives a zero offset.
+      1. The offset can be capped, a zero gradient gives a zero offset, and for
+         ``alpha > 1`` their epsilon cannot lift the sum above its bound of 1.
       2. Warm-up is a number of steps; there of epochs, on one data set until an
          accuracy is reached.
       3. The authors' class RSAM is ``layerwise=True``; their recipe uses NEWRSAM, the

@@ -50,7 +50,7 @@ def after(num_steps: int, rule: When = always()) -> When:
 
     Args:
       num_steps: plain steps at the start of training, at least 0.
-      rule: what follows; its own clock starts then.
+      rule: what follows; its clock, at which its schedules are read, starts then.
 
     Returns:
       A rule for ``when=``.
@@ -76,12 +76,14 @@ def after(num_steps: int, rule: When = always()) -> When:
         return jax.tree.map(lambda x, y: jnp.where(left == 0, x, y), new, old)
 
     def now(state: AfterState, g: Any, step: Step) -> tuple[jax.Array, AfterState]:
-        decision, moved = rule.now(state.rule, g, step)
+        since = step._replace(count=jnp.maximum(step.count - num_steps, 0))
+        decision, moved = rule.now(state.rule, g, since)
         decision = (state.left == 0) & jnp.asarray(decision)
         return decision, state._replace(rule=choose(state.left, moved, state.rule))
 
     def observe(state: AfterState, g: Any, g_s: Any, step: Step) -> AfterState:
-        return state._replace(rule=rule.observe(state.rule, g, g_s, step))
+        since = step._replace(count=jnp.maximum(step.count - num_steps, 0))
+        return state._replace(rule=rule.observe(state.rule, g, g_s, since))
 
     def advance(state: AfterState, ascended: jax.Array) -> AfterState:
         moved = rule.advance(state.rule, ascended)
