@@ -1,10 +1,11 @@
 """Digits with 40 % of the training labels replaced: SGD learns them by heart.
 
 A small network is trained on scikit-learn's digits by SGD, SAM, SAM-5, ASAM and vSAM,
-and tested on clean labels. Prints a table and draws learning curves, in one to two
-minutes on two cores. Needs flax, scikit-learn, matplotlib and rich too.
+or by the methods of your choice, and tested on clean labels. Prints a table and draws
+learning curves, in one to two minutes on two cores; all methods take three. Needs flax,
+scikit-learn, matplotlib and rich too.
 
-    python examples/digits_label_noise.py
+    python examples/digits_label_noise.py [--methods LookSAM,MSAM | --methods all]
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
+from digits_figure import average, draw
+from jax.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
@@ -31,45 +34,135 @@ import optax_sam
 
 model = nn.Sequential([nn.Dense(256), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)])
 
-
-def make_epoch(tx: optax.GradientTransformationExtraArgs) -> Any:
-    """Compiles the training step, and a scan over an epoch's batches around it."""
-
-    def train_step(state: Any, batch: Any) -> tuple[Any, None]:
-        params, opt_state = state
-        images, labels = batch
-
-        def loss_fn(params: Any) -> jax.Array:
-            logits = model.apply(params, images)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean()
-
-        grad_fn = jax.grad(loss_fn)
-        grads = grad_fn(params)
-        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    def epoch(state: Any, batches: Any) -> Any:
-        return jax.lax.scan(train_step, state, batches)[0]
-
-    return jax.jit(epoch, donate_argnums=0)
-
-
 BATCH_SIZE = 64
 NOISE = 0.4  # share of the training labels drawn anew, uniformly from all ten
 WINDOW = 30  # vSAM decides every 30 steps how many of the next 30 ascend
+DEFAULT = "SGD,SAM,SAM-5,ASAM,vSAM"
 
-# What stands before weight decay and SGD. Radii from small grids, judged on a part of
-# the training set; methods that do not ascend on every step want larger ones.
-METHODS = {
-    "SGD": optax.identity(),
-    "SAM": optax_sam.sam(rho=0.5),
-    "SAM-5": optax_sam.sam(rho=1.3, when=optax_sam.when.every_k(5)),
-    "ASAM": optax_sam.asam(rho=2.5),
-    "vSAM": optax_sam.vsam(rho=0.7, window=WINDOW),
-}
-PALETTE = "#666666", "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe and Ito's
-COLORS = dict(zip(METHODS, PALETTE, strict=True))
+
+class Batch(NamedTuple):
+    """Some examples, or an epoch of batches, with their places in the data set."""
+
+    images: jax.Array
+    labels: jax.Array
+    indices: jax.Array
+
+
+class Method(NamedTuple):
+    """An optimizer and what the training needs to know about it.
+
+    Attributes:
+      optimizer: with all that is its own.
+      base_cost: gradients per step without the ascents.
+      ascent_cost: gradients that an ascent adds.
+      penalty: term of the loss, from the optimizer's state, the batch and its logits.
+      eval_params: the parameters to test, from the optimizer's state and those trained.
+    """
+
+    optimizer: optax.GradientTransformation
+    base_cost: float = 1.0
+    ascent_cost: float = 0.0
+    penalty: Callable[[Any, Batch, jax.Array], ArrayLike] = lambda *_: 0.0
+    eval_params: Callable[[Any, Any], Any] = lambda opt_state, params: params
+
+
+def saf_penalty(opt_state: Any, batch: Batch, logits: jax.Array) -> jax.Array:
+    """Holds the logits near those of three epochs ago."""
+    past, known = optax_sam.saf_past_logits(opt_state, batch.indices)
+    return optax_sam.trajectory_loss(logits, past, coefficient=20.0, where=known)
+
+
+def mesa_penalty(opt_state: Any, batch: Batch, logits: jax.Array) -> jax.Array:
+    """Holds the logits near those at the averaged weights."""
+    past = model.apply(optax_sam.mesa_params(opt_state), batch.images)
+    return optax_sam.trajectory_loss(logits, past, coefficient=10.0)
+
+
+def all_methods(steps: int, examples: int) -> dict[str, Method]:
+    """The methods by name, for a run of some steps on a data set of some examples.
+
+    Radii and coefficients are from small grids, judged on a part of the training set,
+    see docs/demo.md. Methods that do not ascend on every step want larger radii.
+    """
+    lr = optax.cosine_decay_schedule(0.05, steps)
+    decay, sgd = optax.add_decayed_weights(5e-4), optax.sgd(lr, momentum=0.9)
+    falling = lambda start, end: optax.linear_schedule(start, end, steps)
+    growing = optax.cosine_decay_schedule(5e-4, steps, alpha=5.0)
+    rho_gsam = optax_sam.rho_from_lr(lr, rho_min=0.14, rho_max=0.7)
+    every_5 = optax_sam.when.every_k(5)
+
+    def ascending(member: Any, ascent_cost: float = 1.0) -> Method:
+        return Method(optax.chain(member, decay, sgd), ascent_cost=ascent_cost)
+
+    return {
+        "SGD": Method(optax.chain(decay, sgd)),
+        "SAM": ascending(optax_sam.sam(rho=0.5)),
+        "SAM-5": ascending(optax_sam.sam(rho=1.3, when=every_5)),
+        "ASAM": ascending(optax_sam.asam(rho=2.5)),
+        "GSAM": ascending(optax_sam.gsam(rho_gsam, alpha=0.01)),
+        "LookSAM": ascending(optax_sam.looksam(rho=0.5, alpha=0.7)),
+        "Look-LayerSAM": ascending(optax_sam.look_layer_sam(rho=0.03, alpha=0.5)),
+        # A forward pass to choose half of the examples, less one.
+        "ESAM": ascending(optax_sam.esam(rho=0.3), ascent_cost=1 / 3 + 31 / BATCH_SIZE),
+        "AE-SAM": ascending(optax_sam.ae_sam(rho=1.0, threshold=falling(1.0, -1.0))),
+        "AE-LookSAM": ascending(
+            optax_sam.ae_looksam(rho=0.5, threshold=falling(2.0, 0.0), alpha=0.5)
+        ),
+        "vSAM": ascending(optax_sam.vsam(rho=0.7, window=WINDOW)),
+        "vSAM-A": ascending(optax_sam.vsam(rho=1.3, window=WINDOW, reuse_decay=0.0)),
+        "R-SAM": ascending(optax_sam.random_sam(rho=0.7, sigma=growing)),
+        "RSAM": ascending(optax_sam.renyi_sam(rho=1.5, max_offset_norm=0.7)),
+        "MSAM": Method(
+            optax.chain(decay, optax_sam.msam(sgd, rho=2.0)),
+            eval_params=optax_sam.msam_eval_params,
+        ),
+        "SAF": Method(
+            optax.chain(optax_sam.saf(examples, 10, delay=3, start=5), decay, sgd),
+            penalty=saf_penalty,
+        ),
+        "MESA": Method(
+            optax.chain(decay, sgd, optax_sam.mesa(decay=0.995)),
+            base_cost=1 + 1 / 3,
+            penalty=mesa_penalty,
+        ),
+    }
+
+
+def make_epoch(method: Method) -> Any:
+    """Compiles the training step, and a scan over an epoch's batches around it."""
+    tx = optax.with_extra_args_support(method.optimizer)  # SGD alone takes none
+
+    def train_step(state: Any, batch: Batch) -> tuple[Any, None]:
+        params, opt_state = state
+
+        def forward(params: Any, indices: Any = None) -> tuple[jax.Array, jax.Array]:
+            chosen = slice(None) if indices is None else indices
+            images, labels = batch.images[chosen], batch.labels[chosen]
+            logits = model.apply(params, images)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses, logits
+
+        def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+            losses, logits = forward(params)
+            return losses.mean() + method.penalty(opt_state, batch, logits), logits
+
+        grads, logits = jax.grad(loss_fn, has_aux=True)(params)
+        # Each method takes what it needs; XLA drops the rest.
+        updates, opt_state = tx.update(
+            grads,
+            opt_state,
+            params,
+            grad_fn=jax.grad(lambda params: loss_fn(params)[0]),
+            per_example_loss_fn=lambda *args, **named: forward(*args, **named)[0],
+            logits=logits,
+            indices=batch.indices,
+        )
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    def epoch(state: Any, batches: Batch) -> Any:
+        return jax.lax.scan(train_step, state, batches)[0]
+
+    return jax.jit(epoch, donate_argnums=0)
 
 
 @jax.jit
@@ -86,10 +179,13 @@ def corrupt(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return labels
 
 
-def train(num_seeds: int, num_epochs: int, progress: Progress) -> dict[str, Any]:
-    """Trains all methods, in turns of one epoch so that their times compare.
+def train(
+    names: list[str], num_seeds: int, num_epochs: int, progress: Progress
+) -> dict[str, Any]:
+    """Trains the methods, in turns of one epoch so that their times compare.
 
     Args:
+      names: which methods.
       num_seeds: number of runs; a seed sets the weights, the noise and the batches.
       num_epochs: epochs of each run.
       progress: where to report.
@@ -103,24 +199,18 @@ def train(num_seeds: int, num_epochs: int, progress: Progress) -> dict[str, Any]
         images, labels, test_size=0.2, stratify=labels, random_state=0
     )
     steps = len(images) // BATCH_SIZE
-    schedule = optax.cosine_decay_schedule(0.05, num_epochs * steps)
-
-    def optimizer(member: optax.GradientTransformation) -> Any:
-        sgd = optax.sgd(schedule, momentum=0.9)
-        tx = optax.chain(member, optax.add_decayed_weights(5e-4), sgd)
-        return optax.with_extra_args_support(tx)  # SGD alone takes no grad_fn
+    methods = all_methods(num_epochs * steps, len(images))
 
     def start(name: str, seed: int) -> tuple[Any, optax.OptState]:
         params = model.init(jax.random.key(seed), images[:1])
-        return params, optimizers[name].init(params)
+        return params, methods[name].optimizer.init(params)
 
-    def shuffled(labels: np.ndarray, rng: np.random.Generator) -> Any:
+    def shuffled(labels: np.ndarray, rng: np.random.Generator) -> Batch:
         order = rng.permutation(len(labels))[: steps * BATCH_SIZE].reshape(steps, -1)
-        return jnp.asarray(images[order]), jnp.asarray(labels[order])
+        return jax.tree.map(jnp.asarray, Batch(images[order], labels[order], order))
 
-    optimizers = {name: optimizer(member) for name, member in METHODS.items()}
-    epochs = {name: make_epoch(tx) for name, tx in optimizers.items()}
-    progress.add_task("", total=num_seeds * num_epochs * len(METHODS), rate=0.0)
+    epochs = {name: make_epoch(methods[name]) for name in names}
+    progress.add_task("", total=num_seeds * num_epochs * len(names), rate=0.0)
     task = progress.tasks[-1]
     for name, epoch in epochs.items():
         progress.update(task.id, description=f"Compiling {name}")
@@ -132,7 +222,7 @@ def train(num_seeds: int, num_epochs: int, progress: Progress) -> dict[str, Any]
     for seed in range(num_seeds):
         rng = np.random.default_rng(seed)
         labels = corrupt(clean_labels, rng)
-        states = {name: start(name, seed) for name in METHODS}
+        states = {name: start(name, seed) for name in names}
         progress.update(task.id, description=f"Seed {seed + 1} of {num_seeds}")
         for i in range(num_epochs):
             batches = shuffled(labels, rng)
@@ -140,11 +230,14 @@ def train(num_seeds: int, num_epochs: int, progress: Progress) -> dict[str, Any]
                 began = time.perf_counter()
                 states[name] = jax.block_until_ready(epoch(states[name], batches))
                 seconds = time.perf_counter() - began
-                params, opt_state = states[name]
+                (params, opt_state), method = states[name], methods[name]
+                params = method.eval_params(opt_state, params)
                 percent = accuracy(params, test_images, test_labels)
                 row = {"seconds": seconds, "accuracy": percent, "ascent_rate": 0.0}
-                if name != "SGD":  # there are no ascents to read
+                if method.ascent_cost:  # else there are no ascents to read
                     row |= optax_sam.metrics(opt_state)
+                ascents = method.ascent_cost * row["ascent_rate"]
+                row["gradients"] = method.base_cost + ascents
                 for quantity, value in row.items():
                     measured[name][quantity][seed, i] = value
                 progress.update(task.id, advance=1, rate=task.completed / task.elapsed)
@@ -158,70 +251,59 @@ def results_table(measured: dict[str, Any]) -> Table:
         "Method",
         title="Digits, 40 % of the training labels replaced",
         caption=f"Clean test labels, epoch {epochs}, mean ± standard deviation (seeds:"
-        f" {seeds}). On so small a network the times show all bookkeeping.",
+        f" {seeds}). A forward pass alone counts as a third of a gradient. On so small"
+        " a network the times show all bookkeeping.",
     )
     for header in ("Test accuracy (%)", "Gradients per step", "Time (SGD = 1)"):
         table.add_column(header, justify="right")
     # All of training, each epoch by its median over the seeds.
     total = {k: np.median(v["seconds"], axis=0).sum() for k, v in measured.items()}
     for name, values in measured.items():
-        last = values["accuracy"][:, -1]
-        spread = f" ± {last.std(ddof=1):.1f}" if seeds > 1 else ""
-        gradients = 1 + values["ascent_rate"][:, -1].mean()
-        cells = f"{last.mean():.1f}{spread}", f"{gradients:.2f}"
+        mean, sd = average(values["accuracy"][:, -1])
+        spread = f" ± {sd:.1f}" if seeds > 1 else ""
+        cells = f"{mean:.1f}{spread}", f"{values['gradients'][:, -1].mean():.2f}"
         table.add_row(name, *cells, f"{total[name] / total['SGD']:.2f}")
     return table
 
 
 def conclusion(measured: dict[str, Any]) -> str:
     """What the reader should see."""
-    sgd, sam, vsam = (measured[k]["accuracy"].mean(0) for k in ("SGD", "SAM", "vSAM"))
+    sgd = measured["SGD"]["accuracy"].mean(0)
     if len(sgd) < 50:
         return "Too short a run to see a difference: wrong labels are learnt late."
-    cost = 1 + measured["vSAM"]["ascent_rate"][:, -1].mean()
-    return (
+    text = (
         f"SGD reaches {sgd.max():.0f} % and falls to {sgd[-1]:.0f} % as it learns the"
-        f" wrong labels by heart; SAM ends at {sam[-1]:.1f} % for two gradients per"
-        f" step. vSAM ends at {vsam[-1]:.1f} % for {cost:.2f}: it chooses how often to"
-        " take the second gradient, and reuses it in between."
+        " wrong labels by heart."
     )
+    notes = {
+        "SAM": ".",
+        "vSAM": ": it chooses how often to take the second, and reuses it in between.",
+    }
+    for name in [name for name in notes if name in measured]:
+        end, cost = (measured[name][k][:, -1].mean() for k in ("accuracy", "gradients"))
+        text += f" {name} ends at {end:.1f} % for {cost:.2f} gradients per step"
+        text += notes[name]
+    return text
 
 
-def draw(measured: dict[str, Any], path: Path) -> None:
-    """Learning curves, and how vSAM chose its rate."""
-    figure = Figure(figsize=(8, 4), dpi=200, layout="constrained")
-    axes = figure.subplot_mosaic("AAB;AAC")
-
-    def curve(panel: str, name: str, values: np.ndarray, **settings: Any) -> None:
-        epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
-        spread = values.std(0, ddof=1) if len(values) > 1 else 0 * mean
-        ax, low, high = axes[panel], mean - spread, mean + spread
-        ax.plot(epochs, mean, label=name, color=COLORS[name], linewidth=1.6)
-        ax.fill_between(epochs, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
-        ax.set(xlabel="Epoch", xlim=(0, len(mean)), **settings)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.spines[["top", "right"]].set_visible(False)
-
-    for name, values in measured.items():
-        curve("A", name, values["accuracy"], ylim=(68, 100))
-    axes["A"].set_title("Trained with 40 % of the labels replaced (mean ± sd)")
-    axes["A"].set_ylabel("Test accuracy, clean labels (%)")
-    handles = axes["A"].get_lines()
-    figure.legend(handles=handles, frameon=False, ncols=5, loc="outside lower center")
-    vsam = measured["vSAM"]
-    # While it warms up, every step is sampled and the rate is not used.
-    sampling = np.where(vsam["ascent_rate"] < 1, vsam["samples_per_window"], np.nan)
-    curve("B", "vSAM", 100 * sampling / WINDOW, ylabel="Steps (%)", ylim=(0, None))
-    axes["B"].set_title("vSAM's sampling rate")
-    curve("C", "vSAM", vsam["psf_norm"], ylabel="Nats per weight", ylim=(0, None))
-    axes["C"].set_title("vSAM's PSF norm")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+def chosen(text: str) -> list[str]:
+    """The names in a comma-separated list, and SGD, the reference for times."""
+    known = {name.lower(): name for name in all_methods(1, 1)}
+    wanted = {name.strip().lower() for name in text.split(",")}
+    if unknown := sorted(wanted - known.keys() - {"all"}):
+        raise argparse.ArgumentTypeError(
+            f"no method {', '.join(unknown)}; choose all, or from"
+            f" {', '.join(known.values())}"
+        )
+    wanted |= known.keys() if "all" in wanted else {"sgd"}
+    return [name for key, name in known.items() if key in wanted]
 
 
 def main() -> None:
     """Trains, draws and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    which = f"names with commas between, or all; default {DEFAULT}"
+    parser.add_argument("--methods", type=chosen, default=DEFAULT, help=which)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (3)")
     parser.add_argument("--epochs", type=int, default=100, help="of each run (100)")
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs")
@@ -237,8 +319,8 @@ def main() -> None:
     speed = TextColumn("{task.fields[rate]:.1f} epochs/s")
     columns = *Progress.get_default_columns(), speed
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        measured = train(args.seeds, args.epochs, progress)
-    draw(measured, args.out)
+        measured = train(args.methods, args.seeds, args.epochs, progress)
+    draw(measured, WINDOW, args.out)
     console.print(results_table(measured))
     console.print(conclusion(measured))
     console.print(f"Figure: {args.out}")
