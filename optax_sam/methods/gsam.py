@@ -37,7 +37,8 @@ def gsam(
 
     ``alpha=0`` is SAM. The paper ties the radius to the learning rate, see
     :func:`optax_sam.rho_from_lr`; its ``alpha`` is 0.01 for ResNets and 0.4 to 1 for
-    ViTs.
+    ViTs. A large ``alpha`` and a large radius together do not train (see the demo's
+    page).
 
     Cost: 2 gradients per ascended step, 1 on others; a few scalars of state.
 
