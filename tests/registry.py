@@ -107,9 +107,10 @@ def esam_by_grad_fn(*args, **kwargs):
 def saf_of_four(*args, **kwargs):
     """SAF that is shown the same logits of the same four examples on every step."""
     method = optax_sam.saf(*args, **kwargs)
-    rows = {"logits": jnp.ones((4, 2)), "indices": jnp.arange(4)}
 
     def update(updates, state, params=None, **extra):
+        # Made here: the precision may have changed since.
+        rows = {"logits": jnp.ones((4, 2)), "indices": jnp.arange(4)}
         return method.update(updates, state, params, **(extra | rows))
 
     return optax.GradientTransformationExtraArgs(method.init, update)
