@@ -2,7 +2,7 @@
 
 A small network is trained on scikit-learn's digits by SGD, SAM, SAM-5, ASAM and vSAM,
 or by the methods of your choice, and tested on clean labels. Prints a table and draws
-learning curves, in one to two minutes on two cores; all methods take three. Needs flax,
+learning curves, in one to two minutes on two cores; all of them take two. Needs flax,
 scikit-learn, matplotlib and rich too.
 
     python examples/digits_label_noise.py [--methods LookSAM,MSAM | --methods all]
