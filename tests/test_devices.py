@@ -97,7 +97,9 @@ SHARDINGS = {
 
 
 @pytest.mark.parametrize("layout", SHARDINGS)
-@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "precision", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+)
 def test_sharded_training_equals_one_device(mesh, layout, precision):
     steps, tolerance = (200, 1e-9) if precision == "float64" else (20, 1e-5)
     with jax.enable_x64(precision == "float64"):

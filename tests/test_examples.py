@@ -77,6 +77,7 @@ def test_digits_label_noise_knows_all_methods(tmp_path: Path) -> None:
     check_picture(picture)
 
 
+@pytest.mark.slow
 def test_digits_label_noise_takes_names_in_any_case(tmp_path: Path) -> None:
     run = run_demo(tmp_path, "--quick", "--methods", "mesa, Msam,saf")
     assert run.returncode == 0, run.stderr

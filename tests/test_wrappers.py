@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import problems
 import pytest
-from registry import BY_NAME, every_method, every_one
+from registry import BY_NAME, METHODS, OTHERS, each, every_method
 
 import optax_sam
 
@@ -290,7 +290,7 @@ def plateau(base):
     return optax.chain(base, optax.contrib.reduce_on_plateau(0.5, patience=1))
 
 
-@every_one
+@each(*METHODS, *OTHERS, slow=lambda m: m.name not in ("sam", "vsam", "esam", "msam"))
 @pytest.mark.parametrize(
     "base",
     [
