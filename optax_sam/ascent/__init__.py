@@ -9,7 +9,7 @@ from optax_sam.ascent.ball import adaptive, l2, trust_ratio, weight_scaled
 from optax_sam.ascent.entropy import renyi
 from optax_sam.ascent.masks import restrict
 from optax_sam.ascent.noise import SmoothedState, smoothed
-from optax_sam.ascent.rule import OwnGradient, inner, norm, rescale
+from optax_sam.ascent.rule import OwnGradient, norm, rescale
 from optax_sam.ascent.steps import n_step
 from optax_sam.ascent.subset import RandomLeavesState, random_leaves
 
@@ -18,7 +18,6 @@ __all__ = [
     "RandomLeavesState",
     "SmoothedState",
     "adaptive",
-    "inner",
     "l2",
     "n_step",
     "norm",

@@ -61,7 +61,7 @@ def rescale(tree: Any, length: jax.Array, radius: ArrayLike, eps: float = EPS) -
 
 def scaled(tree: Any, scale: jax.Array) -> Any:
     """``scale * tree``, each leaf in its own precision, float32 at least."""
-    return jax.tree.map(lambda x: (scale.astype(wide(x).dtype)) * x, tree)
+    return jax.tree.map(lambda x: scale.astype(wide(x).dtype) * x, tree)
 
 
 def check_params(rule: str, params: Any) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent import inner
+from optax_sam.ascent.rule import inner
 from optax_sam.blend.rule import Blend, along
 from optax_sam.contract import check_schedule
 from optax_sam.when import Step

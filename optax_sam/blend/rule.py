@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.ascent import inner
+from optax_sam.ascent.rule import inner
 from optax_sam.when import Step
 
 

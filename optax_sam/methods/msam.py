@@ -267,11 +267,11 @@ def _check_like(momentum: Any, params: Any) -> None:
             " To freeze leaves, write optax.chain(optax.masked(optax.set_to_zero(),"
             " frozen), optax_sam.msam(optax.sgd(0.1, momentum=0.9)))."
         )
-    (shapes, structure), wanted = (
-        (list(map(jnp.shape, jax.tree.leaves(tree))), jax.tree.structure(tree))
-        for tree in (momentum, params)
-    )
-    if (shapes, structure) != wanted:
+    # By leaves: optax.tree.map_params initializes with a tree that has none.
+    shapes = lambda tree: [jnp.shape(x) for x in jax.tree.leaves(tree)]
+    structure = jax.tree.structure
+    same = structure(momentum) == structure(params)  # type: ignore[operator]
+    if not same or shapes(momentum) != shapes(params):
         raise ValueError(
             "msam needs a momentum like the parameters, but the inner optimizer keeps"
             " it in another structure or in other shapes (optax.flatten?); put what"

@@ -75,15 +75,16 @@ def after(num_steps: int, rule: When = always()) -> When:
     def choose(left: jax.Array, new: Any, old: Any) -> Any:
         return jax.tree.map(lambda x, y: jnp.where(left == 0, x, y), new, old)
 
+    def since(step: Step) -> Step:
+        return step._replace(count=jnp.maximum(step.count - num_steps, 0))
+
     def now(state: AfterState, g: Any, step: Step) -> tuple[jax.Array, AfterState]:
-        since = step._replace(count=jnp.maximum(step.count - num_steps, 0))
-        decision, moved = rule.now(state.rule, g, since)
+        decision, moved = rule.now(state.rule, g, since(step))
         decision = (state.left == 0) & jnp.asarray(decision)
         return decision, state._replace(rule=choose(state.left, moved, state.rule))
 
     def observe(state: AfterState, g: Any, g_s: Any, step: Step) -> AfterState:
-        since = step._replace(count=jnp.maximum(step.count - num_steps, 0))
-        return state._replace(rule=rule.observe(state.rule, g, g_s, since))
+        return state._replace(rule=rule.observe(state.rule, g, g_s, since(step)))
 
     def advance(state: AfterState, ascended: jax.Array) -> AfterState:
         moved = rule.advance(state.rule, ascended)
