@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import problems
-from registry import grad_fn_only
+from registry import ascended, grad_fn_only
 
 import optax_sam
 
@@ -136,16 +136,26 @@ def assert_close(actual, desired, tolerance):
     chex.assert_trees_all_close(actual, desired, rtol=tolerance, atol=tolerance)
 
 
+def assert_emits(method, d, g, g_s, tolerance):
+    """What a method emits on an ascended step: to the bit, if it is ``g_s`` itself."""
+    if method.fresh is ascended:
+        assert_equal(d, g_s)
+    else:
+        assert_close(d, method.fresh(g, g_s), tolerance)
+
+
+def members(opt_state):
+    """The states of the members on the engine."""
+    is_member = lambda x: isinstance(x, optax_sam.SharpnessAwareState)
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_member) if is_member(x)]
+
+
 def member_state(opt_state):
     """The state of the one sharpness-aware member."""
-    is_member = lambda x: isinstance(x, optax_sam.SharpnessAwareState)
-    leaves = jax.tree.leaves(opt_state, is_leaf=is_member)
-    (found,) = [x for x in leaves if is_member(x)]
+    (found,) = members(opt_state)
     return found
 
 
 def ascents(opt_state):
     """The second gradients that were asked for so far."""
-    is_member = lambda x: isinstance(x, optax_sam.SharpnessAwareState)
-    leaves = jax.tree.leaves(opt_state, is_leaf=is_member)
-    return sum(int(x.num_ascents) for x in leaves if is_member(x))
+    return sum(int(member.num_ascents) for member in members(opt_state))
