@@ -1,6 +1,7 @@
 """Sharpness-aware minimization for JAX, as pure Optax gradient transformations."""
 
 from optax_sam import ascent, blend, when
+from optax_sam.ascent_batch import ascent_batch
 from optax_sam.decay import decay_after
 from optax_sam.dispatch import dispatch
 from optax_sam.engine import SharpnessAwareState, sharpness_aware
@@ -33,6 +34,7 @@ __all__ = [
     "asam",
     "ascends_next",
     "ascent",
+    "ascent_batch",
     "ascent_plan",
     "blend",
     "decay_after",

@@ -1,0 +1,78 @@
+"""A part of the batch for the ascent: quarter-batch SAM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_sam.contract import check_integer
+
+
+def ascent_batch(batch: Any, divisor: int = 4) -> Any:
+    r"""Every divisor-th example of a batch, for a cheap gradient to ascend along.
+
+    The direction of the ascent needs few examples. Quarter-batch SAM takes it from a
+    part :math:`A` of the batch :math:`B`, and the descent gradient from all of it:
+
+    .. math::
+      g_A = \nabla L_A(w), \qquad d = \nabla L_B\Big(w + \rho\,
+      \frac{g_A}{\|g_A\|}\Big), \qquad |A| = \lceil |B| / k \rceil
+
+    That costs :math:`1 + 1/k` gradients where SAM costs 2, and is no method of its own:
+    give the gradient on this part to any method that emits the ascended gradient, and
+    a ``grad_fn`` on the whole batch. On steps that do not ascend what comes in is
+    emitted, so there it must be the whole batch's gradient.
+
+    Args:
+      batch: a tree of arrays, (B, ...), with examples in an order that means nothing,
+        as after shuffling.
+      divisor: the ``k`` of which the part has one, at least 1.
+
+    Returns:
+      The same tree, of arrays (ceil(B / k), ...). Examples 0, k, 2k, ... are taken
+      rather than the first ones, so that of a batch that is sharded over devices each
+      device takes a part of its own, and nothing is sent.
+
+    Raises:
+      ValueError: if ``divisor`` is below 1 or traced, or the arrays of the batch do
+        not have one length.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax.chain(optax_sam.sam(rho=0.1), optax.sgd(0.1))
+      >>> grads = jax.grad(lambda w, x: jnp.mean((w - x) ** 2))
+      >>> w, batch = jnp.zeros(()), jnp.arange(8.0)
+      >>> optax_sam.ascent_batch(batch)
+      Array([0., 4.], dtype=float32)
+      >>> updates, state = tx.update(
+      ...     grads(w, optax_sam.ascent_batch(batch)), tx.init(w), w,
+      ...     grad_fn=lambda w: grads(w, batch))
+
+      In a step for :func:`optax_sam.dispatch`, a method that skips gets the whole
+      batch where it does not ascend:
+
+      >>> first = lambda batch, ascend: (
+      ...     optax_sam.ascent_batch(batch) if ascend else batch)
+
+    References:
+      that few examples do, or even serve better: Foret et al., `Sharpness-Aware
+      Minimization <https://arxiv.org/abs/2010.01412>`_, 2021, on m-sharpness
+    """
+    check_integer("divisor", divisor, 1)
+    lengths = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        name = jax.tree_util.keystr(path) or "the root"
+        lengths[name] = jnp.shape(leaf)[0] if jnp.ndim(leaf) else None
+    if len(set(lengths.values())) > 1 or None in lengths.values():
+        found = ", ".join(
+            f"{name}: {'a scalar' if n is None else n}" for name, n in lengths.items()
+        )
+        raise ValueError(
+            "ascent_batch needs arrays with one entry per example, of one length; got"
+            f" {found}. Pass the examples alone, and keys and settings beside them."
+        )
+    # jnp's x[::k] becomes a gather in JAX 0.8, which is not partitioned.
+    part = lambda x: jax.lax.slice_in_dim(x, 0, None, stride=divisor)
+    return jax.tree.map(part, batch)
