@@ -7,8 +7,13 @@ from optax_sam.dispatch import dispatch
 from optax_sam.engine import SharpnessAwareState, sharpness_aware
 from optax_sam.methods.ae_looksam import ae_looksam
 from optax_sam.methods.ae_sam import ae_sam
+from optax_sam.methods.amp import amp
 from optax_sam.methods.asam import asam
 from optax_sam.methods.esam import esam
+from optax_sam.methods.fisher_sam import fisher_sam
+from optax_sam.methods.friendly_sam import friendly_sam
+from optax_sam.methods.gam import gam
+from optax_sam.methods.gnp import gnp
 from optax_sam.methods.gsam import gsam, rho_from_lr
 from optax_sam.methods.look_layer_sam import look_layer_sam
 from optax_sam.methods.looksam import looksam
@@ -16,7 +21,11 @@ from optax_sam.methods.msam import MSAMState, msam, msam_eval_params
 from optax_sam.methods.random_sam import random_sam
 from optax_sam.methods.renyi_sam import renyi_sam
 from optax_sam.methods.sam import sam
+from optax_sam.methods.sam_on import sam_on
+from optax_sam.methods.sampa import SAMPaState, sampa
+from optax_sam.methods.stable_sam import stable_sam
 from optax_sam.methods.vsam import vsam
+from optax_sam.methods.wsam import WSAMState, wsam
 from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
 from optax_sam.trajectory.loss import trajectory_loss
 from optax_sam.trajectory.mesa import MESAState, mesa, mesa_params
@@ -27,10 +36,13 @@ __all__ = [
     "MESAState",
     "MSAMState",
     "SAFState",
+    "SAMPaState",
     "SharpnessAwareState",
+    "WSAMState",
     "__version__",
     "ae_looksam",
     "ae_sam",
+    "amp",
     "asam",
     "ascends_next",
     "ascent",
@@ -40,6 +52,10 @@ __all__ = [
     "decay_after",
     "dispatch",
     "esam",
+    "fisher_sam",
+    "friendly_sam",
+    "gam",
+    "gnp",
     "gsam",
     "look_layer_sam",
     "looksam",
@@ -54,9 +70,13 @@ __all__ = [
     "saf",
     "saf_past_logits",
     "sam",
+    "sam_on",
+    "sampa",
     "sharpness_aware",
+    "stable_sam",
     "static_args",
     "trajectory_loss",
     "vsam",
     "when",
+    "wsam",
 ]

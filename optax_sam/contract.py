@@ -94,6 +94,14 @@ def check_key(key: ArrayLike) -> None:
         )
 
 
+def check_optimizer(method: str, inner: Any, call: str) -> None:
+    """Raises unless ``inner`` is something that a method can wrap."""
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise ValueError(
+            f"{method} wraps an optimizer: optax_sam.{call}; got {inner!r}."
+        )
+
+
 def has_placeholders(*trees: Any) -> bool:
     """Whether some leaves are hidden by optax.masked or optax.partition."""
     is_placeholder = lambda x: isinstance(x, optax.MaskedNode)
@@ -161,6 +169,13 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
                 " floats. Differentiate float parameters only, and keep a complex"
                 " parameter as a real and an imaginary leaf."
             )
+
+
+def check_returned(method: str, grads: Any, params: Any, axis_name: Any) -> None:
+    """Raises unless what ``grad_fn`` returned are gradients that can be used."""
+    check_gradients(method, "what grad_fn returned", grads, params)
+    if axis_name is not None:
+        check_varies(method, "what grad_fn returned", grads, axis_name)
 
 
 def check_varies(method: str, what: str, tree: Any, axis_name: Any) -> None:

@@ -191,9 +191,7 @@ def sharpness_aware(
 
         def gradient(point: Any) -> Any:
             grads = grad_fn(rounded(point))
-            contract.check_gradients(name, "what grad_fn returned", grads, params)
-            if axis_name is not None:
-                contract.check_varies(name, "what grad_fn returned", grads, axis_name)
+            contract.check_returned(name, grads, params, axis_name)
             return jax.tree.map(jnp.asarray, grads)
 
         def emit(d: Any) -> Any:

@@ -18,10 +18,11 @@ import optax
 
 from optax_sam.engine import SharpnessAwareState
 from optax_sam.methods.msam import MSAMState
+from optax_sam.methods.sampa import SAMPaState
 from optax_sam.states import nodes, paths, without_variables
 from optax_sam.trajectory.saf import SAFState
 
-_MEASURED = (SharpnessAwareState, MSAMState, SAFState)
+_MEASURED = (SharpnessAwareState, MSAMState, SAMPaState, SAFState)
 
 
 def members(tree: Any) -> list[SharpnessAwareState]:
@@ -129,8 +130,9 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       none) of the last ascended step, and those of the method's parts (vSAM:
       ``samples_per_window``, ``used_in_window``, ``psf_norm``; AE-SAM:
       ``squared_norm_mean``, ``squared_norm_deviation``). MSAM has
-      ``perturbation_scale`` instead, SAF ``dropped_examples``. With several members
-      the names start with their paths.
+      ``perturbation_scale`` instead, SAF ``dropped_examples``, and SAMPa only the
+      rejected ascents and the norms. With several members the names start with their
+      paths.
 
     Raises:
       ValueError: if there is no such member.

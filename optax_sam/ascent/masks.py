@@ -64,3 +64,60 @@ def restrict(
         return keep(e, chosen), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def normalization_layers(params: Any) -> Any:
+    """The mask of the normalization layers, as ``sam_on`` perturbs them.
+
+    A layer counts if its name contains ``norm`` or ``bn``, in any case, or if it has
+    a parameter ``scale``, as those of Flax do whatever they are called.
+
+    Args:
+      params: a tree of parameters whose leaves are named by dicts or attributes.
+
+    Returns:
+      A tree of bools like the parameters.
+
+    Raises:
+      ValueError: if there is no such layer.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_sam
+      >>> layer = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+      >>> params = {"Dense_0": {"kernel": jnp.ones((2, 2))}, "ln_f": layer}
+      >>> print(optax_sam.ascent.normalization_layers(params)["ln_f"])
+      {'bias': True, 'scale': True}
+
+      All the others:
+
+      >>> no_norm = lambda params: jax.tree.map(
+      ...     lambda chosen: not chosen, optax_sam.ascent.normalization_layers(params))
+      >>> print(no_norm(params)["Dense_0"])
+      {'kernel': True}
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [_names(path) for path, _ in leaves]
+    with_scale = {tuple(name[:-1]) for name in names if name[-1:] == ["scale"]}
+
+    def is_chosen(name: list[str]) -> bool:
+        layer = name[-2].lower() if len(name) > 1 else ""
+        return "norm" in layer or "bn" in layer or tuple(name[:-1]) in with_scale
+
+    chosen = [is_chosen(name) for name in names]
+    if not any(chosen):
+        have = ", ".join("/".join(name) or "the root" for name in names[:5])
+        raise ValueError(
+            "No normalization layer was found, by a name with norm or bn or a"
+            f" parameter called scale, among {have}{', ...' if len(names) > 5 else ''}."
+            " Say which leaves to perturb: mask= a tree of bools like the parameters,"
+            " or a function that makes one from them."
+        )
+    return jax.tree.unflatten(structure, chosen)
+
+
+def _names(path: Any) -> list[str]:
+    """The names along a path, of dict keys and attributes, without positions."""
+    keys = (getattr(k, "key", getattr(k, "name", None)) for k in path)
+    # The last one of an NNX variable is that of its array.
+    names = [key for key in keys if isinstance(key, str)]
+    return names[:-1] if names[-1:] in (["value"], ["raw_value"]) else names

@@ -59,6 +59,23 @@ def rescale(tree: Any, length: jax.Array, radius: ArrayLike, eps: float = EPS) -
     return scaled(tree, scale)
 
 
+def beyond_rounding(length: jax.Array, reference: jax.Array) -> jax.Array:
+    """The length of a difference, or 0 if rounding alone may have left it.
+
+    A direction of rounding errors must not be blown up to a given length.
+    """
+    noise = 100 * jnp.finfo(length.dtype).eps * reference
+    return jnp.where(length <= noise, 0, length)
+
+
+def cache(params: Any) -> Any:
+    """Zeros like the parameters, in float32 or better."""
+    zeros = lambda p: jnp.zeros_like(
+        p, dtype=jnp.promote_types(jnp.result_type(p), jnp.float32)
+    )
+    return jax.tree.map(zeros, params)
+
+
 def scaled(tree: Any, scale: jax.Array) -> Any:
     """``scale * tree``, each leaf in its own precision, float32 at least."""
     return jax.tree.map(lambda x: scale.astype(wide(x).dtype) * x, tree)

@@ -5,6 +5,7 @@ casts it to the incoming gradient's dtype.
 """
 
 from optax_sam.blend.gap import surrogate_gap
+from optax_sam.blend.mix import interpolate, renormalize
 from optax_sam.blend.reuse import (
     ReuseDifferenceState,
     ReuseNormalState,
@@ -17,6 +18,8 @@ __all__ = [
     "Blend",
     "ReuseDifferenceState",
     "ReuseNormalState",
+    "interpolate",
+    "renormalize",
     "reuse_difference",
     "reuse_normal",
     "surrogate_gap",

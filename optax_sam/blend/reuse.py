@@ -10,8 +10,8 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import inner, norm, rescale
-from optax_sam.blend.rule import Blend, along, cache
+from optax_sam.ascent.rule import cache, inner, norm, rescale
+from optax_sam.blend.rule import Blend, along
 from optax_sam.contract import check_integer, check_number, check_schedule
 from optax_sam.when import Step
 

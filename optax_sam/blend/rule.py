@@ -51,11 +51,3 @@ def along(a: Any, b: Any, eps: float = 0.0) -> jax.Array:
     """The coefficient ``<a, b> / (||b||^2 + eps)`` of ``a`` along ``b``; 0 for zero."""
     square = inner(b, b) + eps
     return jnp.where(square > 0, inner(a, b) / jnp.where(square > 0, square, 1), 0)
-
-
-def cache(params: Any) -> Any:
-    """Zeros like the parameters, in float32 or better."""
-    zeros = lambda p: jnp.zeros_like(
-        p, dtype=jnp.promote_types(jnp.result_type(p), jnp.float32)
-    )
-    return jax.tree.map(zeros, params)

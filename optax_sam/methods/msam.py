@@ -141,11 +141,9 @@ def msam(
       MarlonBecker/MSAM
     """
     contract.check_schedule("rho", rho, 0.0)
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise ValueError(
-            "msam wraps an optimizer: optax_sam.msam(optax.sgd(0.1, momentum=0.9),"
-            f" rho=3.0); got {inner!r}."
-        )
+    contract.check_optimizer(
+        "msam", inner, "msam(optax.sgd(0.1, momentum=0.9), rho=3.0)"
+    )
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> MSAMState:

@@ -1,0 +1,237 @@
+"""SAMPa: two gradients at once (Xie et al., arXiv 2410.10683, NeurIPS 2024)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam import contract
+from optax_sam.arguments import at
+from optax_sam.ascent.rule import cache, norm, rescale, wide
+
+_CALL = (
+    "tx.update(grads, opt_state, params, grad_fn=grad_fn,"
+    " previous_grad_fn=lambda p: jax.grad(loss_fn)(p, previous_batch))"
+)
+
+
+class SAMPaState(NamedTuple):
+    """State of :func:`sampa`.
+
+    Attributes:
+      count: number of steps taken, () int32; drives the schedules.
+      num_rejected: how many perturbed gradients were not finite and not used, () int32.
+      perturbed_norm: norm of the last perturbed gradient that was used, () float.
+      gradient: the gradient at the point that was predicted on the last step, along
+        which the next one ascends, like the parameters, float32 or better.
+      inner: state of the inner optimizer.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    num_rejected: jax.Array
+    perturbed_norm: jax.Array
+    gradient: Any
+    inner: Any
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Scalars to log."""
+        return {
+            "rejected_ascents": self.num_rejected,
+            "gradient_norm": norm(self.gradient),
+            "ascended_norm": self.perturbed_norm,
+        }
+
+
+def sampa(
+    inner: optax.GradientTransformation,
+    *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    rho: optax.ScalarOrSchedule = 0.1,
+    interpolation: optax.ScalarOrSchedule = 0.2,
+    predict: Literal["optimizer", "gradient"] = "optimizer",
+) -> optax.GradientTransformationExtraArgs:
+    r"""SAMPa: perturbed by the last step's gradient, so that two run in parallel.
+
+    With the gradient :math:`g_y` that the last step left, on its batch :math:`B'`:
+
+    .. math::
+      \tilde w &= w + \rho\, \frac{g_y}{\|g_y\|}, \qquad
+        y = w + \text{inner}(g_y, w) \\
+      p &= \nabla L_{B'}(\tilde w), \qquad g_y \leftarrow \nabla L_B(y)
+        \qquad\text{independent of each other} \\
+      w &\leftarrow w + \text{inner}\big((1 - \lambda)\, p + \lambda\, g_y, w\big)
+
+    where :math:`y` predicts the next weights: the inner optimizer's step along
+    :math:`g_y`, with its momentum and decay, or the paper's
+    :math:`y = w - \eta\, g_y`. On the first step :math:`\tilde w = y = w`.
+
+    SAM's second gradient waits for the first one; here neither waits. ``update`` takes
+    ``grad_fn`` on this step's batch and ``previous_grad_fn`` on that of the step before
+    (on the first step, on the same one). A ``paired_grad_fn(w_tilde, y) -> (p, g_y)``
+    may stand for both, to compute them as one ``vmap`` over two parameters and batches,
+    which two devices can share:
+
+    .. code-block:: python
+
+      def paired_grad_fn(w_tilde, y):
+          stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+          both = jax.vmap(jax.grad(loss_fn))(
+              stack(w_tilde, y), stack(previous_batch, batch))
+          return [jax.tree.map(lambda x: x[i], both) for i in range(2)]
+
+    The incoming gradient is not used, and XLA drops its computation; zeros like the
+    parameters will do. A perturbed gradient that is not finite gives way to
+    :math:`g_y`; a :math:`g_y` that is not finite is emitted, for a guard to see, and
+    not kept.
+
+    It wraps a whole optimizer. The loop keeps the previous batch, also when it resumes.
+
+    Cost: 2 gradients per step, in the time of 1 where they run in parallel; one tree
+    like the parameters and 3 scalars of state.
+
+    Args:
+      inner: the optimizer, with its learning rate.
+      learning_rate: the step :math:`\eta` of ``predict="gradient"``, at least 0, or a
+        schedule; the optimizer's own step does not need it.
+      rho: radius of the perturbation in units of the weights, at least 0, or a
+        schedule of the step.
+      interpolation: share ``lambda`` of the gradient at the predicted weights, in
+        ``[0, 1]``, or a schedule.
+      predict: ``"optimizer"``, as the authors' code, or ``"gradient"``, as their paper.
+
+    Returns:
+      An optimizer; its ``update`` needs ``params``, ``grad_fn`` and
+      ``previous_grad_fn`` and forwards all other extra arguments to ``inner``. Its
+      state is a :class:`SAMPaState`.
+
+    Raises:
+      ValueError: if a number is out of its range, ``predict`` is neither or lacks its
+        learning rate, or ``inner`` is no optimizer; on ``update``, if
+        ``previous_grad_fn`` is missing or a gradient does not fit the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> tx = optax_sam.sampa(optax.sgd(0.05, momentum=0.9), rho=0.1)
+      >>> grads = jax.grad(lambda w, x: jnp.mean((w - x) ** 2))
+      >>> batches = jnp.linspace(0.0, 2.0, 12).reshape(3, 4, order="F")
+      >>> w = jnp.zeros(())
+      >>> state, previous = tx.init(w), batches[0]
+      >>> for t in range(60):
+      ...     x = batches[t % 3]
+      ...     updates, state = tx.update(
+      ...         jnp.zeros(()), state, w, grad_fn=lambda w: grads(w, x),
+      ...         previous_grad_fn=lambda w: grads(w, previous))
+      ...     w, previous = optax.apply_updates(w, updates), x
+      >>> bool(abs(w - 1.0) < 0.2)
+      True
+
+    Differs from the authors' code in:
+      1. ``interpolation=0`` works; there the gradient is recovered by a division by it.
+      2. There each of two processes takes one gradient; here that is the caller's.
+
+    References:
+      Xie, Pethick and Cevher, `SAMPa: Sharpness-aware Minimization Parallelized
+      <https://arxiv.org/abs/2410.10683>`_, 2024; code: LIONS-EPFL/SAMPa
+    """
+    contract.check_schedule("rho", rho, 0.0)
+    contract.check_schedule("interpolation", interpolation, 0.0, 1.0)
+    if predict not in ("optimizer", "gradient"):
+        raise ValueError(f'predict must be "optimizer" or "gradient"; got {predict!r}.')
+    if learning_rate is not None:
+        contract.check_schedule("learning_rate", learning_rate, 0.0)
+    elif predict == "gradient":
+        raise ValueError(
+            'predict="gradient" steps along the gradient by learning_rate= (the inner'
+            " optimizer's), which is missing."
+        )
+    contract.check_optimizer("sampa", inner, "sampa(optax.sgd(0.1, momentum=0.9))")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> SAMPaState:
+        contract.check_not_masked("sampa", params, advice=_OUTSIDE)
+        return SAMPaState(
+            count=jnp.zeros((), jnp.int32),
+            num_rejected=jnp.zeros((), jnp.int32),
+            perturbed_norm=jnp.zeros((), float),
+            gradient=cache(params),
+            inner=inner.init(params),
+        )
+
+    def update(
+        updates: Any,
+        state: SAMPaState,
+        params: Any = None,
+        *,
+        grad_fn: Any = None,
+        previous_grad_fn: Any = None,
+        paired_grad_fn: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, SAMPaState]:
+        contract.check_not_masked("sampa", updates, params, advice=_OUTSIDE)
+        contract.check_call("sampa", updates, params, grad_fn or paired_grad_fn)
+        extra |= {} if grad_fn is None else {"grad_fn": grad_fn}
+        if paired_grad_fn is None:
+            if not callable(previous_grad_fn):
+                raise ValueError(
+                    "sampa needs previous_grad_fn, a function of the parameters alone"
+                    " that returns the gradients on the batch of the step before (on"
+                    f" the first step, of the same one): {_CALL}."
+                )
+
+            def paired_grad_fn(w_tilde: Any, y: Any) -> tuple[Any, Any]:
+                return previous_grad_fn(w_tilde), grad_fn(y)
+
+        w = jax.tree.map(jnp.asarray, params)
+        g_y, count = state.gradient, state.count
+        w_tilde = optax.tree.add(w, rescale(g_y, norm(g_y), at(rho, count)))
+        p, g_y = paired_grad_fn(w_tilde, predicted(g_y, state, w, extra))
+        for grads in (p, g_y):
+            contract.check_returned("sampa", grads, w, None)
+
+        p, g_y = (optax.tree.cast_like(x, state.gradient) for x in (p, g_y))
+        lam = at(interpolation, count)
+        mix = lambda x, y: (1 - lam).astype(x.dtype) * x + lam.astype(y.dtype) * y
+        perturbed_norm = norm(p)
+        accepted = jnp.isfinite(perturbed_norm)
+        d = choose(accepted, jax.tree.map(mix, p, g_y), g_y)
+        u, inner_state = inner.update(
+            optax.tree.cast_like(d, w), state.inner, w, **extra
+        )
+        return u, SAMPaState(
+            count=optax.safe_increment(count),
+            num_rejected=state.num_rejected + ~accepted,
+            perturbed_norm=choose(
+                accepted,
+                perturbed_norm.astype(state.perturbed_norm.dtype),
+                state.perturbed_norm,
+            ),
+            gradient=choose(jnp.isfinite(norm(g_y)), g_y, state.gradient),
+            inner=inner_state,
+        )
+
+    def predicted(g_y: Any, state: SAMPaState, w: Any, extra: dict[str, Any]) -> Any:
+        """The weights that the step along ``g_y`` would reach."""
+        if predict == "gradient":
+            lr = at(learning_rate, state.count)
+            return jax.tree.map(lambda w, g: w - lr.astype(g.dtype) * g, w, g_y)
+        u, _ = inner.update(optax.tree.cast_like(g_y, w), state.inner, w, **extra)
+        # At first there is nothing to step along, and no decay either.
+        first = state.count == 0
+        return jax.tree.map(lambda w, u: w + jnp.where(first, 0, wide(u)), w, u)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def choose(condition: jax.Array, a: Any, b: Any) -> Any:
+    """One of two trees."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+_OUTSIDE = (
+    "its grad_fn would get placeholders instead of parameters. Put it outside:"
+    " optax_sam.sampa(optax.partition(transforms, labels)). To freeze leaves, let the"
+    " inner optimizer set their updates to zero."
+)
