@@ -55,6 +55,7 @@ class Method(NamedTuple):
       optimizer: with all that is its own.
       base_cost: gradients per step without the ascents.
       ascent_cost: gradients that an ascent adds.
+      first: the examples of a batch that the first gradient is taken of.
       penalty: term of the loss, from the optimizer's state, the batch and its logits.
       eval_params: the parameters to test, from the optimizer's state and those trained.
     """
@@ -62,6 +63,7 @@ class Method(NamedTuple):
     optimizer: optax.GradientTransformation
     base_cost: float = 1.0
     ascent_cost: float = 0.0
+    first: Callable[[Batch], Batch] = lambda batch: batch
     penalty: Callable[[Any, Batch, jax.Array], ArrayLike] = lambda *_: 0.0
     eval_params: Callable[[Any, Any], Any] = lambda opt_state, params: params
 
@@ -133,31 +135,38 @@ def make_epoch(method: Method) -> Any:
     tx = optax.with_extra_args_support(method.optimizer)  # SGD alone takes none
 
     def train_step(state: Any, batch: Batch) -> tuple[Any, None]:
-        params, opt_state = state
+        params, opt_state, previous = state
 
-        def forward(params: Any, indices: Any = None) -> tuple[jax.Array, jax.Array]:
-            chosen = slice(None) if indices is None else indices
-            images, labels = batch.images[chosen], batch.labels[chosen]
-            logits = model.apply(params, images)
+        def forward(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            logits = model.apply(params, batch.images)
+            labels = batch.labels
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses, logits
 
-        def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-            losses, logits = forward(params)
+        def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            losses, logits = forward(params, batch)
             return losses.mean() + method.penalty(opt_state, batch, logits), logits
 
-        grads, logits = jax.grad(loss_fn, has_aux=True)(params)
+        def per_example_loss_fn(params: Any, indices: Any = None) -> jax.Array:
+            chosen = (
+                batch if indices is None else jax.tree.map(lambda x: x[indices], batch)
+            )
+            return forward(params, chosen)[0]
+
+        gradient = jax.grad(loss_fn, has_aux=True)
+        grads, logits = gradient(params, method.first(batch))
         # Each method takes what it needs; XLA drops the rest.
         updates, opt_state = tx.update(
             grads,
             opt_state,
             params,
-            grad_fn=jax.grad(lambda params: loss_fn(params)[0]),
-            per_example_loss_fn=lambda *args, **named: forward(*args, **named)[0],
+            grad_fn=lambda params: gradient(params, batch)[0],
+            previous_grad_fn=lambda params: gradient(params, previous)[0],
+            per_example_loss_fn=per_example_loss_fn,
             logits=logits,
             indices=batch.indices,
         )
-        return (optax.apply_updates(params, updates), opt_state), None
+        return (optax.apply_updates(params, updates), opt_state, batch), None
 
     def epoch(state: Any, batches: Batch) -> Any:
         return jax.lax.scan(train_step, state, batches)[0]
@@ -201,9 +210,12 @@ def train(
     steps = len(images) // BATCH_SIZE
     methods = all_methods(num_epochs * steps, len(images))
 
-    def start(name: str, seed: int) -> tuple[Any, optax.OptState]:
+    def start(
+        name: str, seed: int, batches: Batch
+    ) -> tuple[Any, optax.OptState, Batch]:
         params = model.init(jax.random.key(seed), images[:1])
-        return params, methods[name].optimizer.init(params)
+        first = jax.tree.map(lambda x: x[0], batches)
+        return params, methods[name].optimizer.init(params), first
 
     def shuffled(labels: np.ndarray, rng: np.random.Generator) -> Batch:
         order = rng.permutation(len(labels))[: steps * BATCH_SIZE].reshape(steps, -1)
@@ -214,7 +226,8 @@ def train(
     task = progress.tasks[-1]
     for name, epoch in epochs.items():
         progress.update(task.id, description=f"Compiling {name}")
-        epoch(start(name, 0), shuffled(clean_labels, np.random.default_rng(0)))
+        batches = shuffled(clean_labels, np.random.default_rng(0))
+        epoch(start(name, 0, batches), batches)
     progress.reset(task.id)
 
     shape = num_seeds, num_epochs
@@ -222,15 +235,15 @@ def train(
     for seed in range(num_seeds):
         rng = np.random.default_rng(seed)
         labels = corrupt(clean_labels, rng)
-        states = {name: start(name, seed) for name in names}
+        batches = shuffled(labels, rng)
+        states = {name: start(name, seed, batches) for name in names}
         progress.update(task.id, description=f"Seed {seed + 1} of {num_seeds}")
         for i in range(num_epochs):
-            batches = shuffled(labels, rng)
             for name, epoch in epochs.items():
                 began = time.perf_counter()
                 states[name] = jax.block_until_ready(epoch(states[name], batches))
                 seconds = time.perf_counter() - began
-                (params, opt_state), method = states[name], methods[name]
+                (params, opt_state, _), method = states[name], methods[name]
                 params = method.eval_params(opt_state, params)
                 percent = accuracy(params, test_images, test_labels)
                 row = {"seconds": seconds, "accuracy": percent, "ascent_rate": 0.0}
@@ -241,6 +254,7 @@ def train(
                 for quantity, value in row.items():
                     measured[name][quantity][seed, i] = value
                 progress.update(task.id, advance=1, rate=task.completed / task.elapsed)
+            batches = shuffled(labels, rng)
     return measured
 
 

@@ -74,6 +74,53 @@ def without_gap(g, g_s, alpha=0.4):
     return jax.tree.map(lambda x, x_s: x_s - alpha * (x - c * x_s), g, g_s)
 
 
+def fisher_norm(offset, params, g):
+    """In the metric of the Fisher information, for ``eta = 1``."""
+    del params
+    squares = jax.tree.map(lambda e, x: (1 + x**2) * e**2, offset, g)
+    return jnp.sqrt(optax.tree.sum(squares))
+
+
+def leaf_norm(offset, params, g):
+    """AMP's balls are around leaves."""
+    del params, g
+    return jnp.max(jnp.stack([optax.tree.norm(x) for x in jax.tree.leaves(offset)]))
+
+
+def interpolated(alpha):
+    """What GNP emits on an ascended step."""
+
+    def fresh(g, g_s):
+        return jax.tree.map(lambda x, x_s: (1 - alpha) * x + alpha * x_s, g, g_s)
+
+    return fresh
+
+
+def renormalized(g, g_s):
+    """What StableSAM emits on an ascended step."""
+    return optax.tree.scale(optax.tree.norm(g) / optax.tree.norm(g_s), g_s)
+
+
+def gam_of_one(g, g_s, beta=0.5, gamma=0.03):
+    """What GAM makes of three ascended gradients that are equal."""
+    g_s = jax.tree.map(lambda x, like: x.astype(like.dtype), g_s, g)
+    less = jax.tree.map(lambda x, x_s: beta * x + (1 - beta) * x_s, g, g_s)
+    c = optax.tree.vdot(less, g_s) / optax.tree.vdot(g_s, g_s)
+    return jax.tree.map(lambda x, x_s: x_s - gamma * (x - c * x_s), less, g_s)
+
+
+@functools.wraps(optax_sam.sampa)
+def sampa_on_one_batch(*args, **kwargs):
+    """SAMPa whose batch before is always this one."""
+    method = optax_sam.sampa(*args, **kwargs)
+
+    def update(updates, state, params=None, *, grad_fn=None, **extra):
+        extra |= {"previous_grad_fn": grad_fn, "grad_fn": grad_fn}
+        return method.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(method.init, update)
+
+
 @functools.wraps(optax_sam.esam)
 def esam_by_grad_fn(*args, **kwargs):
     """ESAM on four examples each of whose losses has the gradient ``grad_fn``."""
@@ -131,7 +178,10 @@ class Method:
       needs: the extra argument that it cannot do without.
       extra_args: ``(loss_fn, batch)`` to the extra arguments that ``update`` requires.
       norm: ``(offset, params, g)`` to the length that ``rho`` bounds.
+      radius: the argument that bounds the perturbation.
+      more_radii: the arguments that bound further ones.
       fresh: ``(g, g_s)`` to what it emits on an ascended step.
+      second: ``(g, g_s)`` to what it takes for the ascended gradient.
       place: where it stands: ``"first"`` in a chain, ``"last"``, or ``"around"`` it.
       variant: whether another entry shows nearly the same; then the quick tests leave
         it out.
@@ -150,7 +200,10 @@ class Method:
     needs: str = "grad_fn"
     extra_args: Callable[[Any, Any], dict] = grad_fn_only
     norm: Callable[[Any, Any, Any], jax.Array] = l2_norm
+    radius: str = "rho"
+    more_radii: tuple[str, ...] = ()
     fresh: Callable[[Any, Any], Any] = ascended
+    second: Callable[[Any, Any], Any] = ascended
     place: str = "first"
     variant: bool = False
     static: tuple[str, ...] = ()
@@ -163,6 +216,10 @@ class Method:
         if self.place == "around":
             return self.factory(optax.sgd(0.1, momentum=0.9), **settings)
         return self.factory(**settings)
+
+    def of_radius(self, rho):
+        """The arguments that give it this radius, and all of them if that is 0."""
+        return {self.radius: rho} | dict.fromkeys(() if rho else self.more_radii, rho)
 
     def optimizer(self, base=None, **changes):
         """The whole optimizer: with SGD and momentum, if no other is given."""
@@ -232,6 +289,19 @@ _RANDOM = {
     "calls": 2,
     "uses_incoming": False,
     "static": ("key", "when", *_COMMON),
+}
+
+_GNP = {"factory": optax_sam.gnp, "static": ("when", *_COMMON)}
+_FRIENDLY = {
+    "factory": optax_sam.friendly_sam,
+    "static": ("when", *_COMMON),
+    "trees": 1,
+}
+_AMP = {
+    "factory": optax_sam.amp,
+    "radius": "epsilon",
+    "norm": leaf_norm,
+    "static": ("inner_iter", "projection", "when", *_COMMON),
 }
 
 METHODS = (
@@ -344,6 +414,64 @@ METHODS = (
         skips=True,
         **_RANDOM,
     ),
+    Method("gnp", settings={"rho": 0.1}, fresh=interpolated(0.8), **_GNP),
+    Method(
+        "g_rst",
+        variant=True,
+        settings={"rho": 0.1, "alpha": 2.0, "when": optax_sam.when.bernoulli(key=7)},
+        fresh=interpolated(2.0),
+        skips=True,
+        **_GNP,
+    ),
+    # With a sigma of 1 nothing would be left of gradients that stay the same.
+    Method("friendly_sam", settings={"rho": 0.1, "sigma": 0.5}, **_FRIENDLY),
+    Method(
+        "friendly_sam_2",
+        variant=True,
+        settings={"rho": 0.1, "sigma": 0.5, "when": optax_sam.when.every_k(2)},
+        skips=True,
+        **_FRIENDLY,
+    ),
+    # The default mask finds no normalization layers here.
+    Method(
+        "sam_on",
+        optax_sam.sam_on,
+        {"rho": 0.1, "mask": True},
+        static=("adapt", "when", *_COMMON),
+    ),
+    Method(
+        "fisher_sam",
+        optax_sam.fisher_sam,
+        {"rho": 0.1},
+        norm=fisher_norm,
+        static=("when", *_COMMON),
+    ),
+    Method("amp", settings={"epsilon": 0.1, "inner_lr": 100.0}, **_AMP),
+    Method(
+        "amp_2_steps",
+        variant=True,
+        settings={"epsilon": 0.1, "inner_lr": 100.0, "inner_iter": 2},
+        calls=2,
+        **_AMP,
+    ),
+    Method(
+        "gam",
+        optax_sam.gam,
+        {"grad_rho": 0.05, "norm_rho": 0.1},
+        calls=3,
+        radius="grad_rho",
+        more_radii=("norm_rho",),
+        fresh=gam_of_one,
+        second=gam_of_one,
+        static=("h_minus", "when", *_COMMON),
+    ),
+    Method(
+        "stable_sam",
+        optax_sam.stable_sam,
+        {"rho": 0.1},
+        fresh=renormalized,
+        static=("when", *_COMMON),
+    ),
     Method(
         "product",
         product,
@@ -354,8 +482,26 @@ METHODS = (
     ),
 )
 
-# What is no member on the engine: it takes no second gradient, and none is skipped.
+# What is no member of a chain on the engine.
 OTHERS = (
+    Method(
+        "wsam",
+        optax_sam.wsam,
+        {"rho": 0.1, "learning_rate": 0.1, "gamma": 0.5},
+        place="around",
+        static=("inner", "max_norm", "when", *_COMMON),
+    ),
+    Method(
+        "sampa",
+        sampa_on_one_batch,
+        {"rho": 0.1},
+        calls=2,
+        lookahead=0,
+        uses_incoming=False,
+        place="around",
+        static=("inner", "learning_rate", "predict"),
+        trees=1,
+    ),
     Method(
         "msam",
         optax_sam.msam,
@@ -382,5 +528,6 @@ every_method = each(*METHODS)
 # Where a variant shows nothing that the first entry of its method does not.
 every_named = each(*(method for method in METHODS if not method.variant))
 every_one = each(*METHODS, *OTHERS)
+every_one_that_asks = each(*(m for m in METHODS + OTHERS if m.calls))
 every_skipping = each(*(method for method in METHODS if method.skips))
 every_foreseen = each(*(method for method in METHODS if method.lookahead))

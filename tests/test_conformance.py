@@ -273,9 +273,10 @@ def test_metrics_are_those_of_the_last_ascended_step(method):
     params, g, g_s = harness.tree(), harness.tree(1), harness.tree(2)
     _, state, _ = update(g, g_s, tx.init(params), params, ascend=True)
     first = g if method.uses_incoming else g_s
+    second = method.second(g, g_s)
     for _ in range(2):
         metrics = optax_sam.metrics(state)
-        for name, tree in (("gradient_norm", first), ("ascended_norm", g_s)):
+        for name, tree in (("gradient_norm", first), ("ascended_norm", second)):
             np.testing.assert_allclose(metrics[name], optax.tree.norm(tree), rtol=1e-5)
         assert metrics["survival"] == 1
         _, state, _ = update(g_s, g, state, params, ascend=False)
@@ -340,7 +341,7 @@ def point_and_offset(method, count=0, **changes):
 def test_perturbation_has_length_rho(method, x64):
     params, offset, points = point_and_offset(method)
     assert len(points) == method.calls
-    rho = method.settings["rho"]
+    rho = method.settings[method.radius]
     length = method.norm(offset, params, harness.tree(1))
     np.testing.assert_allclose(length, rho, rtol=1e-9)
     # Uphill: an offset that loses against the gradient would be as long.
@@ -350,7 +351,7 @@ def test_perturbation_has_length_rho(method, x64):
 @every_named
 def test_rho_schedule_follows_the_step_counter(method):
     rho = lambda count: 0.02 * (count + 1.0)
-    tx = method.build(rho=rho)
+    tx = method.build(**method.of_radius(rho))
     params, g = harness.tree(), harness.tree(1)
 
     state, ascents = tx.init(params), 0
@@ -402,7 +403,7 @@ def test_survival_of_the_perturbation(method):
     ):
         # ASAM's ellipsoid is as wide as a weight; Look-LayerSAM's ball, as the layer.
         rho = 0.0002 if method.norm is relative_norm else 0.02
-        tx = method.build(ascent_dtype=ascent_dtype, rho=rho)
+        tx = method.build(ascent_dtype=ascent_dtype, **method.of_radius(rho))
         params = {"kernel": jnp.ones((100, 100), dtype)}
         grads = {"kernel": g["kernel"].astype(dtype)}
 
@@ -645,7 +646,10 @@ def without_a_method(target):
 def test_converges(method, target):
     """As far as the base optimizer does, up to a hundredth of the way."""
     make, _, steps = TARGETS[target]
-    smaller = {"rho": 0.02} if "rho" in method.settings else {}
+    smaller = {method.radius: 0.02} if method.radius in method.settings else {}
+    if "learning_rate" in method.settings:
+        _, rate, steps = TARGETS[target]
+        smaller["learning_rate"] = optax.cosine_decay_schedule(rate, steps)
     if "max_offset_norm" in method.static:  # else it grows as the gradient vanishes
         smaller["max_offset_norm"] = 0.02
     tx = method.optimizer(falling(target), **smaller)

@@ -58,7 +58,7 @@ def test_containers(method, container):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), container)
     grad_fn = jax.grad(lambda p: sum((jnp.sum(x**3) for x in jax.tree.leaves(p)), 0.0))
     mask = lambda p: jax.tree.map(lambda x: x.ndim != 1, p)
-    tx = method.build(**({"mask": mask} if method.calls else {}))
+    tx = method.build(**({"mask": mask} if "mask" in method.static else {}))
     state = jax.eval_shape(tx.init, params)
     for ascend in (None, True, False):
         update = functools.partial(tx.update, grad_fn=grad_fn, ascend=ascend)
@@ -336,9 +336,13 @@ def test_eight_devices(method, split, axes, x64):
             assert types[0] == harness.kinds(state)
             assert not explicit or types[1] == jax.tree.map(jax.typeof, state)
     harness.assert_close(jax.device_get((params, state)), jax.device_get(one), 1e-10)
-    cached = state[1].average if method.name == "mesa" else ()
-    if method.calls:
-        cached = harness.member_state(state).blend
+    find = functools.partial(optax.tree.get_all_with_path, state)
+    cached = [
+        tree
+        for field in ("psf", "normal", "average", "gradient")
+        for _, tree in find(field)
+    ]
+    assert len(cached) == method.trees
     for leaf in jax.tree.leaves(cached):
         if leaf.ndim:
             wanted = NamedSharding(mesh, spec(leaf))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import problems
 import pytest
-from registry import every_method
+from registry import every_method, every_one_that_asks, grad_fn_only
 
 import optax_sam
 
@@ -52,10 +52,10 @@ def test_the_model_is_large_enough():
 TOLERANCE = 0.01
 
 
-@every_method
+@every_one_that_asks
 def test_ascended_step(method):
     ratio = flops(method.optimizer(base()), ascend=True) / flops_of_base()
-    if not method.uses_incoming:
+    if method.factory is optax_sam.random_sam:
         # R-SAM draws a normal number for each weight, of 145 operations (counted on
         # these versions), a fifth of the weight's gradient here.
         weights = sum(x.size for x in jax.tree.leaves(PROBLEM().params()))
@@ -84,7 +84,7 @@ def test_ascent_of_several_steps(steps):
     assert flops(tx) / flops_of_base() == pytest.approx(steps + 1, rel=TOLERANCE)
 
 
-@every_method
+@every_one_that_asks
 def test_bytes_of_state(method):
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     params = PROBLEM().params()
@@ -104,3 +104,46 @@ def test_bytes_of_state_in_half_precision(method):
         x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)
     ]
     assert all(x.dtype == jnp.float32 for x in floats)
+
+
+def test_quarter_batch_sam():
+    """The part is sliced off in the program, and each example costs its share."""
+    problem, tx = PROBLEM(), optax.chain(optax_sam.sam(), base())
+    params = jax.eval_shape(problem.params)
+
+    def step(params, state, batch, divisor):
+        part = optax_sam.ascent_batch(batch, divisor)
+        grads = jax.grad(problem.loss_fn)(params, part)
+        extra = grad_fn_only(problem.loss_fn, batch)
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    for divisor in (1, 2, 4, 8, 16):
+        with_part = functools.partial(step, divisor=divisor)
+        state = jax.eval_shape(tx.init, params)
+        lowered = jax.jit(with_part).lower(params, state, batch())
+        ratio = lowered.compile().cost_analysis()["flops"] / flops_of_base()
+        assert ratio == pytest.approx(1 + 1 / divisor, rel=TOLERANCE)
+
+
+def test_m_sam_in_one_program():
+    """Each shard has a perturbation of its own, for the price of one for all."""
+    problem, member = PROBLEM(), optax_sam.sam(axis_name="shards")
+    tx = optax.chain(member, base())
+    params = jax.eval_shape(problem.params)
+
+    def step(params, state, batch):
+        shards = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch)
+
+        def of_shard(shard):
+            extra = grad_fn_only(problem.loss_fn, shard)
+            grads = jax.grad(problem.loss_fn)(params, shard)
+            return tx.update(grads, state, params, **extra)
+
+        updates, after = jax.vmap(of_shard, axis_name="shards", out_axes=None)(shards)
+        return optax.apply_updates(params, updates), after
+
+    lowered = jax.jit(step).lower(params, jax.eval_shape(tx.init, params), batch())
+    ratio = lowered.compile().cost_analysis()["flops"] / flops_of_base()
+    # Norms and offsets of four parameters, where a shard has 32 examples.
+    assert ratio == pytest.approx(2, rel=4 * TOLERANCE)

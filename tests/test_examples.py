@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -43,6 +44,24 @@ def check_picture(picture: Path) -> None:
     assert width >= 1200
     assert height >= 600
     assert len(content) > 30_000
+
+
+def test_own_method_trains(tmp_path: Path) -> None:
+    for package in ("flax", "sklearn"):
+        pytest.importorskip(package)
+    output = subprocess.run(
+        [sys.executable, EXAMPLES / "own_method.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+        check=True,
+    ).stdout
+    loss, ascents = re.fullmatch(
+        r"Loss (.*) after 200 steps, (\d+) of them ascents.\n", output
+    ).groups()
+    assert float(loss) < 0.5
+    assert ascents == "100"
 
 
 def test_digits_label_noise_prints_a_table_and_draws(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def ascended(member, params=None):
 def test_no_radius_and_no_leaf_is_the_base_optimizer(method, x64):
     """The second gradient is taken at the very weights, and emitted as it is."""
     params, g_s = harness.tree(), harness.tree(2)
-    for member in (method.build(rho=0.0), method.build(mask=False)):
+    still = method.of_radius(0.0)
+    for member in (method.build(**still), method.build(mask=False)):
         d, points, state = ascended(member)
         assert len(points) == method.calls
         # R-SAM's first point is smoothed; it is masked, but not small with rho.
@@ -74,7 +75,8 @@ def test_no_radius_and_no_leaf_is_the_base_optimizer(method, x64):
 
 @every_skipping
 def test_no_radius_trains_as_the_base_optimizer(method, x64):
-    harness.assert_close(trained(method.build(rho=0.0)), trained_by("sgd"), 1e-12)
+    still = method.build(**method.of_radius(0.0))
+    harness.assert_close(trained(still), trained_by("sgd"), 1e-12)
 
 
 # SAM.
@@ -192,8 +194,11 @@ def test_masks(method, x64):
         offset = jax.tree.map(jnp.subtract, kernel(point), kernel(params))
         g = kernel(harness.tree(1 if method.uses_incoming else 2))
         length = method.norm(offset, kernel(params), g)
-        if method.uses_incoming or point is points[-1]:  # R-SAM's first is noise
-            np.testing.assert_allclose(length, method.settings["rho"], rtol=1e-9)
+        # R-SAM's first is noise, and GAM's later ones are of other lengths.
+        of_rho = points[:1] if method.more_radii else points
+        if point is of_rho[-1] or (method.uses_incoming and not method.more_radii):
+            rho = method.settings[method.radius]
+            np.testing.assert_allclose(length, rho, rtol=1e-9)
         harness.assert_equal(
             (point["gain"], point["layer"]["bias"]),
             (params["gain"], params["layer"]["bias"]),

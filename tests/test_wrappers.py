@@ -53,13 +53,13 @@ def test_inject_hyperparams(method):
         d, state = tx.update(g, state, params, grad_fn=grad_fn, ascend=True)
         return d, state, points[-1]
 
-    for rho in (method.settings["rho"], 0.5, 0.0, 0.25):
-        state.hyperparams["rho"] = jnp.asarray(rho)
+    for rho in (method.settings[method.radius], 0.5, 0.0, 0.25):
+        state.hyperparams[method.radius] = jnp.asarray(rho)
         _, state, point = update(state)
         offset = jax.tree.map(jnp.subtract, point, params)
         length = method.norm(offset, params, g)
         np.testing.assert_allclose(length, rho, rtol=1e-4, atol=1e-8)
-        np.testing.assert_allclose(state.hyperparams["rho"], rho)
+        np.testing.assert_allclose(state.hyperparams[method.radius], rho)
     assert optax_sam.metrics(state)["ascents"] == 4
 
 

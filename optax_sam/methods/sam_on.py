@@ -14,7 +14,7 @@ from optax_sam.when import When, always
 
 
 def sam_on(
-    rho: optax.ScalarOrSchedule,
+    rho: optax.ScalarOrSchedule = 0.5,
     *,
     adapt: Mask = False,
     eta: optax.ScalarOrSchedule = 0.01,
@@ -32,7 +32,8 @@ def sam_on(
     with :math:`T = 1`, or :math:`|w| + \eta` on adapted leaves as in ASAM. The norm is
     of :math:`g_N` alone; the descent gradient is of all parameters. These layers hold
     less than 0.1 % of the weights, and their radius is larger than SAM's by an order of
-    magnitude: the authors' example on CIFAR-100 (WRN-28-10) has ``rho=10, adapt=True``.
+    magnitude, as the default is: the authors' example on CIFAR-100 (WRN-28-10) has
+    ``rho=10, adapt=True``.
 
     Cost: 2 gradients per ascended step, 1 on others; a few scalars of state. The first
     gradient is needed in full only where it is emitted: with ``when=always()`` it may
