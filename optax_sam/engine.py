@@ -11,6 +11,7 @@ conditional that skips the second gradient is here and nowhere else.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -228,9 +229,7 @@ def sharpness_aware(
             measured = mean(measured)
             accepted = jnp.all(jnp.isfinite(measured[:2]))
 
-            def choose(new: Any, old: Any) -> Any:
-                return jax.tree.map(lambda x, y: jnp.where(accepted, x, y), new, old)
-
+            choose = functools.partial(optax.tree.where, accepted)
             d, fresh_blend = blend.fresh(first, g_s, state.blend, step)
             fallback, stale_blend = blend.stale(first, state.blend, step)
             gradient_norm, ascended_norm, survival = choose(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import beyond_rounding, cache, norm, rescale
+from optax_sam.ascent.rule import beyond_rounding, cache, norm, rescale, weighted
 from optax_sam.contract import check_schedule
 
 
@@ -90,13 +90,11 @@ def friendly(
     ) -> tuple[Any, FriendlyState]:
         del params, extra
         g = optax.tree.cast_like(g, state.average)
-        taken = at(sigma, count)
-        a = jax.tree.map(lambda x, m: x - taken.astype(m.dtype) * m, g, state.average)
+        a = weighted(jnp.ones(()), g, -at(sigma, count), state.average)
         length = beyond_rounding(norm(a), norm(g))
         lam = jnp.where(state.started, at(decay, count), 0)
         mean = g if axis_name is None else jax.lax.pmean(g, axis_name)
-        moved = lambda m, x: lam.astype(m.dtype) * m + (1 - lam).astype(m.dtype) * x
-        average = jax.tree.map(moved, state.average, mean)
+        average = weighted(lam, state.average, 1 - lam, mean)
         started = jnp.ones_like(state.started)
         return rescale(a, length, at(rho, count)), FriendlyState(average, started)
 

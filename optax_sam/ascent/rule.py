@@ -81,6 +81,16 @@ def scaled(tree: Any, scale: jax.Array) -> Any:
     return jax.tree.map(lambda x: scale.astype(wide(x).dtype) * x, tree)
 
 
+def weighted(a: jax.Array, x: Any, b: jax.Array, y: Any) -> Any:
+    """The sum ``a x + b y`` of two trees, in float32 or better."""
+
+    def add(x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y = wide(x), wide(y)
+        return a.astype(x.dtype) * x + b.astype(y.dtype) * y
+
+    return jax.tree.map(add, x, y)
+
+
 def check_params(rule: str, params: Any) -> None:
     """Raises unless a rule that follows the weights has got them."""
     if params is None:

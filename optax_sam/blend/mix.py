@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import norm, rescale, wide
+from optax_sam.ascent.rule import norm, rescale, weighted
 from optax_sam.blend.rule import Blend, take_ascended
 from optax_sam.contract import check_schedule
 from optax_sam.when import Step
@@ -51,12 +50,7 @@ def interpolate(
     def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
         share = at(alpha, step.count)
         clean = rescale(g, norm(g), 1, 0) if unit_gradient else g
-
-        def mix(x: jax.Array, x_s: jax.Array) -> jax.Array:
-            x, x_s = wide(x), wide(x_s)
-            return (1 - share).astype(x.dtype) * x + share.astype(x_s.dtype) * x_s
-
-        return jax.tree.map(mix, clean, g_s), state
+        return weighted(1 - share, clean, share, g_s), state
 
     return Blend(
         init=lambda params: optax.EmptyState(),

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from optax_sam import ascent
 from optax_sam.arguments import Mask, at, resolve_mask
 from optax_sam.ascent.masks import keep
-from optax_sam.ascent.rule import beyond_rounding, norm, rescale, wide
+from optax_sam.ascent.rule import beyond_rounding, norm, rescale, weighted
 from optax_sam.blend.rule import along
 from optax_sam.contract import check_returned, check_schedule
 from optax_sam.engine import sharpness_aware
@@ -132,18 +132,16 @@ def gam(
             def gradient(point: Any) -> Any:
                 grads = grad_fn(optax.tree.cast_like(point, w_1))
                 check_returned("gam", grads, params, axis_name)
-                return widened(grads)
+                return jax.tree.map(jnp.asarray, grads)
 
             def towards(h: Any, rho: optax.ScalarOrSchedule, reference: Any) -> Any:
                 h = keep(h, chosen)
                 length = beyond_rounding(norm(h), norm(keep(reference, chosen)))
                 return rescale(h, length, read(rho))
 
-            g_0 = widened(updates)
-            g_1 = gradient(w_1)
-            w_2 = optax.tree.add(
-                params, towards(optax.tree.sub(g_1, g_0), norm_rho, g_0)
-            )
+            g_0, g_1 = jax.tree.map(jnp.asarray, updates), gradient(w_1)
+            h = weighted(jnp.ones(()), g_1, -jnp.ones(()), g_0)
+            w_2 = optax.tree.add(params, towards(h, norm_rho, g_0))
             g_2 = gradient(w_2)
             g_3 = gradient(optax.tree.add(w_2, towards(g_2, grad_rho, g_2)))
 
@@ -163,14 +161,3 @@ def gam(
         return engine.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(engine.init, update)
-
-
-def widened(tree: Any) -> Any:
-    """Arrays in float32 or better."""
-    return jax.tree.map(lambda x: wide(jnp.asarray(x)), tree)
-
-
-def weighted(a: jax.Array, x: Any, b: jax.Array, y: Any) -> Any:
-    """The sum ``a * x + b * y`` of two trees."""
-    add = lambda x, y: a.astype(x.dtype) * x + b.astype(y.dtype) * y
-    return jax.tree.map(add, x, y)

@@ -10,7 +10,7 @@ import optax
 
 from optax_sam import contract
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import cache, norm, rescale, wide
+from optax_sam.ascent.rule import cache, norm, rescale, weighted, wide
 
 _CALL = (
     "tx.update(grads, opt_state, params, grad_fn=grad_fn,"
@@ -193,22 +193,21 @@ def sampa(
 
         p, g_y = (optax.tree.cast_like(x, state.gradient) for x in (p, g_y))
         lam = at(interpolation, count)
-        mix = lambda x, y: (1 - lam).astype(x.dtype) * x + lam.astype(y.dtype) * y
         perturbed_norm = norm(p)
         accepted = jnp.isfinite(perturbed_norm)
-        d = choose(accepted, jax.tree.map(mix, p, g_y), g_y)
+        d = optax.tree.where(accepted, weighted(1 - lam, p, lam, g_y), g_y)
         u, inner_state = inner.update(
             optax.tree.cast_like(d, w), state.inner, w, **extra
         )
         return u, SAMPaState(
             count=optax.safe_increment(count),
             num_rejected=state.num_rejected + ~accepted,
-            perturbed_norm=choose(
+            perturbed_norm=jnp.where(
                 accepted,
                 perturbed_norm.astype(state.perturbed_norm.dtype),
                 state.perturbed_norm,
             ),
-            gradient=choose(jnp.isfinite(norm(g_y)), g_y, state.gradient),
+            gradient=optax.tree.where(jnp.isfinite(norm(g_y)), g_y, state.gradient),
             inner=inner_state,
         )
 
@@ -223,11 +222,6 @@ def sampa(
         return jax.tree.map(lambda w, u: w + jnp.where(first, 0, wide(u)), w, u)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def choose(condition: jax.Array, a: Any, b: Any) -> Any:
-    """One of two trees."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 _OUTSIDE = (
