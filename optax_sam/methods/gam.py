@@ -154,10 +154,8 @@ def gam(
             weight = jnp.where(norm(h_plus) > 0, weight, 0)
             return weighted(1 + weight * c, h_plus, -weight, h_less)
 
-        if callable(grad_fn):
-            extra["grad_fn"] = combined
-        else:
-            extra["grad_fn"] = grad_fn  # the engine says what is wrong
+        # If it is none, the engine says so.
+        extra["grad_fn"] = combined if callable(grad_fn) else grad_fn
         return engine.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(engine.init, update)
