@@ -91,15 +91,25 @@ def all_methods(steps: int, examples: int) -> dict[str, Method]:
     falling = lambda start, end: optax.linear_schedule(start, end, steps)
     growing = optax.cosine_decay_schedule(5e-4, steps, alpha=5.0)
     rho_gsam = optax_sam.rho_from_lr(lr, rho_min=0.14, rho_max=0.7)
-    every_5 = optax_sam.when.every_k(5)
+    every_5, half = optax_sam.when.every_k(5), optax_sam.when.bernoulli(0.5)
+    wsam = optax_sam.wsam(optax.chain(decay, sgd), learning_rate=lr, rho=0.7, gamma=0.9)
 
     def ascending(member: Any, ascent_cost: float = 1.0) -> Method:
         return Method(optax.chain(member, decay, sgd), ascent_cost=ascent_cost)
+
+    def on_part(divisor: int, rho: float) -> Method:
+        first = lambda batch: optax_sam.ascent_batch(batch, divisor)
+        return ascending(optax_sam.sam(rho))._replace(
+            first=first, base_cost=1 / divisor
+        )
 
     return {
         "SGD": Method(optax.chain(decay, sgd)),
         "SAM": ascending(optax_sam.sam(rho=0.5)),
         "SAM-5": ascending(optax_sam.sam(rho=1.3, when=every_5)),
+        "RST": ascending(optax_sam.sam(rho=1.0, when=half)),
+        "SAM 1/4": on_part(4, rho=1.0),
+        "SAM 1/16": on_part(16, rho=1.0),
         "ASAM": ascending(optax_sam.asam(rho=2.5)),
         "GSAM": ascending(optax_sam.gsam(rho_gsam, alpha=0.01)),
         "LookSAM": ascending(optax_sam.looksam(rho=0.5, alpha=0.7)),
@@ -114,6 +124,18 @@ def all_methods(steps: int, examples: int) -> dict[str, Method]:
         "vSAM-A": ascending(optax_sam.vsam(rho=1.3, window=WINDOW, reuse_decay=0.0)),
         "R-SAM": ascending(optax_sam.random_sam(rho=0.7, sigma=growing)),
         "RSAM": ascending(optax_sam.renyi_sam(rho=1.5, max_offset_norm=0.7)),
+        "GNP": ascending(optax_sam.gnp(rho=0.7, alpha=0.8)),
+        "G-RST": ascending(optax_sam.gnp(rho=0.5, alpha=2.0, when=half)),
+        "F-SAM": ascending(optax_sam.friendly_sam(rho=0.7, decay=0.9)),
+        "WSAM": Method(wsam, ascent_cost=1.0),
+        "Fisher SAM": ascending(optax_sam.fisher_sam(rho=0.5)),
+        "AMP": ascending(optax_sam.amp(epsilon=0.5)),
+        "GAM": ascending(optax_sam.gam(0.5, norm_rho=0.1), ascent_cost=3.0),
+        "StableSAM": ascending(optax_sam.stable_sam(rho=0.5)),
+        "SAMPa": Method(
+            optax_sam.sampa(optax.chain(decay, sgd), rho=0.7, interpolation=0.2),
+            base_cost=2.0,
+        ),
         "MSAM": Method(
             optax.chain(decay, optax_sam.msam(sgd, rho=2.0)),
             eval_params=optax_sam.msam_eval_params,

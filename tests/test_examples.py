@@ -85,11 +85,13 @@ def test_digits_label_noise_knows_all_methods(tmp_path: Path) -> None:
     table = table_of(run.stdout)
     gradients = {name: cells[1] for name, cells in table.items()}
     exact = {"SGD": 1, "MSAM": 1, "SAF": 1, "MESA": 4 / 3, "ESAM": 4 / 3 + 31 / 64}
-    exact |= dict.fromkeys(("SAM", "ASAM", "GSAM", "R-SAM", "RSAM"), 2)
+    exact |= dict.fromkeys(("SAM", "ASAM", "GSAM", "R-SAM", "RSAM", "GNP", "F-SAM"), 2)
+    exact |= dict.fromkeys(("WSAM", "Fisher SAM", "AMP", "StableSAM", "SAMPa"), 2)
+    exact |= {"GAM": 4, "SAM 1/4": 1.25, "SAM 1/16": 1.0625}
     exact |= dict.fromkeys(("SAM-5", "LookSAM", "Look-LayerSAM"), 1 + 9 / 44)
     # Those that choose: vSAM warms up in these 44 steps.
     exact |= {"vSAM": 2, "vSAM-A": 2}
-    adaptive = {"AE-SAM", "AE-LookSAM"}
+    adaptive = {"AE-SAM", "AE-LookSAM", "RST", "G-RST"}
     assert gradients.keys() == exact.keys() | adaptive
     assert {k: gradients[k] for k in exact} == pytest.approx(exact, abs=0.006)
     assert all(1 < gradients[k] < 2 for k in adaptive)
