@@ -100,7 +100,7 @@ def check(name, steps):
     return stacked(states)
 
 
-SAM_RUNS = recorded.runs("sgd", "sam", "asam")
+SAM_RUNS = recorded.runs("sgd", "sam_", "asam")  # not SAMPa
 VSAM_RUNS = recorded.runs("vsam")
 
 
