@@ -5,9 +5,9 @@ import numpy as np
 import optax
 import pytest
 import recorded
-import test_against_reference as base_tests
+import side_by_side
 from reference import ae_sam, base, esam, gsam, looksam, random_sam, renyi_sam, sam
-from test_against_reference import compiled, optimizer, package, problem
+from side_by_side import assert_equal, compiled, optimizer, package, problem
 
 import optax_sam
 from optax_sam import ascent, blend, when
@@ -214,7 +214,7 @@ METHODS = {
 
 
 def reference(fresh, w, batches):
-    return base_tests.reference(fresh(), w, batches)
+    return side_by_side.reference(fresh(), w, batches)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -225,14 +225,14 @@ def test_ten_steps(name):
     for seed in range(3):
         w, batches = problem(seed, STEPS)
         trajectory, _ = package(step, w, tx.init(w), batches)
-        base_tests.assert_equal(trajectory, reference(fresh, w, batches))
+        assert_equal(trajectory, reference(fresh, w, batches))
 
 
 def test_the_methods_differ():
     w, batches = problem(0, STEPS)
-    plain = base_tests.reference(lambda t, w, grad: grad(w), w, batches)[-1]
+    plain = side_by_side.reference(lambda t, w, grad: grad(w), w, batches)[-1]
     as_sam = lambda t, w, grad: sam.sam(w, grad, 0.3)
-    ends = [plain, base_tests.reference(as_sam, w, batches)[-1]]
+    ends = [plain, side_by_side.reference(as_sam, w, batches)[-1]]
     capped_renyi.caps.clear()
     ends += [reference(fresh, w, batches)[-1] for _, fresh in METHODS.values()]
     assert 0 < sum(capped_renyi.caps) < STEPS
@@ -292,7 +292,7 @@ def test_random_sam(name, given):
             delta = random_sam.noise(w, noise[t], sigma(t))
             return random_sam.random_sam(w, grad, delta, rho(t), weight)
 
-        base_tests.assert_equal(trajectory, base_tests.reference(direction, w, batches))
+        assert_equal(trajectory, side_by_side.reference(direction, w, batches))
 
 
 # ESAM.
@@ -335,7 +335,7 @@ def esam_reference(method, u, w, batches):
         examples.append(int(method.kept.sum()))
         return d
 
-    return base_tests.reference(direction, w, batches), leaves, examples
+    return side_by_side.reference(direction, w, batches), leaves, examples
 
 
 ESAM = {
@@ -366,7 +366,7 @@ def test_esam(name, given):
 
         method = esam.ESAM(**settings, select=select)
         expected, leaves, examples = esam_reference(method, u, w, batches)
-        base_tests.assert_equal(trajectory, expected)
+        assert_equal(trajectory, expected)
         active = optax.tree.get(states, "active")
         for t in range(1, STEPS):
             order = [leaf for leaf, on in zip(sorted(w), active[t], strict=True) if on]

@@ -29,6 +29,11 @@ def loss_fn(name):
 
 def optimizer(name, member):
     """The member first, then what the authors' base optimizer does."""
+    return optax.chain(member, *base_optimizer(name))
+
+
+def base_optimizer(name):
+    """The parts of the authors' base optimizer."""
     h = recorded.RUNS[name]["hyperparameters"]
     after = []
     if "clip_global_norm" in h:
@@ -37,7 +42,7 @@ def optimizer(name, member):
         after.append(optax.add_decayed_weights(h["weight_decay"]))
     lr = schedule(name, "lr_used") if "gsam" in name else h["lr"]
     sgd = optax.sgd(lr, momentum=h["momentum"], nesterov=h.get("nesterov", False))
-    return optax.chain(member, *after, sgd)
+    return [*after, sgd]
 
 
 def schedule(name, array):
@@ -63,6 +68,9 @@ def descend(name, tx, ascend=None, recorded_extra=lambda t: {}):
             extra["per_example_loss_fn"] = per_example_loss_fn
         elif "esam" in name:
             extra["per_example_loss_fn"] = lambda p: loss(p, batch)[None]
+        if "previous_batch" in extra:
+            previous = extra.pop("previous_batch")
+            extra["previous_grad_fn"] = lambda p: jax.grad(loss)(p, previous)
         updates, state = tx.update(grad_fn(w), state, w, **extra)
         return optax.apply_updates(w, updates), state
 
@@ -100,7 +108,7 @@ def check(name, steps):
     return stacked(states)
 
 
-SAM_RUNS = recorded.runs("sgd", "sam", "asam")
+SAM_RUNS = recorded.runs("sgd", "sam_", "asam")  # not SAMPa
 VSAM_RUNS = recorded.runs("vsam")
 
 
@@ -168,6 +176,64 @@ def test_looksam(name):
 def test_renyi_sam(name):
     h = recorded.RUNS[name]["hyperparameters"]
     member = optax_sam.renyi_sam(h["rho"], alpha=h["a"], layerwise=h["cls"] == "RSAM")
+    check(name, descend(name, optimizer(name, member)))
+
+
+RUNS_OF = {"fsam": 3, "wsam_coupled": 2, "wsam_decoupled": 3, "sampa": 3, "gam": 2}
+
+
+@pytest.mark.parametrize("method", RUNS_OF)
+def test_the_recorded_runs_are_all_there(method):
+    assert len(recorded.runs(method)) == RUNS_OF[method]
+
+
+@pytest.mark.parametrize("name", recorded.runs("fsam"))
+def test_friendly_sam(name):
+    h = recorded.RUNS[name]["hyperparameters"]
+    member = optax_sam.friendly_sam(h["rho"], sigma=h["sigma"], decay=h["lmbda"])
+    check(name, descend(name, optimizer(name, member)))
+
+
+@pytest.mark.parametrize("name", recorded.runs("wsam_coupled"))
+def test_coupled_wsam_is_gnp(name):
+    h = recorded.RUNS[name]["hyperparameters"]
+    member = optax_sam.gnp(h["rho"], alpha=h["gamma"] / (1 - h["gamma"]))
+    check(name, descend(name, optimizer(name, member)))
+
+
+@pytest.mark.parametrize("name", recorded.runs("wsam_decoupled"))
+def test_decoupled_wsam(name):
+    h = recorded.RUNS[name]["hyperparameters"]
+    tx = optax_sam.wsam(
+        optax.chain(*base_optimizer(name)),
+        learning_rate=h["lr"],
+        rho=h["rho"],
+        gamma=h["gamma"],
+        max_norm=h.get("max_norm"),
+    )
+    check(name, descend(name, tx))
+
+
+@pytest.mark.parametrize("name", recorded.runs("sampa"))
+def test_sampa(name):
+    h = recorded.RUNS[name]["hyperparameters"]
+    inner = optax.chain(*base_optimizer(name))
+    tx = optax_sam.sampa(inner, rho=h["rho"], interpolation=h["og"])
+    before = lambda t: {"previous_batch": recorded.data(name, max(t - 1, 0))}
+    check(name, descend(name, tx, recorded_extra=before))
+
+
+@pytest.mark.parametrize("name", recorded.runs("gam"))
+def test_gam(name):
+    h = recorded.RUNS[name]["hyperparameters"]
+    member = optax_sam.gam(
+        h["grad_rho"],
+        norm_rho=h["grad_norm_rho"],
+        beta0=h["grad_beta_0"],
+        beta1=h["grad_beta_1"],
+        gamma=h["grad_gamma"],
+        h_minus="code",
+    )
     check(name, descend(name, optimizer(name, member)))
 
 

@@ -7,12 +7,17 @@ from reference import (
     asam,
     base,
     esam,
+    friendly_sam,
+    gam,
+    gnp,
     gsam,
     looksam,
     random_sam,
     renyi_sam,
     sam,
+    sampa,
     vsam,
+    wsam,
 )
 
 TOLERANCE = 1e-10
@@ -91,20 +96,25 @@ def descend(name, direction):
 def assert_descends_as_recorded(name, direction):
     """Compare parameters, their norms and the losses; returns what descend returns."""
     trajectory, batches = descend(name, direction)
+    assert_is_recorded(name, trajectory, [batch.losses_taken for batch in batches])
+    return trajectory, batches
+
+
+def assert_is_recorded(name, trajectory, losses):
+    """Compare a trajectory, its norms and the losses of each step, as far as stored."""
     run, saved = recorded.arrays(name), recorded.saved(name)
-    assert max(saved) >= len(batches) - 10  # the long runs store their end in norms
+    assert max(saved) >= len(losses) - 10  # the long runs store their end in norms
     for t, w in saved.items():
         assert recorded.deviation(trajectory[t], w) < TOLERANCE, t
     if "param_norm" in run:
         assert_near([base.norm(w) for w in trajectory[1:]], run["param_norm"])
     if "losses" in run:
         taken = np.full_like(run["losses"], np.nan)
-        for row, batch in zip(taken, batches, strict=True):
-            first = batch.losses_taken[: len(row)]
+        for row, losses_taken in zip(taken, losses, strict=True):
+            first = losses_taken[: len(row)]
             row[: len(first)] = first
         # Relative as well, because one run diverges to losses in the hundreds.
         np.testing.assert_allclose(taken, run["losses"], rtol=TOLERANCE, atol=TOLERANCE)
-    return trajectory, batches
 
 
 def sam_google(h, w, grad):
@@ -132,6 +142,12 @@ def renyi(h, w, grad):
     return renyi_sam.renyi_sam(w, grad, h["rho"], h["a"], power_sums[h["cls"]])
 
 
+def gam_code(h, w, grad):
+    alpha, beta = h["grad_beta_1"], h["grad_beta_0"]
+    radii = h["grad_norm_rho"], h["grad_rho"]
+    return gam.gam(w, grad, *radii, alpha, beta, h["grad_gamma"], h_minus="code")
+
+
 # Run -> the emitted gradient as a function of its hyperparameters, t, w and grad. The
 # key is how the run's name starts.
 METHODS = {
@@ -143,6 +159,8 @@ METHODS = {
     "gsam_torch": gsam_torch,
     "gsam_jax": gsam_jax,
     "renyi_sam": lambda h, t, w, grad: renyi(h, w, grad),
+    "wsam_coupled": lambda h, t, w, grad: wsam.coupled(w, grad, h["rho"], h["gamma"]),
+    "gam": lambda h, t, w, grad: gam_code(h, w, grad),
 }
 
 
@@ -182,6 +200,50 @@ def test_looksam(name):
     _, batches = assert_descends_as_recorded(name, direction)
     ascended = [len(batch.losses_taken) == 2 for batch in batches]
     np.testing.assert_array_equal(ascended, recorded.arrays(name)["is_sam_step"])
+
+
+@pytest.mark.parametrize("name", recorded.runs("fsam"))
+def test_friendly_sam(name):
+    h = hyperparameters(name)
+    method = friendly_sam.FriendlySAM(h["rho"], h["sigma"], h["lmbda"])
+    direction = lambda t, w, batch: method.direction(w, batch.grad)
+    assert_descends_as_recorded(name, direction)
+
+
+@pytest.mark.parametrize("name", recorded.runs("wsam_coupled"))
+def test_coupled_wsam_is_gnp(name):
+    h = hyperparameters(name)
+    alpha = h["gamma"] / (1.0 - h["gamma"])
+    direction = lambda t, w, batch: gnp.gnp(w, batch.grad, h["rho"], alpha)
+    assert_descends_as_recorded(name, direction)
+
+
+def wraps(name, method, **arguments):
+    """Compare a method that wraps SGD, with grad(t, w) on the batch of step t."""
+    h, steps = hyperparameters(name), recorded.RUNS[name]["steps"]
+    losses = []
+
+    def grad(t, w):
+        batch = Batch(name, t)
+        g = batch.grad(w)
+        losses.extend(batch.losses_taken)
+        return g
+
+    U = base.sgd(h["lr"], h["momentum"], h["weight_decay"])
+    trajectory = method(recorded.initial(name), steps, grad, U, h["rho"], **arguments)
+    assert_is_recorded(name, trajectory, np.reshape(losses, (steps, -1)))
+
+
+@pytest.mark.parametrize("name", recorded.runs("wsam_decoupled"))
+def test_decoupled_wsam(name):
+    h = hyperparameters(name)
+    limit = h.get("max_norm")
+    wraps(name, wsam.decoupled, gamma=h["gamma"], lr=h["lr"], max_norm=limit)
+
+
+@pytest.mark.parametrize("name", recorded.runs("sampa"))
+def test_sampa(name):
+    wraps(name, sampa.sampa, lam=hyperparameters(name)["og"])
 
 
 @pytest.mark.parametrize("name", recorded.runs("esam"))

@@ -1,9 +1,15 @@
 """Trees, SGD and two test problems: what the transcriptions share.
 
-SGD is Sutskever et al. 2013 in the form of ``torch.optim.SGD`` (pytorch/pytorch).
+SGD is Sutskever et al. 2013 in the form of ``torch.optim.SGD`` (pytorch/pytorch), AdamW
+is Loshchilov, Hutter 2019, arXiv 1711.05101.
 """
 
 import numpy as np
+
+
+def at(value, t):
+    """A hyperparameter in step t: a number, or a function of the step."""
+    return value(t) if callable(value) else value
 
 
 def add(a, b, scale=1.0):
@@ -43,6 +49,11 @@ def rejection(a, b):
     return add(a, b, -dot(a, b) / n**2 if n > 0 else 0.0)
 
 
+def only(a, leaves):
+    """a with zeros outside the leaves named; a itself where None are."""
+    return a if leaves is None else {x: a[x] * float(x in leaves) for x in a}
+
+
 def clip(a, max_norm):
     """a scaled back to norm max_norm where it is longer."""
     n = norm(a)
@@ -64,6 +75,39 @@ def descend(w, steps, direction, *, lr, momentum, weight_decay=0.0, nesterov=Fal
         w = add(w, add(d, v, momentum) if nesterov else v, -lr_t)
         trajectory.append(w)
     return trajectory
+
+
+def sgd(lr, momentum=0.0, weight_decay=0.0):
+    """The optimizer U(t, w, d, v) -> (w, v) of a method that wraps one; v = None first.
+
+    d <- d + weight_decay w,  v <- momentum v + d,  w <- w - lr v
+    """
+
+    def U(t, w, d, v=None):
+        v = add(add(d, w, weight_decay), v or scaled(w, 0.0), momentum)
+        return add(w, v, -at(lr, t)), v
+
+    return U
+
+
+def adamw(lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
+    """The optimizer U(t, w, d, (m, u)) -> (w, (m, u)), None first; t counts from 0.
+
+    m <- b1 m + (1 - b1) d,  u <- b2 u + (1 - b2) d^2
+    w <- w - lr (m_hat / (sqrt(u_hat) + eps) + weight_decay w), where m_hat and u_hat
+    are m / (1 - b1^(t+1)) and u / (1 - b2^(t+1)).
+    """
+
+    def U(t, w, d, moments=None):
+        m, u = moments or (scaled(w, 0.0), scaled(w, 0.0))
+        m = add(scaled(m, b1), d, 1.0 - b1)
+        u = add(scaled(u, b2), times(d, d), 1.0 - b2)
+        m_hat = scaled(m, 1.0 / (1.0 - b1 ** (t + 1)))
+        u_hat = scaled(u, 1.0 / (1.0 - b2 ** (t + 1)))
+        step = {leaf: m_hat[leaf] / (np.sqrt(u_hat[leaf]) + eps) for leaf in w}
+        return add(w, add(step, w, weight_decay), -at(lr, t)), (m, u)
+
+    return U
 
 
 def forward(w, x, y):

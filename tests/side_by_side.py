@@ -1,0 +1,96 @@
+"""The package and the transcriptions in reference/ on the same steps, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import recorded
+from reference import base
+
+TOLERANCE = 1e-10
+SGD = {"lr": 0.2, "momentum": 0.9}
+
+
+@functools.cache
+def draws(key, steps):
+    """The uniforms that a package key stands for, one per step."""
+    raw = jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+    generator = jax.random.wrap_key_data(raw, impl="threefry2x32")
+    at = lambda t: jax.random.uniform(jax.random.fold_in(generator, t))
+    return np.asarray(jax.vmap(at)(jnp.arange(steps)))
+
+
+def problem(seed, steps):
+    """Weights of a small network, and a batch for every step."""
+    r = np.random.RandomState(seed)
+    w = {
+        "layer0/kernel": r.randn(6, 5),
+        "layer0/bias": 0.3 * r.randn(5),
+        "layer1/kernel": r.randn(5, 4),
+        "layer1/bias": 0.3 * r.randn(4),
+    }
+    return w, [(r.randn(8, 6), r.randint(4, size=8)) for _ in range(steps)]
+
+
+def quadratic(seed, steps):
+    """Weights, and for every step the same curvature with a slope of its own."""
+    r = np.random.RandomState(seed)
+    rotation = np.linalg.qr(r.randn(12, 12))[0]
+    A = rotation * np.logspace(-1.5, 0.5, 12) @ rotation.T
+    return {"w": 0.25 * r.randn(12)}, [(A, 0.25 * r.randn(12)) for _ in range(steps)]
+
+
+def optimizer(member):
+    return optax.chain(member, optax.sgd(SGD["lr"], momentum=SGD["momentum"]))
+
+
+def compiled(tx):
+    """A training step with the gradient of the small network."""
+
+    @jax.jit
+    def step(w, state, batch, extra):
+        grad_fn = lambda p: jax.grad(recorded.mlp)(p, *batch)
+
+        def losses(p, indices=None):
+            x, y = (a if indices is None else a[indices] for a in batch)
+            one = lambda x, y: recorded.mlp(p, x[None], y[None])
+            return jax.vmap(one)(x, y)
+
+        updates, state = tx.update(
+            grad_fn(w), state, w, grad_fn=grad_fn, per_example_loss_fn=losses, **extra
+        )
+        return optax.apply_updates(w, updates), state
+
+    return step
+
+
+def package(step, w, state, batches, extras=None):
+    """w_0, ..., w_T, and all states as one whose leaves have an axis of steps.
+
+    ``extras`` are further extra arguments, one dict per step.
+    """
+    trajectory, states = [jax.tree.map(jnp.asarray, w)], [state]
+    for batch, extra in zip(batches, extras or len(batches) * [{}], strict=True):
+        w, state = step(trajectory[-1], states[-1], batch, extra)
+        trajectory.append(w)
+        states.append(state)
+    return trajectory, jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+
+
+def reference(direction, w, batches):
+    def step(t, w):
+        return direction(t, w, lambda p: base.mlp(p, *batches[t])[1])
+
+    return base.descend(w, len(batches), step, **SGD)
+
+
+def assert_equal(trajectory, expected):
+    for t, (w, w_expected) in enumerate(zip(trajectory, expected, strict=True)):
+        assert recorded.deviation(w, w_expected) < TOLERANCE, t
+
+
+def only(*leaves):
+    """The mask of some leaves of the small network."""
+    return {leaf: leaf in leaves for leaf in recorded.TENSORS}
