@@ -84,8 +84,9 @@ def sampa(
 
     The incoming gradient is not used, and XLA drops its computation; zeros like the
     parameters will do. A perturbed gradient that is not finite gives way to
-    :math:`g_y`; a :math:`g_y` that is not finite is emitted, for a guard to see, and
-    not kept.
+    :math:`g_y`; a :math:`g_y` that is not finite is handed to the optimizer, and not
+    kept. A guard belongs inside, ``sampa(optax.apply_if_finite(...))``: around it,
+    that one looks at the incoming gradient.
 
     It wraps a whole optimizer. The loop keeps the previous batch, also when it resumes.
 
