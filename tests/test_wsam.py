@@ -365,3 +365,29 @@ def test_refused_calls():
         tx.update(w, tx.init(w), w)
     with pytest.raises(ValueError, match="wsam: what grad_fn returned.*missing"):
         tx.update(w, tx.init(w), w, grad_fn=lambda p: {"gain": p["gain"]})
+
+
+def test_masked_around_it_is_refused():
+    """The advice puts nothing behind it in a chain."""
+    w, tx = harness.tree(), optax_sam.wsam(SGD, learning_rate=0.1)
+    around = optax.masked(tx, {"layer": True, "gain": False})
+    advice = r"Put it outside(.|\n)*optax_sam\.wsam\(optax\.partition\("
+    with pytest.raises(ValueError, match=advice):
+        around.init(w)
+    with pytest.raises(ValueError, match=advice):
+        around.update(w, optax.MaskedState(tx.init(w)), w, grad_fn=lambda p: p)
+
+
+def test_frozen_leaves(x64):
+    """By zero gradients; the inner optimizer does not hold the sharpness."""
+    labels = {"layer": "train", "gain": "freeze"}
+    inner = optax.partition({"train": SGD, "freeze": optax.set_to_zero()}, labels)
+    tx, w = optax_sam.wsam(inner, learning_rate=0.1), harness.tree()
+    g, g_s = harness.tree(1), harness.tree(2)
+    u, _ = tx.update(g, tx.init(w), w, grad_fn=lambda p: g_s)
+    np.testing.assert_allclose(u["gain"], -0.9 * (g_s["gain"] - g["gain"]), rtol=1e-12)
+    zero = jnp.zeros_like(w["gain"])
+    u, _ = tx.update(
+        *({**g, "gain": zero}, tx.init(w), w), grad_fn=lambda p: {**g_s, "gain": zero}
+    )
+    harness.assert_equal(u["gain"], zero)
