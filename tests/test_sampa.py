@@ -355,6 +355,19 @@ def test_half_precision(dtype, predict):
     assert np.linalg.norm(flat(jax.tree.map(jnp.subtract, points[3], w))) > 1e-4
 
 
+def test_gradients_that_float16_does_not_hold_are_not_finite():
+    """Those at a float32 point, in float32, for parameters of float16."""
+    tx, w = optax_sam.sampa(SGD), harness.tree(dtype="float16")
+    g, large = harness.tree(1), harness.like(harness.tree(1), 1e6)
+    update = functools.partial(tx.update, zeros(w), tx.init(w), w)
+    u, state = update(grad_fn=lambda p: g, previous_grad_fn=lambda p: large)
+    harness.assert_equal(u, SGD.update(optax.tree.cast_like(g, w), SGD.init(w), w)[0])
+    assert int(state.num_rejected) == 1
+    u, state = update(grad_fn=lambda p: large, previous_grad_fn=lambda p: g)
+    assert not harness.is_finite(u)
+    harness.assert_equal(state.gradient, harness.like(g, 0.0))
+
+
 def test_scan_donation_and_files_agree(x64):
     tx = optax_sam.sampa(SGD)
     step = make_step(tx, problems.mlp().loss_fn)

@@ -195,7 +195,10 @@ def sampa(
         p, g_y = (optax.tree.cast_like(x, state.gradient) for x in (p, g_y))
         lam = at(interpolation, count)
         mix = lambda x, y: (1 - lam).astype(x.dtype) * x + lam.astype(y.dtype) * y
-        perturbed_norm = norm(p)
+        # Judged in the dtype that is handed on: float16 may not hold what a function
+        # returned for a float32 point.
+        length = lambda x: norm(optax.tree.cast_like(x, w))
+        perturbed_norm = length(p)
         accepted = jnp.isfinite(perturbed_norm)
         d = choose(accepted, jax.tree.map(mix, p, g_y), g_y)
         u, inner_state = inner.update(
@@ -209,7 +212,7 @@ def sampa(
                 perturbed_norm.astype(state.perturbed_norm.dtype),
                 state.perturbed_norm,
             ),
-            gradient=choose(jnp.isfinite(norm(g_y)), g_y, state.gradient),
+            gradient=choose(jnp.isfinite(length(g_y)), g_y, state.gradient),
             inner=inner_state,
         )
 
