@@ -33,7 +33,8 @@ def ascent_batch(batch: Any, divisor: int = 4) -> Any:
     Returns:
       The same tree, of arrays (ceil(B / k), ...). Examples 0, k, 2k, ... are taken
       rather than the first ones, so that of a batch that is sharded over devices each
-      device takes a part of its own, and nothing is sent.
+      device takes a part of its own, and nothing is sent, if ``k`` divides the number
+      of examples on a device.
 
     Raises:
       ValueError: if ``divisor`` is below 1 or traced, or the arrays of the batch do

@@ -145,8 +145,8 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
     found, structure = jax.tree_util.tree_flatten_with_path(grads)
     wanted, expected = jax.tree_util.tree_flatten_with_path(params)
     if structure != expected:  # type: ignore[operator]
-        have = {jax.tree_util.keystr(path) for path, _ in found}
-        want = {jax.tree_util.keystr(path) for path, _ in wanted}
+        have = {jax.tree_util.keystr(path) or "the root" for path, _ in found}
+        want = {jax.tree_util.keystr(path) or "the root" for path, _ in wanted}
         missing, surplus = sorted(want - have), sorted(have - want)
         raise ValueError(
             f"{method}: {what} has another structure than the parameters"

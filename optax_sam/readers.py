@@ -176,9 +176,16 @@ def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
       0.05
     """
     hints = typing.get_type_hints(factory)
-    tunable = (optax.ScalarOrSchedule, jax.typing.ArrayLike)
+    tunable = [
+        set(typing.get_args(hint))
+        for hint in (optax.ScalarOrSchedule, jax.typing.ArrayLike)
+    ]
+
+    def is_tunable(name: str) -> bool:
+        # None among the types says that the argument may be left out.
+        types = set(typing.get_args(hints.get(name))) - {type(None)}
+        return types in tunable and name != "key"
+
     return tuple(
-        name
-        for name in inspect.signature(factory).parameters
-        if hints.get(name) not in tunable or name == "key"
+        name for name in inspect.signature(factory).parameters if not is_tunable(name)
     )

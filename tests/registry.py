@@ -282,7 +282,7 @@ _ESAM = {
 _RENYI = {
     "factory": optax_sam.renyi_sam,
     "norm": renyi_norm,
-    "static": ("layerwise", "max_offset_norm", "warmup_steps", "when", *_COMMON),
+    "static": ("layerwise", "warmup_steps", "when", *_COMMON),
 }
 _RANDOM = {
     "factory": optax_sam.random_sam,
@@ -489,7 +489,7 @@ OTHERS = (
         optax_sam.wsam,
         {"rho": 0.1, "learning_rate": 0.1, "gamma": 0.5},
         place="around",
-        static=("inner", "max_norm", "when", *_COMMON),
+        static=("inner", "when", *_COMMON),
     ),
     Method(
         "sampa",
@@ -499,7 +499,7 @@ OTHERS = (
         lookahead=0,
         uses_incoming=False,
         place="around",
-        static=("inner", "learning_rate", "predict"),
+        static=("inner", "predict"),
         trees=1,
     ),
     Method(

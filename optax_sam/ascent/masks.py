@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -66,11 +67,15 @@ def restrict(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+# As in BatchNorm_0, norm1, bn1 and conv_bn, and not as in subnet.
+_NORM = re.compile(r"norm|(?<![a-z])bn(?![a-z])")
+
+
 def normalization_layers(params: Any) -> Any:
     """The mask of the normalization layers, as ``sam_on`` perturbs them.
 
-    A layer counts if its name contains ``norm`` or ``bn``, in any case, or if it has
-    a parameter ``scale``, as those of Flax do whatever they are called.
+    A layer counts if its name contains ``norm``, or ``bn`` as a word, in any case, or
+    if it has a parameter ``scale``, as those of Flax do whatever they are called.
 
     Args:
       params: a tree of parameters whose leaves are named by dicts or attributes.
@@ -99,13 +104,15 @@ def normalization_layers(params: Any) -> Any:
     names = [_names(path) for path, _ in leaves]
     with_scale = {tuple(name[:-1]) for name in names if name[-1:] == ["scale"]}
 
-    def is_chosen(name: list[str]) -> bool:
-        layer = name[-2].lower() if len(name) > 1 else ""
-        return "norm" in layer or "bn" in layer or tuple(name[:-1]) in with_scale
+    def is_chosen(name: list[Any]) -> bool:
+        # A layer at a position of a list is called as the list.
+        called = [key for key in name[:-1] if isinstance(key, str)]
+        layer = called[-1].lower() if called else ""
+        return bool(_NORM.search(layer)) or tuple(name[:-1]) in with_scale
 
     chosen = [is_chosen(name) for name in names]
     if not any(chosen):
-        have = ", ".join("/".join(name) or "the root" for name in names[:5])
+        have = ", ".join("/".join(map(str, x)) or "the root" for x in names[:5])
         raise ValueError(
             "No normalization layer was found, by a name with norm or bn or a"
             f" parameter called scale, among {have}{', ...' if len(names) > 5 else ''}."
@@ -115,9 +122,9 @@ def normalization_layers(params: Any) -> Any:
     return jax.tree.unflatten(structure, chosen)
 
 
-def _names(path: Any) -> list[str]:
-    """The names along a path, of dict keys and attributes, without positions."""
-    keys = (getattr(k, "key", getattr(k, "name", None)) for k in path)
+def _names(path: Any) -> list[Any]:
+    """The keys along a path: names of dict keys and attributes, and positions."""
+    kinds = ("key", "name", "idx")
+    names = [next((getattr(k, x) for x in kinds if hasattr(k, x)), k) for k in path]
     # The last one of an NNX variable is that of its array.
-    names = [key for key in keys if isinstance(key, str)]
     return names[:-1] if names[-1:] in (["value"], ["raw_value"]) else names

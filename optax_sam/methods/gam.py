@@ -92,8 +92,9 @@ def gam(
 
     Differs from the authors' code in:
       1. The paper's :math:`h_-` by default.
-      2. A difference :math:`h` that is nothing but rounding moves nothing; there
-         rounding errors are blown up to the length ``norm_rho``.
+      2. A difference :math:`h` that is nothing but rounding of the precision it is
+         taken in (float32 at least) moves nothing; there rounding errors are blown up
+         to the length ``norm_rho``.
       3. The projection has no epsilon; there 1e-12 is added to norms.
 
     References:

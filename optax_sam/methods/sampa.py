@@ -84,8 +84,9 @@ def sampa(
 
     The incoming gradient is not used, and XLA drops its computation; zeros like the
     parameters will do. A perturbed gradient that is not finite gives way to
-    :math:`g_y`; a :math:`g_y` that is not finite is emitted, for a guard to see, and
-    not kept.
+    :math:`g_y`; a :math:`g_y` that is not finite is handed to the optimizer, and not
+    kept. A guard belongs inside, ``sampa(optax.apply_if_finite(...))``: around it,
+    that one looks at the incoming gradient.
 
     It wraps a whole optimizer. The loop keeps the previous batch, also when it resumes.
 
@@ -173,7 +174,9 @@ def sampa(
         contract.check_not_masked("sampa", updates, params, advice=_OUTSIDE)
         contract.check_call("sampa", updates, params, grad_fn or paired_grad_fn)
         extra |= {} if grad_fn is None else {"grad_fn": grad_fn}
+        sources = ["paired_grad_fn"] * 2
         if paired_grad_fn is None:
+            sources = ["previous_grad_fn", "grad_fn"]
             if not callable(previous_grad_fn):
                 raise ValueError(
                     "sampa needs previous_grad_fn, a function of the parameters alone"
@@ -187,13 +190,21 @@ def sampa(
         w = jax.tree.map(jnp.asarray, params)
         g_y, count = state.gradient, state.count
         w_tilde = optax.tree.add(w, rescale(g_y, norm(g_y), at(rho, count)))
-        p, g_y = paired_grad_fn(w_tilde, predicted(g_y, state, w, extra))
-        for grads in (p, g_y):
-            contract.check_returned("sampa", grads, w, None)
+        both = paired_grad_fn(w_tilde, predicted(g_y, state, w, extra))
+        if len(both) != 2:
+            raise ValueError(
+                "paired_grad_fn must return two trees of gradients, at w_tilde on the"
+                f" batch before and at y on this one; got {len(both)}."
+            )
+        for name, grads in zip(sources, both, strict=True):
+            contract.check_gradients("sampa", f"what {name} returned", grads, w)
 
-        p, g_y = (optax.tree.cast_like(x, state.gradient) for x in (p, g_y))
+        p, g_y = (optax.tree.cast_like(x, state.gradient) for x in both)
         lam = at(interpolation, count)
-        perturbed_norm = norm(p)
+        # Judged in the dtype that is handed on: float16 may not hold what a function
+        # returned for a float32 point.
+        length = lambda x: norm(optax.tree.cast_like(x, w))
+        perturbed_norm = length(p)
         accepted = jnp.isfinite(perturbed_norm)
         d = optax.tree.where(accepted, weighted(1 - lam, p, lam, g_y), g_y)
         u, inner_state = inner.update(
@@ -207,7 +218,7 @@ def sampa(
                 perturbed_norm.astype(state.perturbed_norm.dtype),
                 state.perturbed_norm,
             ),
-            gradient=optax.tree.where(jnp.isfinite(norm(g_y)), g_y, state.gradient),
+            gradient=optax.tree.where(jnp.isfinite(length(g_y)), g_y, state.gradient),
             inner=inner_state,
         )
 

@@ -55,7 +55,8 @@ def wsam(
     ``alpha = gamma / (1 - gamma)``, and with plain SGD the same.
 
     It wraps a whole optimizer, and nothing that changes its updates may stand behind it
-    in a chain.
+    in a chain. Leaves that the inner optimizer leaves alone still move along the
+    sharpness: to freeze some, return zeros for them from ``grad_fn`` and give zeros.
 
     Cost: 2 gradients per ascended step, 1 on others; a few scalars of state.
 
@@ -126,11 +127,13 @@ def wsam(
     )
 
     def init(params: Any) -> WSAMState:
+        contract.check_not_masked("wsam", params, advice=_OUTSIDE)
         return WSAMState(engine.init(params), inner.init(params))
 
     def update(
         updates: Any, state: WSAMState, params: Any = None, **extra: Any
     ) -> tuple[Any, WSAMState]:
+        contract.check_not_masked("wsam", updates, params, advice=_OUTSIDE)
         # Where there is no ascent, or none to use, this is g and the term is zero.
         g_s, ascended = engine.update(updates, state.ascent, params, **extra)
         g = jax.tree.map(jnp.asarray, updates)
@@ -153,3 +156,10 @@ def wsam(
         return jax.tree.map(move, u, g, g_s), WSAMState(ascended, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+_OUTSIDE = (
+    "its grad_fn would get placeholders instead of parameters. Put it outside, and say"
+    " with mask= which leaves it perturbs: optax_sam.wsam(optax.partition(transforms,"
+    " labels), learning_rate=lr, mask=mask)."
+)
