@@ -467,13 +467,15 @@ def test_refused_calls():
             ValueError, match="needs previous_grad_fn.*first step.*prev"
         ):
             update(grad_fn=ok, previous_grad_fn=missing)
-    for calls in (
-        {"grad_fn": less, "previous_grad_fn": ok},
-        {"grad_fn": ok, "previous_grad_fn": less},
-        {"paired_grad_fn": lambda x, y: (x, less(y))},
+    for guilty, calls in (
+        ("grad_fn", {"grad_fn": less, "previous_grad_fn": ok}),
+        ("previous_grad_fn", {"grad_fn": ok, "previous_grad_fn": less}),
+        ("paired_grad_fn", {"paired_grad_fn": lambda x, y: (x, less(y))}),
     ):
-        with pytest.raises(ValueError, match="sampa: what grad_fn returned.*missing"):
+        with pytest.raises(ValueError, match=f"sampa: what {guilty} returned.*missing"):
             update(**calls)
+    with pytest.raises(ValueError, match="two trees of gradients.*got 3"):
+        update(paired_grad_fn=lambda x, y: (x, y, y))
 
 
 def test_masked_around_it_is_refused():

@@ -111,7 +111,11 @@ def uneven(*values):
     return lambda t: jnp.asarray(values)[t % len(values)]
 
 
-@pytest.mark.parametrize("max_norm", [None, 0.4, uneven(0.1, 0.5, 2.0)], ids=repr)
+@pytest.mark.parametrize(
+    "max_norm",
+    [None, 0.4, uneven(0.1, 0.5, 2.0)],
+    ids=["unclipped", "clipped", "scheduled"],
+)
 @pytest.mark.parametrize("inner", ["sgd", "adamw"])
 def test_the_sharpness_bypasses_the_optimizer(inner, max_norm, x64):
     """``u_inner(g) - lr a (g_s - g)``: no momentum, no preconditioning, no decay.
