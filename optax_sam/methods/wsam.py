@@ -54,9 +54,9 @@ def wsam(
     The coupled form gives both to the optimizer: it is :func:`optax_sam.gnp` with
     ``alpha = gamma / (1 - gamma)``, and with plain SGD the same.
 
-    It wraps a whole optimizer, and nothing that changes its updates may stand behind it
-    in a chain. Leaves that the inner optimizer leaves alone still move along the
-    sharpness: to freeze some, return zeros for them from ``grad_fn`` and give zeros.
+    It wraps a whole optimizer, and nothing that rescales its updates may stand behind
+    it in a chain. Leaves that the inner optimizer leaves alone still move along the
+    sharpness; to freeze some, put ``optax.masked(optax.set_to_zero(), frozen)`` behind.
 
     Cost: 2 gradients per ascended step, 1 on others; a few scalars of state.
 
