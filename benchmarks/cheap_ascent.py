@@ -48,7 +48,6 @@ from optax_sam import when
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/cheap_ascent.json"
-FIGURE = ROOT / "docs/images/cheap_ascent.png"
 
 SETS = "digits", "fashion", "fashion_clean"
 TITLES = {
@@ -223,7 +222,7 @@ def train(variant: Variant, job: Job, learning_rate: Any, rho: Any) -> Outcome:
             # Without an ascent the incoming gradient is what the step follows.
             grads = jax.lax.cond(ascends, of_part, of_batch)
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
-        if variant == Variant("vSAM", variant.divisor, True):
+        if variant.whole_difference and variant.rule == "vSAM":
             off = optax.tree.norm(optax.tree.sub(extra["part"], grads))
             reused = optax.tree.norm(opt_state[0].blend.psf)
             noise += jnp.where(ascends, off / reused, 0)
@@ -277,17 +276,24 @@ def load(name: str, data: Path | None) -> Task:
         )
         return Task(images, labels, test_images, test_labels, 0.4, 64, 100, 0.05)
     assert data is not None
-    with np.load(data) as arrays:
-        arrays = {key: arrays[key] for key in ("train_x", "train_y", "test_x", "test_y")}
-    flat = lambda x: (x.reshape(len(x), -1) / 255).astype(np.float32)
-    labels = arrays["train_y"].astype(np.int32)
+    with np.load(data) as file:
+        images, labels = file["train_x"], file["train_y"].astype(np.int32)
+        test_images, test_labels = file["test_x"], file["test_y"].astype(np.int32)
     rng = np.random.default_rng(0)
     rows = np.concatenate(
         [rng.permutation(np.flatnonzero(labels == c))[:400] for c in range(10)]
     )
-    test = flat(arrays["test_x"]), arrays["test_y"].astype(np.int32)
-    noise = 0.4 if name == "fashion" else 0.0
-    return Task(flat(arrays["train_x"][rows]), labels[rows], *test, noise, 128, 40, None)
+    flat = lambda x: (x.reshape(len(x), -1) / 255).astype(np.float32)
+    return Task(
+        flat(images[rows]),
+        labels[rows],
+        flat(test_images),
+        test_labels,
+        noise=0.4 if name == "fashion" else 0.0,
+        batch_size=128,
+        epochs=40,
+        learning_rate=None,
+    )
 
 
 class Study:
@@ -302,8 +308,8 @@ class Study:
         rows, held_out = train_test_split(
             everything, test_size=0.2, stratify=task.labels, random_state=1
         )
-        seeds = (SEEDS[:2], TUNING_SEEDS[:1]) if quick else (SEEDS, TUNING_SEEDS)
-        self.seeds, self.tuning_seeds = seeds
+        self.seeds = SEEDS[:2] if quick else SEEDS
+        self.tuning_seeds = TUNING_SEEDS[:1] if quick else TUNING_SEEDS
         images = jnp.asarray(task.images)
         self.jobs = {
             **{seed: self.job(images, everything, seed) for seed in self.seeds},
@@ -454,10 +460,14 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def find(rows: list[dict[str, Any]], *variant: Any) -> dict[str, Any]:
+def variant(row: dict[str, Any]) -> Variant:
+    """The variant of a row."""
+    return Variant(*(row[field] for field in Variant._fields))
+
+
+def find(rows: list[dict[str, Any]], *wanted: Any) -> dict[str, Any]:
     """The row of a variant."""
-    wanted = Variant(*variant)
-    return next(r for r in rows if Variant(*(r[k] for k in Variant._fields)) == wanted)
+    return next(row for row in rows if variant(row) == Variant(*wanted))
 
 
 def radius(row: dict[str, Any]) -> str:
@@ -478,7 +488,8 @@ def comparison(rows: list[dict[str, Any]]) -> str:
         if row["whole_difference"]:
             continue
         mean, error = mean_and_error(row["accuracy"])
-        part = "" if row["rule"] in ("SGD", "MSAM") else f"{Fraction(1, row['divisor'])}"
+        ascends = row["rule"] not in ("SGD", "MSAM")
+        part = f"{Fraction(1, row['divisor'])}" if ascends else ""
         cells = [row["rule"], part, radius(row), f"{row['gradients_per_step']:.3f}"]
         cells.append(f"{mean:.2f} ± {error:.2f}")
         for other in (sam, sgd):
@@ -516,7 +527,10 @@ def reuse(rows: list[dict[str, Any]]) -> str:
             cells += [radius(one), f"{mean:.2f} ± {error:.2f}"]
         mean, error = difference(noisy, row)
         noise = row.get("noise_of_the_difference")
-        cells += [f"{mean:+.2f} ± {error:.2f}", f"{np.mean(noise):.2f}" if noise else ""]
+        cells += [
+            f"{mean:+.2f} ± {error:.2f}",
+            f"{np.mean(noise):.2f}" if noise else "",
+        ]
         lines.append(cells)
     return table(header, lines)
 
@@ -553,9 +567,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.plot(x, [mean for mean, _ in means], **style)
             for cost, row, (mean, error) in zip(x, family, means, strict=True):
                 marker: Any = {"marker": MARKERS[row["divisor"]], "markersize": 5}
-                axes.errorbar(
-                    cost, mean, error, color=colour, elinewidth=0.8, **marker
-                )
+                axes.errorbar(cost, mean, error, color=colour, elinewidth=0.8, **marker)
         low, high = axes.get_ylim()
         for rule, line in (("MSAM", "--"), ("SGD", ":")):
             mean, error = mean_and_error(find(rows, rule)["accuracy"])
@@ -619,7 +631,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="Fashion-MNIST as .npz")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--out", type=Path, help=f"JSON ({RESULTS.name}, its rows of")
+    parser.add_argument("--out", type=Path, help="JSON to write, or to add sets to")
     parser.add_argument("--figure", type=Path, help="PNG to draw")
     parser.add_argument("--report", type=Path, help="JSON to print as Markdown")
     parser.add_argument("--quick", action="store_true", help="two epochs, few variants")
