@@ -96,12 +96,15 @@ VARIANTS = [
     ),
     *(Variant(rule, k, True) for rule in ("LookSAM", "vSAM") for k in (4, 16)),
 ]
+# The same ascents, as far as the sampler sees the same.
+WITHOUT_REUSE = {"LookSAM": "SAM-5", "vSAM": "vSAM-A"}
 QUICK_VARIANTS = [
     Variant("SGD"),
     Variant("MSAM"),
     Variant("SAM"),
     Variant("SAM", 4),
     Variant("SAM-5", 4),
+    Variant("vSAM-A", 4),
     Variant("vSAM", 4),
     Variant("vSAM", 4, True),
 ]
@@ -454,6 +457,11 @@ def markdown(results: dict[str, Any]) -> dict[str, str]:
     return tables
 
 
+def signed(mean: float, error: float) -> str:
+    """A difference and its standard error."""
+    return f"{mean:+.2f} ± {error:.2f}"
+
+
 def table(header: list[str], lines: list[list[str]]) -> str:
     """As Markdown."""
     rows = [header, ["---"] * len(header), *lines]
@@ -493,8 +501,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
         cells = [row["rule"], part, radius(row), f"{row['gradients_per_step']:.3f}"]
         cells.append(f"{mean:.2f} ± {error:.2f}")
         for other in (sam, sgd):
-            mean, error = difference(row, other)
-            cells.append("" if row is other else f"{mean:+.2f} ± {error:.2f}")
+            cells.append("" if row is other else signed(*difference(row, other)))
         lines.append(cells)
     return table(header, lines)
 
@@ -512,25 +519,32 @@ def radii(rows: list[dict[str, Any]]) -> str:
 
 
 def reuse(rows: list[dict[str, Any]]) -> str:
-    """What the part's noise does to what is reused."""
-    header = ["rule", "ascent batch", "`rho`, difference to the part"]
-    header += ["test accuracy (%)", "`rho`, to the whole batch", "test accuracy (%)"]
-    header += ["first minus second", "noise / difference"]
+    """What reuse gains, and what the part's noise does to it."""
+    header = [
+        "rule",
+        "ascent batch",
+        "ascents per step",
+        "minus the same without reuse",
+    ]
+    header += ["control's `rho`", "its ascents per step", "its test accuracy (%)"]
+    header += ["minus control", "noise / difference"]
     lines = []
     for row in rows:
-        if not row["whole_difference"]:
+        if row["rule"] not in WITHOUT_REUSE or row["whole_difference"]:
             continue
-        noisy = find(rows, row["rule"], row["divisor"])
-        cells = [row["rule"], f"{Fraction(1, row['divisor'])}"]
-        for one in (noisy, row):
-            mean, error = mean_and_error(one["accuracy"])
-            cells += [radius(one), f"{mean:.2f} ± {error:.2f}"]
-        mean, error = difference(noisy, row)
-        noise = row.get("noise_of_the_difference")
-        cells += [
-            f"{mean:+.2f} ± {error:.2f}",
-            f"{np.mean(noise):.2f}" if noise else "",
-        ]
+        rate = lambda row: f"{np.mean(row['ascents_per_step']):.3f}"
+        without = find(rows, WITHOUT_REUSE[row["rule"]], row["divisor"])
+        cells = [row["rule"], f"{Fraction(1, row['divisor'])}", rate(row)]
+        cells.append(signed(*difference(row, without)))
+        if row["divisor"] == 1:
+            cells += [""] * 5
+        else:
+            control = find(rows, row["rule"], row["divisor"], True)
+            mean, error = mean_and_error(control["accuracy"])
+            cells += [radius(control), rate(control), f"{mean:.2f} ± {error:.2f}"]
+            cells.append(signed(*difference(row, control)))
+            noise = control.get("noise_of_the_difference")
+            cells.append(f"{np.mean(noise):.1f}" if noise else "")
         lines.append(cells)
     return table(header, lines)
 
@@ -580,7 +594,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 place: Any = {"transform": axes.transAxes, "fontsize": 8, "ha": "right"}
                 axes.text(0.99, 0.02, text, color="#666666", **place)
         axes.set_xscale("log")
-        ticks = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0
+        ticks = 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticklabels([f"{1 + x:g}" for x in ticks])
