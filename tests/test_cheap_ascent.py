@@ -5,12 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+
+import optax_sam
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cheap_ascent.json"
@@ -83,3 +89,25 @@ def test_quick_trains_tunes_and_draws(study, tmp_path):
         # It warms up in 60 steps, and the control takes the whole batch's gradient too.
         assert cost("vSAM", 4) == pytest.approx(1.25, abs=0.01)
         assert cost("vSAM", 4, True) == pytest.approx(2.25, abs=0.05)
+
+
+def test_the_steps_of_the_page_run():
+    page = (ROOT / "docs/cheap_ascents.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    batch = jnp.arange(8.0), jnp.ones(8)
+    seen = []
+
+    def loss_fn(w, x, y):
+        seen.append(len(x))
+        return jnp.mean((w - x * y) ** 2)
+
+    for code in blocks:
+        names = {"jax": jax, "optax": optax, "optax_sam": optax_sam, "loss_fn": loss_fn}
+        exec(code, names)
+        params = jnp.zeros(())
+        opt_state = names["tx"].init(params)
+        for _ in range(20):
+            params, opt_state = names["train_step"](params, opt_state, batch)
+        assert abs(params) > 1
+    # Compiled once with a quarter and all of it, and for dispatch with all of it alone.
+    assert seen == [2, 8, 2, 8, 8]
