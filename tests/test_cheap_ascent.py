@@ -38,6 +38,7 @@ def test_the_tables_are_those_of_the_results(study):
 
 def test_every_radius_lies_within_its_grid(study):
     for rows in json.loads(RESULTS.read_text())["rows"].values():
+        rows = [row for row in rows if not row["whole_difference"]]
         assert [row["rule"] for row in rows if "*" in study.radius(row)] == []
 
 
