@@ -50,10 +50,11 @@ from optax_sam import when
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/cheap_ascent.json"
 
-SETS = "digits", "fashion", "fashion_clean"
+SETS = "digits", "fashion_fast", "fashion", "fashion_clean"
 TITLES = {
     "digits": "Digits, 40 % of the labels replaced",
-    "fashion": "Fashion-MNIST, 40 % of the labels replaced",
+    "fashion_fast": "Fashion-MNIST, 40 % replaced, learning rate 0.05",
+    "fashion": "Fashion-MNIST, 40 % replaced, learning rate 0.01",
     "fashion_clean": "Fashion-MNIST, clean labels",
 }
 TUNING_SEEDS = 10, 11, 12
@@ -293,10 +294,12 @@ def load(name: str, data: Path | None) -> Task:
         labels[rows],
         flat(test_images),
         test_labels,
-        noise=0.4 if name == "fashion" else 0.0,
+        noise=0.0 if name == "fashion_clean" else 0.4,
         batch_size=128,
         epochs=40,
-        learning_rate=None,
+        # That of the digits, or the best one for SGD, which is so small that SGD stops
+        # before it learns the wrong labels.
+        learning_rate=0.05 if name == "fashion_fast" else None,
     )
 
 
@@ -645,7 +648,7 @@ def main() -> None:
     """Trains, writes, draws and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="Fashion-MNIST as .npz")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS[:2]))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS[:3]))
     parser.add_argument("--out", type=Path, help="JSON to write, or to add sets to")
     parser.add_argument("--figure", type=Path, help="PNG to draw")
     parser.add_argument("--report", type=Path, help="JSON to print as Markdown")
@@ -685,6 +688,8 @@ def main() -> None:
             study = Study(load(name, options.data), progress, options.quick)
             rows = []
             for variant in variants:
+                if name == "fashion_fast" and variant.whole_difference:
+                    continue  # the dearest runs; the other two sets have them
                 part = f" {Fraction(1, variant.divisor)}" * (variant.divisor > 1)
                 bar = progress.task_ids[-1]
                 progress.update(bar, description=f"{name}, {variant.rule}{part}")
