@@ -1,0 +1,114 @@
+"""The study of cheap ascents runs, and its page shows the committed results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_sam
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/cheap_ascent.json"
+
+
+@pytest.fixture
+def study(monkeypatch):
+    for package in ("flax", "matplotlib", "rich", "sklearn"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
+    return importlib.import_module("cheap_ascent")
+
+
+def test_the_tables_are_those_of_the_results(study):
+    tables = study.markdown(json.loads(RESULTS.read_text()))
+    page = (ROOT / "docs/cheap_ascents.md").read_text()
+    assert [name for name, table in tables.items() if table not in page] == []
+
+
+def test_every_radius_lies_within_its_grid(study):
+    for rows in json.loads(RESULTS.read_text())["rows"].values():
+        rows = [row for row in rows if not row["whole_difference"]]
+        assert [row["rule"] for row in rows if "*" in study.radius(row)] == []
+
+
+def test_a_radius_at_the_end_of_its_grid_is_flagged(study):
+    row = {"rho": 0.4, "tuning": {"0.4": [90.0], "0.63": [80.0]}}
+    assert study.radius(row) == "0.4*"
+    row["tuning"]["0.25"] = [70.0]
+    assert study.radius(row) == "0.4"
+
+
+def test_differences_are_paired(study):
+    row, other = {"accuracy": [91.0, 93.0]}, {"accuracy": [90.0, 92.0]}
+    assert study.difference(row, other) == (1, 0)
+    assert study.mean_and_error([91.0, 93.0]) == pytest.approx((92, 1))
+
+
+@pytest.mark.slow
+def test_quick_trains_tunes_and_draws(study, tmp_path):
+    # Fashion-MNIST is not at hand: random images in its place.
+    rng = np.random.default_rng(0)
+    labels = np.arange(4100, dtype=np.uint8) % 10
+    images = rng.integers(0, 256, (4100, 28, 28), np.uint8)
+    named = {"train_x": images, "train_y": labels, "test_x": images, "test_y": labels}
+    np.savez(tmp_path / "data.npz", **named)
+    arguments = ["--quick", "--sets", "digits", "fashion", "--data", "data.npz"]
+    arguments += ["--out", "new/study.json", "--figure", "new/study.png"]
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/cheap_ascent.py", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "new/study.json").read_text())
+    assert list(results["rows"]) == ["digits", "fashion"]
+    assert all(table in run.stdout for table in study.markdown(results).values())
+    assert (tmp_path / "new/study.png").read_bytes().startswith(b"\x89PNG")
+    for rows, steps in zip(results["rows"].values(), (44, 62), strict=True):
+        costs = {study.variant(row): row["gradients_per_step"] for row in rows}
+        cost = lambda *variant, costs=costs: costs[study.Variant(*variant)]
+        assert cost("SGD") == cost("MSAM") == 1
+        assert cost("SAM") == 2
+        assert cost("SAM", 4) == 1.25
+        ascents = -(-steps // 5) / steps
+        assert cost("SAM-5", 4) == pytest.approx(1 + ascents / 4, abs=1e-3)
+        # It warms up in 60 steps, and the control takes the whole batch's gradient too.
+        assert cost("vSAM", 4) == pytest.approx(1.25, abs=0.01)
+        assert cost("vSAM", 4, True) == pytest.approx(2.25, abs=0.05)
+
+
+def test_the_steps_of_the_page_run():
+    page = (ROOT / "docs/cheap_ascents.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    batch = jnp.arange(8.0), jnp.ones(8)
+    seen = []
+
+    def loss_fn(w, x, y):
+        seen.append(len(x))
+        return jnp.mean((w - x * y) ** 2)
+
+    for code in blocks:
+        names = {"jax": jax, "optax": optax, "optax_sam": optax_sam, "loss_fn": loss_fn}
+        exec(code, names)
+        params = jnp.zeros(())
+        opt_state = names["tx"].init(params)
+        for _ in range(20):
+            params, opt_state = names["train_step"](params, opt_state, batch)
+        assert abs(params) > 1
+    # Compiled once with a quarter and all of it, and for dispatch with all of it alone.
+    assert seen == [2, 8, 2, 8, 8]
