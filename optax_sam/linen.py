@@ -209,9 +209,7 @@ class TrainState(train_state.TrainState):
         return after.replace(tx=self.tx)
 
 
-def _without_scales(
-    grad_fn: Callable[[Any], Any], params: Any
-) -> Callable[[Any], Any]:
+def _without_scales(grad_fn: Callable[[Any], Any], params: Any) -> Callable[[Any], Any]:
     """``grad_fn`` of what the optimizer sees: fp8 scales are none of its business."""
     return lambda weights: grad_fn({**params, "params": weights})["params"]
 

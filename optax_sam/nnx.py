@@ -124,7 +124,7 @@ def grad_fn(
             f" this; got {type(model).__name__}. With a graphdef and a state, merge"
             " them before: model = nnx.merge(graphdef, state)."
         )
-    # Together, so that an Rngs which the model and the arguments share stays shared.
+    # The arguments too: an nnx.Rngs among them also moves on in the clean pass.
     graphdef, state = nnx.split((model, args))
     # New variables, in case those in the state are the live ones.
     state = jax.tree.map(lambda x: x, state)

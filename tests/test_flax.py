@@ -38,6 +38,7 @@ def sam():
     return optax.chain(optax_sam.sam(RHO), sgd())
 
 
+@functools.cache  # a train state's structure includes its optimizer
 def vsam():
     # Quick to choose: windows of ten steps, so both kinds of step occur.
     method = optax_sam.vsam(0.1, window=10, num_slices=5, sensitivity=0.5, key=1)
@@ -60,9 +61,12 @@ class Net(nn.Module):
         return nn.Dense(2)(x)
 
 
+NET = Net()
+
+
 def loss_fn(params, model_state, batch, key):
     x, y = batch
-    prediction, model_state = Net().apply(
+    prediction, model_state = NET.apply(
         {"params": params, **model_state},
         x,
         mutable=list(model_state),
@@ -83,10 +87,16 @@ def train_step(state, batch, ascend=None):
     return state, metrics["loss"]
 
 
-def started(tx, kind=optax_sam.linen.TrainState):
-    variables = Net().init(jax.random.key(0), X, train=False)
-    return kind.create(
-        apply_fn=Net().apply,
+@functools.cache
+def initial_variables():
+    init = jax.jit(NET.init, static_argnames="train")
+    return init(jax.random.key(0), X, train=False)
+
+
+def started(tx):
+    variables = jax.tree.map(jnp.copy, initial_variables())  # may be donated
+    return optax_sam.linen.TrainState.create(
+        apply_fn=NET.apply,
         params=variables.pop("params"),
         tx=tx,
         model_state=variables,
@@ -97,15 +107,20 @@ def test_linen_is_sam_by_hand_with_the_statistics_of_clean_passes():
     state, step = started(sam()), jax.jit(train_step)
     params, stats = state.params, state.model_state
     trace = jax.tree.map(jnp.zeros_like, params)
-    by_hand = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-    for t in range(4):
-        key = jax.random.fold_in(KEY, t)
-        (loss, (_, new_stats)), grads = by_hand(params, stats, (X, Y), key)
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    @jax.jit
+    def by_hand(params, trace, stats, key):
+        (loss, (_, new_stats)), grads = value_and_grad(params, stats, (X, Y), key)
         perturbed = jax.tree.map(jnp.add, params, along(grads))
-        _, second = by_hand(perturbed, stats, (X, Y), key)
+        _, second = value_and_grad(perturbed, stats, (X, Y), key)
         trace = jax.tree.map(lambda v, g: 0.9 * v + g, trace, second)
         params = jax.tree.map(lambda w, v: w - RATE * v, params, trace)
-        stats = new_stats
+        return params, trace, new_stats, loss
+
+    for t in range(4):
+        key = jax.random.fold_in(KEY, t)
+        params, trace, stats, loss = by_hand(params, trace, stats, key)
         state, found = step(state, (X, Y))
         assert found == pytest.approx(float(loss), rel=1e-5)
     harness.assert_close(state.params, params, 1e-5)
@@ -113,6 +128,7 @@ def test_linen_is_sam_by_hand_with_the_statistics_of_clean_passes():
     assert state.step == 4
 
 
+@pytest.mark.slow
 def test_linen_statistics_equal_one_clean_pass_exactly():
     state = started(sam())
     _, (_, stats) = loss_fn(
@@ -158,6 +174,7 @@ def test_linen_second_pass_has_the_mask_and_the_state_of_the_first():
     assert np.any(masks[0] != masks[1])
 
 
+@pytest.mark.slow
 def test_linen_with_vsam_dispatched_scanned_and_plain():
     steps = 40
     plain = jax.jit(train_step, donate_argnums=0)
@@ -178,6 +195,24 @@ def test_linen_with_vsam_dispatched_scanned_and_plain():
         assert 20 < found["ascents"] == wanted["ascents"] < steps
         harness.assert_close(other.params, one.params, 1e-3)
         harness.assert_close(other.model_state, one.model_state, 1e-3)
+
+
+def test_linen_dispatches():
+    tx = optax.chain(optax_sam.sam(0.1, when=optax_sam.when.every_k(2)), sgd())
+    state = optax_sam.linen.TrainState.create(
+        apply_fn=None, params={"w": jnp.ones(2)}, tx=tx
+    )
+
+    @functools.partial(optax_sam.dispatch, donate_argnums=0)
+    def step(state, target, ascend=None):
+        loss_fn = lambda params: jnp.sum((params["w"] - target) ** 2)
+        loss, grads, grad_fn = optax_sam.linen.value_and_grad(loss_fn)(state.params)
+        after = state.apply_gradients(grads=grads, grad_fn=grad_fn, ascend=ascend)
+        return after, loss
+
+    for _ in range(5):
+        state, _ = step(state, 3.0)
+    assert (state.step, optax_sam.metrics(state)["ascents"]) == (5, 3)
 
 
 @pytest.mark.parametrize("through", ["msgpack", "orbax"])
@@ -403,23 +438,7 @@ def test_nnx_grad_fn_captures_the_moment():
     assert np.all(after(params)["w"] - grads >= 8)
 
 
-def test_nnx_streams_that_are_shared_stay_shared():
-    class Shares(nnx.Module):
-        def __init__(self, rngs):
-            self.rngs = rngs
-            self.w = nnx.Param(jnp.ones(32))
-
-    def loss(model, rngs):
-        own = jax.random.normal(model.rngs.params(), (32,))
-        return jnp.sum((own + jax.random.normal(rngs.params(), (32,))) * model.w[...])
-
-    rngs = nnx.Rngs(params=0)
-    _, grads, grad_fn = optax_sam.nnx.value_and_grad(loss)(Shares(rngs), rngs)
-    found = grad_fn(nnx.State({"w": jnp.zeros(32)}))["w"]
-    np.testing.assert_array_equal(found, grads["w"][...])
-    assert rngs.params.count[...] == 2
-
-
+@pytest.mark.slow
 def test_nnx_with_vsam_jitted_and_dispatched():
     steps = 40
     model, optimizer = optimized(vsam())
@@ -468,7 +487,7 @@ def test_statistics_for_msam_are_estimated_at_its_parameters():
 
     @functools.partial(jax.jit, static_argnames="train")
     def apply(model_state, train):
-        return Net().apply(
+        return NET.apply(
             {"params": params, **model_state},
             X,
             train=train,
@@ -487,9 +506,10 @@ def test_statistics_for_msam_are_estimated_at_its_parameters():
 
     model, optimizer = optimized(tx)
     module_step(model, optimizer, (X, Y))
-    live = nnx.state(model, nnx.Param)
+    before, live = arrays(model, nnx.Param), nnx.state(model, nnx.Param)
     nnx.update(model, optax_sam.msam_eval_params(optimizer.opt_state, live))
-    moved = optax.tree.norm(jax.tree.map(jnp.subtract, live, arrays(model, nnx.Param)))
+    after = arrays(model, nnx.Param)
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, before, after))
     assert moved == pytest.approx(3.0, rel=1e-4)
 
 
@@ -517,6 +537,18 @@ for name in ("linen", "nnx"):
     ).stdout
     advice = 'optax_sam.{} needs Flax: pip install "optax_sam[flax]".\n'
     assert output == advice.format("linen") + advice.format("nnx")
+
+
+@pytest.mark.slow
+def test_the_page_runs():
+    page = (Path(__file__).parents[1] / "docs" / "flax.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec("\n".join(blocks), names)
+    assert names["state"].step == 4
+    assert optax_sam.metrics(names["optimizer"].opt_state)["ascents"] == 6
+    assert names["module"].dropout.rngs.count[...] == 6
+    assert np.all(np.isfinite(names["logits"]))
 
 
 @pytest.mark.slow
