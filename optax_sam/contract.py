@@ -203,3 +203,22 @@ def check_varies(method: str, what: str, tree: Any, axis_name: Any) -> None:
                     " every gradient, also inside grad_fn, at"
                     f' params = jax.lax.pcast(params, {name!r}, to="varying").'
                 )
+
+
+def check_loss(value: Any, has_aux: bool) -> Any:
+    """Refuses a loss with ``aux`` where none was announced, and the reverse."""
+    pair = isinstance(value, tuple) and len(value) == 2
+    if has_aux and not pair:
+        raise ValueError(
+            "With has_aux=True the loss must return a pair, (loss, aux), where aux is"
+            " a tree of anything, such as (metrics, model_state); got"
+            f" {type(value).__name__}"
+            + (f" of length {len(value)}." if isinstance(value, tuple) else ".")
+        )
+    if not has_aux and isinstance(value, (tuple, list, dict)):
+        raise ValueError(
+            "The loss must be a scalar, but loss_fn returned a"
+            f" {type(value).__name__}. To keep metrics or the model's new state beside"
+            " it, return (loss, aux) and write value_and_grad(loss_fn, has_aux=True)."
+        )
+    return value
