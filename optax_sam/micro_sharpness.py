@@ -53,8 +53,8 @@ def micro_sharpness(
     Args:
       member: a transformation built with ``axis_name="shards"``, for instance
         ``optax_sam.sam(0.05, axis_name="shards")``, or an optimizer that begins with
-        one. A tuple of that name and those of mapped axes of devices cuts each
-        device's part of the batch.
+        one. With ``axis_name=("shards", "data")`` it is each device's part of the
+        batch that is cut, in a ``shard_map`` with ``check_vma=False``.
       num_shards: number :math:`M` of shards, at least 1. In the paper ``m`` is the
         number of examples in one.
       method: how the shards' gradients are taken. The numbers agree to rounding.
@@ -144,6 +144,14 @@ def micro_sharpness(
         _check_call(params, grad_fn, extra)
 
         def of_shard(i: jax.Array, g: Any) -> tuple[Any, Any]:
+            try:
+                jax.lax.psum(i, axis_name)
+            except AssertionError as error:  # all that JAX says about it
+                raise ValueError(
+                    "Inside shard_map, micro_sharpness needs jax.shard_map(...,"
+                    " check_vma=False): else JAX has no means over vmap's axis."
+                ) from error
+
             def own_grad_fn(point: Any) -> Any:
                 if method == "vmap":
                     return grad_fn(point, i)
