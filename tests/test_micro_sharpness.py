@@ -94,8 +94,8 @@ def test_sam_by_hand(form, x64):
     tx = micro_sharpness(optax_sam.sam(0.3, axis_name="shards"), SHARDS, method=form)
     emitted = lambda params: tx.update(None, tx.init(params), params, grad_fn=grad)
     d, _ = jax.jit(emitted)(params)
-    each = [ascended(i) for i in range(SHARDS)]
-    mean = jax.tree.map(lambda *x: sum(x) / SHARDS, *each)
+    found = [ascended(i) for i in range(SHARDS)]
+    mean = jax.tree.map(lambda *x: sum(x) / SHARDS, *found)
     harness.assert_close(d, mean, 1e-12)
 
 
