@@ -75,8 +75,11 @@ def test_opaque_mode(base, x64):
     harness.assert_close(trained_by_sam(base), expected, TOLERANCE)
 
 
-@every_base
-@pytest.mark.parametrize("steps", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize(
+    "base",
+    ["sgd", *(pytest.param(b, marks=pytest.mark.slow) for b in [*BASES][1:])],
+)
 def test_opaque_mode_of_several_steps(base, steps, x64):
     """Not projected: ``num_ascent_steps`` is something else."""
     rule = optax_sam.ascent.n_step(RHO, steps, project=False)
