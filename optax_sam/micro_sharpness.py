@@ -41,14 +41,14 @@ def micro_sharpness(
 
     ``grad_fn(params, i)`` returns the gradients on shard ``i`` alone, and is asked for
     the first ones too, so that what comes in as ``updates`` is not used: pass ``None``,
-    or the mean gradient if something in front looks at it, which XLA then drops if
-    nothing else uses it. The shard's number is the second argument, as in
-    ``optax.contrib.sam``, and not a part of a batch that is cut here: so the caller
-    decides what else belongs to a shard, such as a dropout key. It must name the same
-    examples, and the same key, in both gradients of a step.
+    or the mean gradient if something in front or around (``optax.apply_if_finite``)
+    looks at it; XLA drops it if nothing does. The shard's number is the second
+    argument, as in ``optax.contrib.sam``, and not a part of a batch that is cut here:
+    so the caller decides what else belongs to a shard, such as a dropout key. It must
+    name the same examples, and the same key, in both gradients of a step.
 
-    Cost: 2 gradients of the whole batch per ascended step where SAM takes 2, 1 on
-    others; the member's state.
+    Cost: the member's gradients of the whole batch (for SAM 2 per ascended step, 1 on
+    others), and its state.
 
     Args:
       member: a transformation built with ``axis_name="shards"``, for instance
@@ -66,7 +66,7 @@ def micro_sharpness(
           20 to 80 times slower.
         - ``"vmap"``: at once, with the activations of the whole batch, as SAM has
           them. Convolutions with a kernel for each shard are grouped ones, on CPU
-          more than twice slower. For small shards on an accelerator.
+          two to three times slower. For small shards on an accelerator.
         - ``None``: ``"unroll"`` up to 8 shards, else ``"scan"``.
 
         All of them keep two to three trees like the parameters for each shard, its
