@@ -26,6 +26,7 @@ from optax_sam.methods.sampa import SAMPaState, sampa
 from optax_sam.methods.stable_sam import stable_sam
 from optax_sam.methods.vsam import vsam
 from optax_sam.methods.wsam import WSAMState, wsam
+from optax_sam.micro_sharpness import micro_sharpness
 from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
 from optax_sam.trajectory.loss import trajectory_loss
 from optax_sam.trajectory.mesa import MESAState, mesa, mesa_params
@@ -62,6 +63,7 @@ __all__ = [
     "mesa",
     "mesa_params",
     "metrics",
+    "micro_sharpness",
     "msam",
     "msam_eval_params",
     "random_sam",

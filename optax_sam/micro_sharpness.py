@@ -1,0 +1,203 @@
+"""m-sharpness in one program: a perturbation for each shard of the batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_sam import contract
+
+_CALL = (
+    "tx.update(None, opt_state, params,"
+    " grad_fn=lambda p, i: jax.grad(loss_fn)(p, jax.tree.map(lambda x: x[i], shards)))"
+)
+# As for ascents of several steps: beyond it compiling takes longer than it gains.
+_UNROLL_LIMIT = 8
+
+
+def micro_sharpness(
+    member: optax.GradientTransformation,
+    num_shards: int,
+    *,
+    method: Literal["unroll", "scan", "vmap"] | None = None,
+    axis_name: str = "shards",
+) -> optax.GradientTransformationExtraArgs:
+    r"""m-SAM: each shard of the batch has its own ascent, and the mean is emitted.
+
+    With :math:`M` shards of the batch, of loss :math:`L_i` each, and for SAM:
+
+    .. math::
+      g_i = \nabla L_i(w), \qquad e_i = \rho\, \frac{g_i}{\|g_i\|}, \qquad
+      d = \frac1M \sum_i \nabla L_i(w + e_i)
+
+    This is what ``axis_name=`` does on :math:`M` devices, for any member that has this
+    argument, and on however many devices there are: decisions, caches, rejections and
+    metrics are those of one member. ``num_shards=1`` is the member itself.
+
+    ``grad_fn(params, i)`` returns the gradients on shard ``i`` alone, and is asked for
+    the first ones too, so that what comes in as ``updates`` is not used: pass ``None``,
+    or the mean gradient if something in front or around (``optax.apply_if_finite``)
+    looks at it; XLA drops it if nothing does. The shard's number is the second
+    argument, as in ``optax.contrib.sam``, and not a part of a batch that is cut here:
+    so the caller decides what else belongs to a shard, such as a dropout key. It must
+    name the same examples, and the same key, in both gradients of a step.
+
+    Cost: the member's gradients of the whole batch (for SAM 2 per ascended step, 1 on
+    others), and its state.
+
+    Args:
+      member: a transformation built with ``axis_name="shards"``, for instance
+        ``optax_sam.sam(0.05, axis_name="shards")``, or an optimizer that begins with
+        one. With ``axis_name=("shards", "data")`` it is each device's part of the
+        batch that is cut, in a ``shard_map`` with ``check_vma=False``.
+      num_shards: number :math:`M` of shards, at least 1. In the paper ``m`` is the
+        number of examples in one.
+      method: how the shards' gradients are taken. The numbers agree to rounding.
+
+        - ``"unroll"``: one after another, each written out in the program; as fast
+          as SAM on a CPU. When activations are freed is the compiler's choice.
+        - ``"scan"``: one after another in a loop, which compiles once and keeps the
+          activations of one shard. On CPU, XLA runs backward convolutions in a loop
+          20 to 80 times slower.
+        - ``"vmap"``: at once, with the activations of the whole batch, as SAM has
+          them. Convolutions with a kernel for each shard are grouped ones, on CPU
+          two to three times slower. For small shards on an accelerator.
+        - ``None``: ``"unroll"`` up to 8 shards, else ``"scan"``.
+
+        All of them keep two to three trees like the parameters for each shard, its
+        gradients and perturbed weights, where SAM keeps one for all: whether an ascent
+        is rejected, and what is decided and cached, depends on means over all shards,
+        before which no shard can finish its step.
+      axis_name: the name that ``member`` was built with.
+
+    Returns:
+      A transformation that stands first in a chain and needs ``grad_fn(params, i)``,
+      with the state of ``member``, so that all readers and ``optax_sam.dispatch`` find
+      it. Other extra arguments, ``ascend`` among them, reach the member of every shard.
+
+    Raises:
+      ValueError: if ``member`` is no transformation, ``num_shards`` is below 1 or
+        traced, or ``method`` is none of these; on ``update``, if ``params`` or
+        ``grad_fn`` is missing or ``grad_fn`` does not take two arguments, if
+        ``member`` was built without ``axis_name`` or has none (``sampa``, ``msam``,
+        ``mesa``), or if it gets ``per_example_loss_fn``: the losses by which ``esam``
+        selects are those of the whole batch (map it over shards by hand).
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> member = optax_sam.sam(0.1, axis_name="shards")
+      >>> tx = optax.chain(optax_sam.micro_sharpness(member, 4), optax.sgd(0.1))
+      >>> grads = jax.grad(lambda w, x: jnp.mean((w - x) ** 2))
+      >>> w, shards = jnp.zeros(()), jnp.arange(8.0).reshape(4, 2)
+      >>> state = tx.init(w)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(
+      ...         None, state, w, grad_fn=lambda w, i: grads(w, shards[i]))
+      ...     w = optax.apply_updates(w, updates)
+      >>> print(f"{w:.1f}", optax_sam.metrics(state)["ascents"])
+      3.5 50
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021, on m-sharpness; Behdin
+      et al., `mSAM: Micro-Batch-Averaged Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2302.09693>`_, 2023
+    """
+    contract.check_integer("num_shards", num_shards, 1)
+    if not (hasattr(member, "init") and hasattr(member, "update")):
+        raise ValueError(
+            "micro_sharpness needs a member, such as"
+            f" optax_sam.sam(0.05, axis_name={axis_name!r}); got {member!r}."
+        )
+    if method is None:
+        method = "unroll" if num_shards <= _UNROLL_LIMIT else "scan"
+    if method not in ("unroll", "scan", "vmap"):
+        raise ValueError(
+            f'method must be "unroll", "scan", "vmap" or None; got {method!r}.'
+        )
+    member = optax.with_extra_args_support(member)
+
+    def of_all(gradient: Callable[[Any], Any]) -> Any:
+        """``gradient(i)`` of all shards, stacked."""
+        if method == "unroll":
+            found = map(gradient, range(num_shards))
+            return jax.tree.map(lambda *x: jnp.stack(x), *found)
+        shards = jnp.arange(num_shards)
+        if method == "scan":
+            return jax.lax.map(gradient, shards)
+        return jax.vmap(gradient)(shards)
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        grad_fn: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, Any]:
+        del updates
+        _check_call(params, grad_fn, extra)
+
+        def of_shard(i: jax.Array, g: Any) -> tuple[Any, Any]:
+            try:
+                jax.lax.psum(i, axis_name)
+            except AssertionError as error:  # all that JAX says about it
+                raise ValueError(
+                    "Inside shard_map, micro_sharpness needs jax.shard_map(...,"
+                    " check_vma=False): else JAX has no means over vmap's axis."
+                ) from error
+
+            def own_grad_fn(point: Any) -> Any:
+                if method == "vmap":
+                    return grad_fn(point, i)
+                # All shards meet here, and each takes its own of what is found. Only
+                # the gradients leave the vmap: what else a member does is cheap, and
+                # needs the means over all shards before its next line.
+                points = jax.lax.all_gather(point, axis_name)
+                return _at(of_all(lambda k: grad_fn(_at(points, k), k)), i)
+
+            return member.update(g, state, params, grad_fn=own_grad_fn, **extra)
+
+        shards = jnp.arange(num_shards), of_all(lambda i: grad_fn(params, i))
+        try:
+            return jax.vmap(of_shard, axis_name=axis_name, out_axes=None)(*shards)
+        except (NameError, ValueError) as error:
+            # JAX's words for an unknown axis, and for a result that is not a mean.
+            if not ("unbound axis" in str(error) or "out_axes" in str(error)):
+                raise
+            raise ValueError(
+                f"micro_sharpness: the member does not average over {axis_name!r}, or"
+                " over another axis too. Build it with this name:"
+                f" optax_sam.sam(0.05, axis_name={axis_name!r}). A method without"
+                " axis_name (sampa, msam, mesa) has no m-sharpness."
+            ) from error
+
+    return optax.GradientTransformationExtraArgs(member.init, update)
+
+
+def _at(tree: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def _check_call(params: Any, grad_fn: Any, extra: dict[str, Any]) -> None:
+    if params is None:
+        raise ValueError(f"micro_sharpness needs the parameters: {_CALL}.")
+    if "per_example_loss_fn" in extra:
+        raise ValueError(
+            "micro_sharpness cannot cut per_example_loss_fn into shards. Map the"
+            " member over them by hand: jax.vmap(of_shard, axis_name=...,"
+            " out_axes=None)."
+        )
+    try:
+        inspect.signature(grad_fn).bind(params, 0)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "micro_sharpness needs grad_fn, a function of the parameters and of a"
+            " shard's number that returns the gradients on this shard alone; got"
+            f" {grad_fn!r}. Write {_CALL}."
+        ) from None

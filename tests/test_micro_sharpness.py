@@ -1,0 +1,456 @@
+"""m-sharpness in one program: the numbers of as many devices, at SAM's cost."""
+
+import functools
+
+import harness
+import jax
+import jax.numpy as jnp
+import optax
+import problems
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from registry import METHODS, each
+
+import optax_sam
+from optax_sam import micro_sharpness
+
+SHARDS = 4
+FORMS = ("unroll", "scan", "vmap")
+# ESAM selects examples of a shard by their losses, which are asked for otherwise.
+MEMBERS = [m for m in METHODS if "axis_name" in m.static and m.needs == "grad_fn"]
+PROBLEM = problems.mlp()
+
+
+def cut(batch, num_shards=SHARDS):
+    return jax.tree.map(lambda x: x.reshape(num_shards, -1, *x.shape[1:]), batch)
+
+
+def of_shards(shards, loss_fn=PROBLEM.loss_fn):
+    """The gradients of a shard, by its number."""
+    return lambda p, i: jax.grad(loss_fn)(p, jax.tree.map(lambda x: x[i], shards))
+
+
+def step_of(tx, **extra):
+    """A compiled step of an optimizer that starts with shards."""
+
+    def step(params, state, batch, **more):
+        shards = cut(batch)
+        updates, state = tx.update(
+            None, state, params, grad_fn=of_shards(shards), **extra, **more
+        )
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, static_argnames="ascend")
+
+
+def mapped_step_of(tx):
+    """The same on a named axis."""
+
+    @jax.jit
+    def step(params, state, batch):
+        def of_shard(shard):
+            grad_fn = lambda p: jax.grad(PROBLEM.loss_fn)(p, shard)
+            return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+
+        over_shards = jax.vmap(of_shard, axis_name="shards", out_axes=None)
+        updates, state = over_shards(cut(batch))
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def run(step, tx, steps=6):
+    params = PROBLEM.params()
+    return harness.run(step, params, tx.init(params), PROBLEM, steps)
+
+
+def cases():
+    """Every method one shard after another; the other forms where rules decide."""
+    for method in MEMBERS:
+        for form in FORMS:
+            quick = form == "unroll" and not method.variant
+            # R-SAM's normal numbers and GAM's four gradients take long to compile.
+            quick &= method.name not in ("random_sam", "gam")
+            quick |= method.name in ("vsam", "ae_sam")
+            marks = [] if quick else [pytest.mark.slow]
+            yield pytest.param(method, form, marks=marks, id=f"{method.name}-{form}")
+
+
+@pytest.mark.parametrize(("method", "form"), [*cases()])
+def test_equals_the_named_axis(method, form, x64):
+    """Parameters and the whole state, for every method that has ``axis_name``."""
+    member = method.build(axis_name="shards")
+    tx = optax.chain(member, optax.sgd(0.1, momentum=0.9))
+    ours = optax.chain(
+        micro_sharpness(member, SHARDS, method=form), optax.sgd(0.1, momentum=0.9)
+    )
+    harness.assert_close(run(step_of(ours), ours), run(mapped_step_of(tx), tx), 1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sam_by_hand(form, x64):
+    """The mean of the shards' ascended gradients."""
+    params, shards = PROBLEM.params(), cut(PROBLEM.batch(0))
+    grad = of_shards(shards)
+
+    @jax.jit
+    def ascended(i):
+        g = grad(params, i)
+        e = optax.tree.scale(0.3 / optax.tree.norm(g), g)
+        return grad(optax.tree.add(params, e), i)
+
+    tx = micro_sharpness(optax_sam.sam(0.3, axis_name="shards"), SHARDS, method=form)
+    emitted = lambda params: tx.update(None, tx.init(params), params, grad_fn=grad)
+    d, _ = jax.jit(emitted)(params)
+    found = [ascended(i) for i in range(SHARDS)]
+    mean = jax.tree.map(lambda *x: sum(x) / SHARDS, *found)
+    harness.assert_close(d, mean, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        functools.partial(optax_sam.sam, 0.1),
+        *(
+            pytest.param(member, marks=pytest.mark.slow)
+            for member in (
+                functools.partial(optax_sam.vsam, 0.1, window=4, num_slices=2),
+                functools.partial(optax_sam.ae_sam, 0.1, decay=0.6),
+            )
+        ),
+    ],
+    ids=lambda member: member.func.__name__,
+)
+def test_equals_eight_devices(member, x64):
+    """``shard_map`` with a shard on each device."""
+    mesh = jax.make_mesh((8,), ("shards",), axis_types=(AxisType.Auto,))
+    member = member(axis_name="shards")
+    alone = micro_sharpness(member, 8)
+    loss_fn = PROBLEM.loss_fn
+
+    def on_device(params, state, shard):
+        local = jax.lax.pcast(params, "shards", to="varying")
+        grad_fn = lambda p: jax.grad(loss_fn)(p, shard)
+        d, state = member.update(grad_fn(local), state, local, grad_fn=grad_fn)
+        return jax.tree.map(lambda w, x: w - 0.2 * x, params, d), state
+
+    on_devices = jax.jit(
+        jax.shard_map(
+            on_device, mesh=mesh, in_specs=(P(), P(), P("shards")), out_specs=P()
+        )
+    )
+
+    @jax.jit
+    def in_one_program(params, state, batch):
+        grad_fn = of_shards(cut(batch, 8))
+        d, state = alone.update(None, state, params, grad_fn=grad_fn)
+        return jax.tree.map(lambda w, x: w - 0.2 * x, params, d), state
+
+    params = PROBLEM.params()
+    state = member.init(params)
+    harness.assert_close(
+        harness.run(in_one_program, params, state, PROBLEM, 16),
+        harness.run(on_devices, params, state, PROBLEM, 16),
+        1e-7,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_shards_on_each_device(form, x64):
+    """Two shards on each of two devices are four shards."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    tx = micro_sharpness(
+        optax_sam.vsam(0.1, window=4, num_slices=2, axis_name=("shards", "data")),
+        2,
+        method=form,
+    )
+
+    def on_device(params, state, batch):
+        grad_fn = of_shards(cut(batch, 2))
+        d, state = tx.update(None, state, params, grad_fn=grad_fn)
+        return jax.tree.map(lambda w, x: w - 0.1 * x, params, d), state
+
+    step = jax.jit(
+        jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(P(), P(), P("data")),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )
+    member = optax_sam.vsam(0.1, window=4, num_slices=2, axis_name="shards")
+    one = optax.chain(micro_sharpness(member, 4), optax.sgd(0.1))
+    params, state = run(step, tx)
+    expected, expected_state = run(step_of(one), one)
+    harness.assert_close(params, expected, 1e-10)
+    harness.assert_close(state, expected_state[0], 1e-10)
+
+
+def test_one_shard_is_the_member(x64):
+    params, batch = PROBLEM.params(), PROBLEM.batch(0)
+    grad_fn = lambda p: jax.grad(PROBLEM.loss_fn)(p, batch)
+    member = optax_sam.sam(0.1)
+    tx = micro_sharpness(optax_sam.sam(0.1, axis_name="shards"), 1)
+
+    @jax.jit
+    def both(params):
+        state = member.init(params)
+        of_one = tx.update(None, state, params, grad_fn=lambda p, i: grad_fn(p))
+        return of_one, member.update(grad_fn(params), state, params, grad_fn=grad_fn)
+
+    actual, expected = both(params)
+    harness.assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decides_and_counts_as_one(form):
+    """A decision for all shards, and no second gradient where it is not to ascend."""
+    rule, counter = optax_sam.when.every_k(3), harness.Counter()
+    member = optax_sam.sam(0.1, when=rule, axis_name="shards")
+    tx = micro_sharpness(member, SHARDS, method=form)
+    grad = counter(of_shards(cut(PROBLEM.batch(0))))
+
+    @jax.jit
+    def step(params, state):
+        return tx.update(None, state, params, grad_fn=grad)
+
+    params = PROBLEM.params()
+    state, calls = tx.init(params), []
+    each_time = 1 if form == "vmap" else SHARDS  # all at once
+    for _ in range(5):
+        before = counter.read()
+        _, state = step(params, state)
+        calls.append((counter.read() - before) // each_time)
+    assert calls == [2, 1, 1, 2, 1]
+    assert optax_sam.metrics(state)["ascents"] == 2
+    assert list(optax_sam.ascent_plan(state)[:3]) == [False, True, False]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_bad_shard_rejects_the_ascent_of_all(form):
+    params, shards = PROBLEM.params(), cut(PROBLEM.batch(0))
+    grad = of_shards(shards)
+
+    def grad_fn(p, i):
+        away = optax.tree.norm(optax.tree.sub(p, params)) > 0
+        bad = jnp.where((jnp.asarray(i) == 2) & away, jnp.nan, 1.0)
+        return jax.tree.map(lambda x: x * bad, grad(p, i))
+
+    tx = micro_sharpness(optax_sam.sam(0.1, axis_name="shards"), SHARDS, method=form)
+    d, state = jax.jit(
+        lambda params: tx.update(None, tx.init(params), params, grad_fn=grad_fn)
+    )(params)
+    assert int(optax_sam.metrics(state)["rejected_ascents"]) == 1
+    g = jax.grad(PROBLEM.loss_fn)(params, PROBLEM.batch(0))
+    harness.assert_close(d, g, 1e-6)
+
+
+LARGE = functools.partial(problems.mlp, (32, 288, 320, 10), batch_size=128)
+
+
+def compiled(member, form, gradient=None, problem=LARGE, num_shards=SHARDS):
+    problem = problem()
+    tx = micro_sharpness(member, num_shards, method=form)
+
+    def step(params, state, batch):
+        grads = None if gradient is None else gradient(params, batch)
+        grad_fn = of_shards(cut(batch, num_shards), problem.loss_fn)
+        d, state = tx.update(grads, state, params, grad_fn=grad_fn)
+        return jax.tree.map(lambda w, x: w - 0.1 * x, params, d), state
+
+    params = jax.eval_shape(problem.params)
+    batch = jax.eval_shape(lambda: problem.batch(0))
+    state = jax.eval_shape(tx.init, params)
+    return jax.jit(step).lower(params, state, batch).compile()
+
+
+@functools.cache
+def flops_of_gradient():
+    problem = LARGE()
+    params = jax.eval_shape(problem.params)
+    batch = jax.eval_shape(lambda: problem.batch(0))
+    lowered = jax.jit(jax.grad(problem.loss_fn)).lower(params, batch)
+    return lowered.compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("incoming", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_cost_is_that_of_sam(form, incoming):
+    """Two gradients, also if the one that comes in is computed, and dropped."""
+    gradient = jax.grad(LARGE().loss_fn) if incoming else None
+    program = compiled(optax_sam.sam(axis_name="shards"), form, gradient)
+    ratio = program.cost_analysis()["flops"] / flops_of_gradient()
+    # The body of a loop is counted once. Norms and offsets are those of four
+    # parameters, where a shard has 32 examples.
+    assert ratio == pytest.approx(2 / SHARDS if form == "scan" else 2, abs=0.08)
+
+
+def test_memory():
+    """A loop keeps the activations of one shard, and all keep trees for each shard."""
+    member = optax_sam.sam(axis_name="shards")
+    temporary = lambda problem: {
+        form: compiled(member, form, problem=problem, num_shards=8)
+        .memory_analysis()
+        .temp_size_in_bytes
+        for form in ("scan", "vmap")
+    }
+    sizes = (32, *[64] * 6, 10)
+    by_activations = temporary(
+        functools.partial(problems.mlp, sizes, batch_size=4096, num_batches=1)
+    )
+    assert by_activations["scan"] < by_activations["vmap"] / 2
+    by_weights = temporary(
+        functools.partial(problems.mlp, (256, 256, 256, 10), batch_size=16)
+    )
+    params = problems.mlp((256, 256, 256, 10)).params(jnp.float32)
+    trees = 8 * sum(x.nbytes for x in jax.tree.leaves(params))
+    for size in by_weights.values():
+        assert 1.9 < size / trees < 3.3
+
+
+@each(*MEMBERS)
+def test_what_is_emitted_and_kept_has_the_kind_of_the_members(method):
+    """In half precision too; nothing is run."""
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), harness.tree())
+    member = method.build(axis_name="shards")
+    state = jax.eval_shape(member.init, params)
+    for form in FORMS:
+        tx = micro_sharpness(member, SHARDS, method=form)
+        back = lambda p, i: jax.tree.map(lambda x: x * (1 + i), p)
+        update = lambda state, params: tx.update(None, state, params, grad_fn=back)  # noqa: B023
+        d, after = jax.eval_shape(update, state, params)
+        assert harness.kinds(d) == harness.kinds(params)
+        assert harness.kinds(after) == harness.kinds(state)
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        optax_sam.wsam(
+            optax.adam(0.05), learning_rate=0.05, rho=0.1, axis_name="shards"
+        ),
+        optax.chain(optax_sam.sam(0.1, axis_name="shards"), optax.adam(0.05)),
+    ],
+    ids=["wsam", "chain"],
+)
+def test_around_a_whole_optimizer(whole, x64):
+    """Also one that bypasses the optimizer's momentum."""
+    tx = micro_sharpness(whole, SHARDS)
+    harness.assert_close(run(step_of(tx), tx), run(mapped_step_of(whole), whole), 1e-10)
+
+
+def test_dispatched():
+    """Both kinds of step, by the decisions of the one member."""
+    member = optax_sam.sam(0.1, when=optax_sam.when.every_k(2), axis_name="shards")
+    tx = optax.chain(micro_sharpness(member, SHARDS), optax.sgd(0.1))
+
+    def train_step(params, state, batch, ascend=None):
+        grad_fn = of_shards(cut(batch))
+        d, state = tx.update(None, state, params, grad_fn=grad_fn, ascend=ascend)
+        return optax.apply_updates(params, d), state
+
+    step = optax_sam.dispatch(train_step, donate_argnums=(0, 1))
+    actual = run(step, tx)
+    harness.assert_close(actual, run(step_of(tx), tx), 1e-5)
+    assert optax_sam.metrics(actual[1])["ascents"] == 3
+
+
+def test_injected_radius():
+    def optimizer(rho):
+        member = optax_sam.sam(rho, axis_name="shards")
+        return optax.chain(micro_sharpness(member, SHARDS), optax.sgd(0.1))
+
+    injected = optax.inject_hyperparams(optimizer)(rho=0.2)
+    actual, _ = run(step_of(injected), injected)
+    fixed = optimizer(0.2)
+    harness.assert_close(actual, run(step_of(fixed), fixed)[0], 1e-6)
+    names = optax_sam.static_args(micro_sharpness)
+    assert names == ("member", "num_shards", "method", "axis_name")
+
+
+def test_sixteen_shards_go_through_a_loop():
+    """By default more than eight shards are not written out."""
+    member = optax_sam.sam(0.1, axis_name="shards")
+    grad_fn = lambda p, i: jax.tree.map(lambda x: x * (1.0 + i), p)
+    params = harness.tree()
+    for num_shards in (8, 9):
+        tx = micro_sharpness(member, num_shards)
+        update = functools.partial(tx.update, None, grad_fn=grad_fn)
+        text = str(jax.make_jaxpr(update)(member.init(params), params))
+        assert ("scan[" in text) == (num_shards == 9)
+
+
+def test_refused_arguments():
+    member = optax_sam.sam(0.1, axis_name="shards")
+    for wrong in (0, -1, 2.0, True, None):
+        with pytest.raises(ValueError, match="num_shards must be an integer >= 1"):
+            micro_sharpness(member, wrong)
+    with pytest.raises(ValueError, match="num_shards sets a shape or a loop"):
+        micro_sharpness(member, jnp.array(2))
+    with pytest.raises(ValueError, match='method must be "unroll"'):
+        micro_sharpness(member, 2, method="pmap")
+    with pytest.raises(ValueError, match=r"needs a member.*axis_name='shards'"):
+        micro_sharpness(optax_sam.sam, 2)
+
+
+def test_refused_calls():
+    params = harness.tree()
+    tx = micro_sharpness(optax_sam.sam(0.1, axis_name="shards"), 2)
+    state = tx.init(params)
+    back = lambda p, i: p
+    with pytest.raises(ValueError, match=r"needs the parameters: tx\.update"):
+        tx.update(None, state, grad_fn=back)
+    for wrong in (None, lambda p: p, lambda: params, 3):
+        with pytest.raises(ValueError, match="a shard's number"):
+            tx.update(None, state, params, grad_fn=wrong)
+    with pytest.raises(ValueError, match="per_example_loss_fn into shards"):
+        tx.update(None, state, params, per_example_loss_fn=lambda p, i=None: 0)
+    less = lambda p, i: p["layer"]
+    with pytest.raises(ValueError, match=r"sam: the incoming gradient.*structure"):
+        tx.update(None, state, params, grad_fn=less)
+    # An error of the caller's own stays as it is.
+    with pytest.raises(ValueError, match="^mine$"):
+        tx.update(None, state, params, grad_fn=raising)
+
+
+def test_tracked_axes_are_refused():
+    """JAX has no collectives over an axis of vmap where it follows those of a mesh."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    tx = micro_sharpness(optax_sam.sam(axis_name=("shards", "data")), 2)
+    params = harness.tree()
+
+    def on_device(params):
+        local = jax.lax.pcast(params, "data", to="varying")
+        state = tx.init(params)
+        return tx.update(None, state, local, grad_fn=lambda p, i: p)
+
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match="shard_map.*check_vma=False"):
+        jax.eval_shape(mapped, params)
+
+
+def raising(p, i):
+    raise ValueError("mine")
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        optax_sam.sam(0.1),
+        optax_sam.sam(0.1, axis_name="other"),
+        optax_sam.msam(optax.sgd(0.1, momentum=0.9)),
+        optax_sam.mesa(),
+        optax.sgd(0.1),
+    ],
+    ids=["no axis", "another axis", "msam", "mesa", "sgd"],
+)
+def test_a_member_that_does_not_average_is_refused(member):
+    params = harness.tree()
+    tx = micro_sharpness(member, 2)
+    grad_fn = lambda p, i: jax.tree.map(lambda x: x * (1.0 + i), p)
+    update = functools.partial(tx.update, None, grad_fn=grad_fn)
+    with pytest.raises(ValueError, match="does not average over 'shards'"):
+        jax.eval_shape(update, tx.init(params), params)

@@ -1,0 +1,214 @@
+"""What docs/migrating.md says is equal, is; and its code runs."""
+
+import functools
+import re
+from pathlib import Path
+
+import harness
+import jax
+import jax.numpy as jnp
+import optax
+import problems
+import pytest
+
+import optax_sam
+
+PAGE = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text()
+PROBLEM = problems.mlp((3, 8, 8, 2))
+STEPS, TOLERANCE, RHO = 30, 1e-12, 0.05
+BASES = {
+    "sgd": lambda: optax.sgd(0.03, momentum=0.9),
+    "adam": lambda: optax.adam(0.01),
+    "clipped adamw": lambda: optax.chain(
+        optax.clip_by_global_norm(0.1), optax.adamw(0.01, weight_decay=0.1)
+    ),
+}
+every_base = pytest.mark.parametrize("base", BASES)
+
+
+def contrib(base, sync_period=2, ascent=None, **options):
+    ascent = ascent or optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
+    return optax.contrib.sam(base, ascent, sync_period=sync_period, **options)
+
+
+opaque = functools.partial(contrib, opaque_mode=True)
+
+
+def gradient(params, batch):
+    return jax.grad(PROBLEM.loss_fn)(params, batch)
+
+
+def trained(tx, grad_fn=lambda params, batch: lambda p: gradient(p, batch)):
+    """Parameters and state after a scan over the steps."""
+
+    def step(carry, batch):
+        params, state = carry
+        updates, state = tx.update(
+            gradient(params, batch), state, params, grad_fn=grad_fn(params, batch)
+        )
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def run(params, batches):
+        return jax.lax.scan(step, (params, tx.init(params)), batches)[0]
+
+    return run(PROBLEM.params(), PROBLEM.batches(STEPS))
+
+
+def trained_by_contrib(tx):
+    """With the second argument of its ``grad_fn``."""
+    return trained(tx, lambda params, batch: lambda p, i: gradient(p, batch))
+
+
+@functools.cache
+def trained_by_sam(base):
+    return trained(optax.chain(optax_sam.sam(RHO), BASES[base]()))[0]
+
+
+def assert_trained_alike(ours, theirs):
+    harness.assert_close(trained(ours)[0], trained_by_contrib(theirs)[0], TOLERANCE)
+
+
+@every_base
+def test_opaque_mode(base, x64):
+    expected, _ = trained_by_contrib(opaque(BASES[base]()))
+    harness.assert_close(trained_by_sam(base), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize(
+    "base",
+    ["sgd", *(pytest.param(b, marks=pytest.mark.slow) for b in [*BASES][1:])],
+)
+def test_opaque_mode_of_several_steps(base, steps, x64):
+    """Not projected: ``num_ascent_steps`` is something else."""
+    rule = optax_sam.ascent.n_step(RHO, steps, project=False)
+    ours = optax.chain(optax_sam.sharpness_aware(rule), BASES[base]())
+    assert_trained_alike(ours, opaque(BASES[base](), sync_period=steps + 1))
+
+
+def test_several_steps_of_sam_are_projected(x64):
+    base = BASES["sgd"]
+    ours = optax.chain(optax_sam.sam(RHO, num_ascent_steps=2), base())
+    with pytest.raises(AssertionError):
+        assert_trained_alike(ours, opaque(base(), sync_period=3))
+
+
+@every_base
+def test_transparent_mode_on_repeated_batches(base, x64):
+    theirs = contrib(BASES[base]())
+
+    def step(carry, batch):
+        for _ in range(2):
+            params, state = carry
+            grads = gradient(params, batch)
+            updates, state = theirs.update(grads, state, params)
+            carry = optax.apply_updates(params, updates), state
+        return carry, None
+
+    @jax.jit
+    def run(params, batches):
+        return jax.lax.scan(step, (params, theirs.init(params)), batches)[0]
+
+    expected, _ = run(PROBLEM.params(), PROBLEM.batches(STEPS))
+    harness.assert_close(trained_by_sam(base), expected, TOLERANCE)
+
+
+def test_without_normalize(x64):
+    base = BASES["sgd"]
+    ours = optax.chain(optax_sam.sharpness_aware(optax.scale(RHO)), base())
+    assert_trained_alike(ours, opaque(base(), ascent=optax.sgd(RHO)))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_schedules_of_the_radius(reset, x64):
+    """They stand still unless the second optimizer's state is kept."""
+    base, rho = BASES["sgd"], optax.linear_schedule(0.1, 0.0, STEPS)
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
+    first = rho(jnp.zeros((), jnp.int32))  # which is in single precision
+    ours = optax.chain(optax_sam.sam(first if reset else rho), base())
+    assert_trained_alike(ours, opaque(base(), ascent=ascent, reset_state=reset))
+
+
+def test_what_stood_in_front_shaped_the_ascent_alone(x64):
+    base, clip = BASES["sgd"], optax.clip_by_global_norm(1e-3)
+    expected, _ = trained_by_contrib(optax.chain(clip, opaque(base())))
+    harness.assert_close(trained_by_sam("sgd"), expected, TOLERANCE)
+
+
+def test_size_of_the_state():
+    """One copy of the parameters less than in transparent mode."""
+    params = problems.mlp((32, 64, 10)).params()
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    adam = optax.adam(0.01)
+    ours = size(optax.chain(optax_sam.sam(RHO), adam).init(params))
+    assert ours < size(adam.init(params)) + 100
+    assert ours + size(params) - 100 < size(contrib(adam).init(params))
+
+
+def test_a_zero_gradient():
+    params = {"w": jnp.ones(3)}
+    none = lambda p, *i: jax.tree.map(lambda x: 0 * x, p)
+    emitted = [
+        tx.update(none(params), tx.init(params), params, grad_fn=none)[0]
+        for tx in (optax_sam.sam(RHO), opaque(optax.identity()))
+    ]
+    assert list(map(harness.is_finite, emitted)) == [True, False]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_two_step_wrapper(adaptive, x64):
+    """The PyTorch wrapper around SGD with decay and momentum, written out."""
+    rho, lr, momentum, decay, limit = 0.1, 0.1, 0.9, 5e-2, 0.2
+    everywhere = jax.tree.map
+    norm = lambda tree: jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))
+
+    def step(carry, batch):
+        w, buffer = carry
+        g = gradient(w, batch)
+        sizes = everywhere(jnp.abs if adaptive else jnp.ones_like, w)
+        scale = rho / (norm(everywhere(jnp.multiply, sizes, g)) + 1e-12)
+        e = everywhere(lambda s, x: s**2 * x * scale, sizes, g)  # first_step
+        g = gradient(everywhere(jnp.add, w, e), batch)
+        # PyTorch adds 1e-6 to this norm.
+        shrink = jnp.minimum(1, limit / norm(g))
+        g = everywhere(lambda x, p: shrink * x + decay * p, g, w)  # second_step
+        buffer = everywhere(lambda b, x: momentum * b + x, buffer, g)
+        return (everywhere(lambda p, b: p - lr * b, w, buffer), buffer), None
+
+    start = PROBLEM.params()
+    zeros = everywhere(jnp.zeros_like, start)
+    run = jax.jit(lambda *carry: jax.lax.scan(step, carry, PROBLEM.batches(STEPS))[0])
+    expected, _ = run(start, zeros)
+    sam = optax_sam.asam(rho, adapt=True, eta=0.0) if adaptive else optax_sam.sam(rho)
+    ours = optax.chain(
+        sam,
+        optax.clip_by_global_norm(limit),
+        optax.add_decayed_weights(decay),
+        optax.sgd(lr, momentum=momentum),
+    )
+    harness.assert_close(trained(ours)[0], expected, TOLERANCE)
+
+
+def test_the_code_of_the_page_runs():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    blocks = [block for block in blocks if "(PyTorch)" not in block]
+    assert len(blocks) == 4
+
+    @jax.jit
+    def results(params, batch):
+        names = {"jax": jax, "optax": optax, "optax_sam": optax_sam}
+        names |= {"loss_fn": PROBLEM.loss_fn, "params": params, "batch": batch}
+        emitted = []
+        for block in blocks[:2]:
+            exec(block, names)
+            emitted.append(names["updates"])
+        for block in blocks[2:]:
+            exec(block, names)
+        reached = optax.apply_updates(params, emitted[0])
+        state = names["tx"].init(params)
+        loss = names["train_step"](params, state, batch)[2]
+        return emitted, (names["p"], reached), (loss, PROBLEM.loss_fn(params, batch))
+
+    for pair in results(PROBLEM.params(), PROBLEM.batch(0)):
+        harness.assert_close(*pair, 1e-5)
