@@ -67,13 +67,12 @@ def run(step, tx, steps=6):
 
 def cases():
     """Every method one shard after another; the other forms where rules decide."""
+    decide = ("vsam", "ae_sam", "friendly_sam")
     for method in MEMBERS:
-        for form in FORMS:
-            quick = form == "unroll" and not method.variant
-            # R-SAM's normal numbers and GAM's four gradients take long to compile.
-            quick &= method.name not in ("random_sam", "gam")
-            quick |= method.name in ("vsam", "ae_sam")
-            marks = [] if quick else [pytest.mark.slow]
+        if method.variant:  # it differs in its rule or numbers, not in what is averaged
+            continue
+        for form in FORMS if method.name in decide else ("unroll",):
+            marks = [] if method.name in ("sam", "vsam") else [pytest.mark.slow]
             yield pytest.param(method, form, marks=marks, id=f"{method.name}-{form}")
 
 
@@ -311,7 +310,7 @@ def test_memory():
         assert 1.9 < size / trees < 3.3
 
 
-@each(*MEMBERS)
+@each(*(m for m in MEMBERS if not m.variant), slow=lambda m: m.name != "vsam")
 def test_what_is_emitted_and_kept_has_the_kind_of_the_members(method):
     """In half precision too; nothing is run."""
     params = jax.tree.map(lambda x: x.astype("bfloat16"), harness.tree())
