@@ -185,6 +185,8 @@ class Method:
       place: where it stands: ``"first"`` in a chain, ``"last"``, or ``"around"`` it.
       variant: whether another entry shows nearly the same; then the quick tests leave
         it out.
+      seldom: whether its parts are so simple, or so like another's, that only CI runs
+        the battery on it.
       static: the arguments that ``inject_hyperparams`` must not trace.
       trees: how many trees like the parameters its state holds.
       small_bytes: the most that the rest of its state takes in float32.
@@ -206,6 +208,7 @@ class Method:
     second: Callable[[Any, Any], Any] = ascended
     place: str = "first"
     variant: bool = False
+    seldom: bool = False
     static: tuple[str, ...] = ()
     trees: int = 0
     small_bytes: int = 200
@@ -307,7 +310,11 @@ _AMP = {
 METHODS = (
     Method("sam", settings={"rho": 0.1}, **_SAM),
     Method(
-        "sam_2_steps", settings={"rho": 0.1, "num_ascent_steps": 2}, calls=2, **_SAM
+        "sam_2_steps",
+        seldom=True,
+        settings={"rho": 0.1, "num_ascent_steps": 2},
+        calls=2,
+        **_SAM,
     ),
     Method(
         "sam_5",
@@ -360,6 +367,7 @@ METHODS = (
         "look_layer_sam",
         optax_sam.look_layer_sam,
         {"rho": 0.05, "k": 4, "alpha": 0.2},
+        seldom=True,
         norm=relative_norm,
         **_LOOK,
     ),
@@ -382,6 +390,7 @@ METHODS = (
         "ae_looksam",
         optax_sam.ae_looksam,
         {"rho": 0.1, "decay": 0.6, "alpha": 0.3},
+        seldom=True,
         lookahead=0,
         trees=1,
         **_AE,
@@ -414,7 +423,7 @@ METHODS = (
         skips=True,
         **_RANDOM,
     ),
-    Method("gnp", settings={"rho": 0.1}, fresh=interpolated(0.8), **_GNP),
+    Method("gnp", seldom=True, settings={"rho": 0.1}, fresh=interpolated(0.8), **_GNP),
     Method(
         "g_rst",
         variant=True,
@@ -437,16 +446,18 @@ METHODS = (
         "sam_on",
         optax_sam.sam_on,
         {"rho": 0.1, "mask": True},
+        seldom=True,
         static=("adapt", "when", *_COMMON),
     ),
     Method(
         "fisher_sam",
         optax_sam.fisher_sam,
         {"rho": 0.1},
+        seldom=True,
         norm=fisher_norm,
         static=("when", *_COMMON),
     ),
-    Method("amp", settings={"epsilon": 0.1, "inner_lr": 100.0}, **_AMP),
+    Method("amp", seldom=True, settings={"epsilon": 0.1, "inner_lr": 100.0}, **_AMP),
     Method(
         "amp_2_steps",
         variant=True,
@@ -469,6 +480,7 @@ METHODS = (
         "stable_sam",
         optax_sam.stable_sam,
         {"rho": 0.1},
+        seldom=True,
         fresh=renormalized,
         static=("when", *_COMMON),
     ),
@@ -516,7 +528,7 @@ OTHERS = (
 BY_NAME = {method.name: method for method in METHODS + OTHERS}
 
 
-def each(*methods, slow=lambda method: method.variant):
+def each(*methods, slow=lambda method: method.variant or method.seldom):
     """Parametrizes a test by methods, the slow ones of which only CI runs."""
     entries = [
         pytest.param(m, marks=pytest.mark.slow) if slow(m) else m for m in methods

@@ -51,11 +51,21 @@ CONTAINERS = {
 }
 
 
-@every_one
-@pytest.mark.parametrize("container", CONTAINERS.values(), ids=list(CONTAINERS))
-def test_containers(method, container):
+def cases():
+    """Some methods with every container, and the others with the odd ones."""
+    for method in METHODS + OTHERS:
+        if method.variant:  # the same trees go through the same parts
+            continue
+        thorough = method.name in ("sam", "vsam", "esam", "msam", "sampa", "mesa")
+        for name in CONTAINERS if thorough else ("with none", "zero-size leaf"):
+            marks = [pytest.mark.slow] if method.seldom else []
+            yield pytest.param(method, name, marks=marks, id=f"{method.name}-{name}")
+
+
+@pytest.mark.parametrize(("method", "name"), [*cases()])
+def test_containers(method, name):
     """The structure goes through, and what is emitted is the ascended gradient."""
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), container)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), CONTAINERS[name])
     grad_fn = jax.grad(lambda p: sum((jnp.sum(x**3) for x in jax.tree.leaves(p)), 0.0))
     mask = lambda p: jax.tree.map(lambda x: x.ndim != 1, p)
     tx = method.build(**({"mask": mask} if "mask" in method.static else {}))
