@@ -318,6 +318,7 @@ METHODS = (
     ),
     Method(
         "sam_5",
+        seldom=True,
         settings={"rho": 0.1, "when": optax_sam.when.every_k(5)},
         skips=True,
         **_SAM,
@@ -328,7 +329,9 @@ METHODS = (
         skips=True,
         **_SAM,
     ),
-    Method("asam", settings={"rho": 0.3}, norm=ellipsoid_norm(0.01), **_ASAM),
+    Method(
+        "asam", seldom=True, settings={"rho": 0.3}, norm=ellipsoid_norm(0.01), **_ASAM
+    ),
     Method(
         "asam_all_leaves",
         variant=True,
@@ -337,7 +340,12 @@ METHODS = (
         **_ASAM,
     ),
     Method("vsam", settings={"rho": 0.1, **_WINDOW}, trees=1, **_VSAM),
-    Method("vsam_a", settings={"rho": 0.1, "reuse_decay": 0.0, **_WINDOW}, **_VSAM),
+    Method(
+        "vsam_a",
+        seldom=True,
+        settings={"rho": 0.1, "reuse_decay": 0.0, **_WINDOW},
+        **_VSAM,
+    ),
     Method(
         "vsam_without_catch_up",
         variant=True,
@@ -403,7 +411,7 @@ METHODS = (
         skips=True,
         **_ESAM,
     ),
-    Method("renyi_sam", settings={"rho": 0.1}, **_RENYI),
+    Method("renyi_sam", seldom=True, settings={"rho": 0.1}, **_RENYI),
     Method(
         "renyi_sam_after_warmup",
         variant=True,

@@ -347,8 +347,11 @@ ESAM = {
 }
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
-@pytest.mark.parametrize("name", ESAM)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [(name, False) for name in ESAM] + [("default", True)],
+    ids=lambda x: {True: "given", False: "drawn"}.get(x, x),
+)
 def test_esam(name, given):
     settings, kept = ESAM[name]
     step = compiled(optimizer(optax_sam.esam(**settings)))
