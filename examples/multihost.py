@@ -37,6 +37,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
@@ -73,6 +74,7 @@ def accuracy(params, x, y):
 
 
 def train(epochs, out):
+    multihost_utils.assert_equal(epochs, "Processes were started with other arguments.")
     # On many hosts the data set would be read here, as far as the rows below need it.
     images, labels = load_digits(return_X_y=True)
     x, test_x, y, test_y = train_test_split(
