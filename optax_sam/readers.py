@@ -120,6 +120,8 @@ def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """What the sharpness-aware members measured, flat, ready for any logger.
 
+    With several processes call it in all of them, and log in one: it computes.
+
     Args:
       opt_state: state of an optimizer with at least one sharpness-aware member.
 
