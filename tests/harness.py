@@ -173,6 +173,14 @@ def code(name):
     return re.findall(r"```python\n(.*?)```", page(name), re.DOTALL)
 
 
+def defined(name, function, **given):
+    """All names of the block of a page that defines a function, with ``given`` ones."""
+    (block,) = [block for block in code(name) if f"def {function}(" in block]
+    names = {"jax": jax, "jnp": jnp, "optax": optax, "optax_sam": optax_sam, **given}
+    exec(block, names)
+    return names
+
+
 def table(name, heading):
     """The rows of the table under a heading of a page, as lists of cells."""
     section = re.split(rf"^##+ {re.escape(heading)}\n", page(name), flags=re.MULTILINE)[

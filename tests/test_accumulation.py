@@ -27,16 +27,12 @@ needs_microbatching = pytest.mark.skipif(
 )
 
 
-def on_the_page(*names, **given):
-    """Some functions of the page, in which its other names are ``given`` ones."""
-    names_there = {"jax": jax, "jnp": jnp, "optax": optax, **given}
-    for block in harness.code("accumulation.md"):
-        if any(f"def {name}(" in block for name in names):
-            exec(block, names_there)
-    return [names_there[name] for name in names]
+def on_the_page(name, **given):
+    """A function of the page, in which other names are the ``given`` ones."""
+    return harness.defined("accumulation.md", name, **given)[name]
 
 
-(accumulated,) = on_the_page("accumulated")
+accumulated = on_the_page("accumulated")
 
 
 def cut(batch, num_micro=MICRO):
@@ -133,9 +129,8 @@ def test_esam_selects_from_the_whole_batch():
         batch = (x, y) if indices is None else (x[indices], y[indices])
         return jax.vmap(functools.partial(one, p))(*batch)
 
-    given = {"optax_sam": optax_sam, "loss_fn": PROBLEM.loss_fn}
-    given |= {"x": x, "y": y, "params": params}
-    (small,) = on_the_page("per_example_loss_fn", **given)
+    given = {"loss_fn": PROBLEM.loss_fn, "x": x, "y": y}
+    small = on_the_page("per_example_loss_fn", **given)
     tx = optax_sam.esam(RHO, beta=1.0, gamma=0.7)
     assert (int(0.7 * len(x)) - 1) % 8 == 5
 
@@ -170,7 +165,7 @@ def test_batch_norm_sees_micro_batches():
     start, model_state = variables["params"], {"batch_stats": variables["batch_stats"]}
     loss_of = lambda num_micro: on_the_page(
         "batch_norm_loss", model=net, num_micro=num_micro
-    )[0]
+    )
 
     @functools.partial(jax.jit, static_argnums=0)
     def passes(num_micro):
