@@ -102,6 +102,17 @@ def test_survival_within_a_layer():
         assert found == pytest.approx([float(x) for x in cells], abs=0.006), start
 
 
+def test_gains_of_normalization_are_not_rounded():
+    """Unlike kernels: gains of 1 that move by less than bfloat16 can show."""
+    layer, x = nn.LayerNorm(dtype="bfloat16"), normal()[:64, :16]
+    gain = lambda value: {
+        "params": {"scale": jnp.full(16, value), "bias": jnp.zeros(16)}
+    }
+    apply = lambda value: flat(layer.apply(gain(value), x))
+    wanted = 0.001 * flat(nn.LayerNorm().apply(gain(1.0), x))
+    assert share(apply(1.001) - apply(1.0), wanted) == pytest.approx(1, abs=0.2)
+
+
 # The difference of two gradients.
 
 
