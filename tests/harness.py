@@ -5,6 +5,8 @@ Compiling dominates the time, so what several tests need is compiled once.
 
 import contextlib
 import functools
+import re
+from pathlib import Path
 
 import chex
 import jax
@@ -159,3 +161,31 @@ def member_state(opt_state):
 def ascents(opt_state):
     """The second gradients that were asked for so far."""
     return sum(int(member.num_ascents) for member in members(opt_state))
+
+
+def page(name):
+    """The text of a page of the documentation."""
+    return (Path(__file__).parents[1] / "docs" / name).read_text()
+
+
+def code(name):
+    """The blocks of Python on a page."""
+    return re.findall(r"```python\n(.*?)```", page(name), re.DOTALL)
+
+
+def defined(name, function, **given):
+    """All names of the block of a page that defines a function, with ``given`` ones."""
+    (block,) = [block for block in code(name) if f"def {function}(" in block]
+    names = {"jax": jax, "jnp": jnp, "optax": optax, "optax_sam": optax_sam, **given}
+    exec(block, names)
+    return names
+
+
+def table(name, heading):
+    """The rows of the table under a heading of a page, as lists of cells."""
+    section = re.split(rf"^##+ {re.escape(heading)}\n", page(name), flags=re.MULTILINE)[
+        1
+    ]
+    lines = re.split(r"^##+ ", section, flags=re.MULTILINE)[0].splitlines()
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]

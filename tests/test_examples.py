@@ -64,6 +64,30 @@ def test_own_method_trains(tmp_path: Path) -> None:
     assert ascents == "100"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [("plain_functions", ["AdamW", "vSAM"]), ("equinox_digits", ["SGD", "SAM"])],
+)
+def test_examples_of_frameworks_train(
+    name: str, methods: list[str], tmp_path: Path
+) -> None:
+    for package in ("equinox", "sklearn"):
+        pytest.importorskip(package)
+    output = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", "--quick"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+        check=True,
+    ).stdout
+    found = re.findall(r"^(\w+) +([\d.]+) % test accuracy", output, re.MULTILINE)
+    assert [method for method, _ in found] == methods
+    assert all(float(accuracy) > 60 for _, accuracy in found)
+
+
 def test_digits_label_noise_prints_a_table_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "new" / "digits.png"
     run = run_demo(tmp_path, "--quick", "--out", picture)

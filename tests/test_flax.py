@@ -516,7 +516,75 @@ def test_statistics_for_msam_are_estimated_at_its_parameters():
     assert moved == pytest.approx(3.0, rel=1e-4)
 
 
-# Imports and examples.
+def test_statistics_for_mesa_begin_with_estimated_ones():
+    """The recipe of docs/flax.md, and what it avoids."""
+    decay, step = 0.9998, jax.jit(train_step)
+    state = started(optax.chain(sgd(), optax_sam.mesa(decay)))
+
+    @jax.jit
+    def estimated(params, model_state):
+        def one(model_state, _):
+            variables = {"params": params, **model_state}
+            mutable = list(model_state)
+            _, model_state = NET.apply(
+                variables, X, mutable=mutable, rngs={"dropout": KEY}
+            )
+            return model_state, None
+
+        return jax.lax.scan(one, model_state, length=50)[0]
+
+    @jax.jit
+    def averages(old, model_state):
+        new = lambda average: optax.incremental_update(model_state, average, 1 - decay)
+        return [new(average) for average in old]
+
+    first = state.model_state
+    model_state = estimated(state.params, first)
+    state, found = state.replace(model_state=model_state), [first, model_state]
+    for _ in range(400):
+        state, _ = step(state, (X, Y))
+        found = averages(found, state.model_state)
+    params = optax_sam.mesa_params(state)["Dense_0"]
+    hidden = X @ params["kernel"] + params["bias"]
+    mean, var = hidden.mean(0), hidden.var(0)
+    errors = {
+        "mean": lambda found: np.max(abs(found - mean) / np.sqrt(var)),
+        "var": lambda found: np.max(abs(found / var - 1)),
+    }
+    for moment, error in errors.items():
+        naive, recipe, trained = (
+            error(s["batch_stats"]["BatchNorm_0"][moment])
+            for s in (*found, state.model_state)
+        )
+        assert recipe < 0.2 * min(naive, trained)
+    # What the page says of the variances.
+    assert (round(naive + 1), round(recipe, 1)) == (28, 0.5)
+
+
+# Files, imports and examples.
+
+
+@pytest.mark.slow
+def test_nnx_resumes_from_a_file(tmp_path):
+    """To the bit: parameters, statistics, random streams, and what vSAM remembers."""
+    step, model, optimizer = nnx.jit(module_step), *optimized(vsam())
+    for _ in range(3):
+        step(model, optimizer, (X, Y))
+    again, its_optimizer = optimized(vsam())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.state((model, optimizer)))
+        checkpointer.wait_until_finished()
+        target = nnx.state((again, its_optimizer))
+        restored = checkpointer.restore(tmp_path / "state", target)
+    nnx.update((again, its_optimizer), restored)
+    for pair in ((model, optimizer), (again, its_optimizer)):
+        for _ in range(3):
+            step(*pair, (X, Y))
+    for node in (lambda m, o: others(m), lambda m, o: arrays(m, nnx.Param)):
+        harness.assert_equal(node(again, its_optimizer), node(model, optimizer))
+    harness.assert_equal(arrays(its_optimizer), arrays(optimizer))
+    assert optax_sam.metrics(its_optimizer.opt_state)["ascents"] == 6
+    assert again.dropout.rngs.count[...] == its_optimizer.step[...] == 6
 
 
 def test_flax_is_optional():
@@ -544,14 +612,13 @@ for name in ("linen", "nnx"):
 
 @pytest.mark.slow
 def test_the_page_runs():
-    page = (Path(__file__).parents[1] / "docs" / "flax.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names = {}
-    exec("\n".join(blocks), names)
-    assert names["state"].step == 4
+    exec("\n".join(harness.code("flax.md")), names)
+    assert names["state"].step == 7
+    # Read from the file.
     assert optax_sam.metrics(names["optimizer"].opt_state)["ascents"] == 6
     assert names["module"].dropout.rngs.count[...] == 6
-    assert np.all(np.isfinite(names["logits"]))
+    assert harness.is_finite((names["logits"], names["averaged"], names["loss"]))
 
 
 @pytest.mark.slow

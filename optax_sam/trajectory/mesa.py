@@ -45,7 +45,9 @@ def mesa(
 
     Apply the model in evaluation mode at :math:`v`. Statistics of BatchNorm are no
     parameters: average them next to the optimizer, with the same step,
-    ``optax.incremental_update(batch_stats, averaged_stats, 1 - decay)``. The authors
+    ``optax.incremental_update(batch_stats, averaged_stats, 1 - decay)``, from some
+    that forward passes have estimated at the first weights: the average remembers
+    their initial zeros and ones for thousands of steps. The authors
     leave the term out of the first epochs, up to the fifth or so:
     ``coefficient=jnp.where(epoch > 5, 0.8, 0.0)``.
 
