@@ -13,12 +13,15 @@ TOLERANCE = 1e-10
 SGD = {"lr": 0.2, "momentum": 0.9}
 
 
+def generator(key, t):
+    """The documented rule: a step's draw is a function of the key and the step."""
+    return jax.random.fold_in(jax.random.key(key, impl="threefry2x32"), t)
+
+
 @functools.cache
 def draws(key, steps):
     """The uniforms that a package key stands for, one per step."""
-    raw = jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
-    generator = jax.random.wrap_key_data(raw, impl="threefry2x32")
-    at = lambda t: jax.random.uniform(jax.random.fold_in(generator, t))
+    at = lambda t: jax.random.uniform(generator(key, t))
     return np.asarray(jax.vmap(at)(jnp.arange(steps)))
 
 

@@ -1,6 +1,5 @@
-"""What parameters come in: containers, frameworks, devices, and files."""
+"""What parameters come in: containers, frameworks and files."""
 
-import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -17,8 +16,6 @@ import problems
 import pytest
 from flax import nnx
 from flax.training import train_state
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from registry import BY_NAME, METHODS, OTHERS, each, every_one
 
 import optax_sam
@@ -301,59 +298,3 @@ def test_resume_from_msgpack(method, tmp_path):
 @each(*METHODS, *OTHERS, slow=lambda m: m.name not in ("sam", "vsam"))
 def test_resume_from_orbax(method, tmp_path):
     resume(method, through_orbax, tmp_path)
-
-
-# Devices.
-
-
-def placed(tree, mesh, spec):
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), tree)
-
-
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("split", "axes"),
-    [
-        pytest.param("data", AxisType.Auto, marks=SLOW),
-        pytest.param("params", AxisType.Auto, marks=SLOW),
-        # Sharded parameters with explicit axes need out_sharding= in the user's loss.
-        ("data", AxisType.Explicit),
-    ],
-    ids=str,
-)
-@each(*(m for m in METHODS + OTHERS if not m.variant), slow=lambda m: m.name != "vsam")
-def test_eight_devices(method, split, axes, x64):
-    """Values of one device; shardings and types that stay from ``init`` on."""
-    problem = problems.mlp((8, 16, 8), batch_size=16)
-    tx = method.optimizer()
-    step = jax.jit(harness.make_step(tx, problem.loss_fn, method.extra_args))
-    start = problem.params()
-    one = harness.run(step, start, tx.init(start), problem, 12)
-
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(axes,))
-    spec = (lambda x: P("d")) if split == "params" else (lambda x: P())
-    params = placed(start, mesh, spec)
-    explicit = axes == AxisType.Explicit
-    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
-        state = tx.init(params)
-        for t in range(12):
-            batch = placed(problem.batch(t), mesh, lambda x: P("d"))
-            # Under explicit axes a type includes the sharding.
-            types = harness.kinds(state), explicit and jax.tree.map(jax.typeof, state)
-            params, state = step(params, state, batch)
-            assert types[0] == harness.kinds(state)
-            assert not explicit or types[1] == jax.tree.map(jax.typeof, state)
-    harness.assert_close(jax.device_get((params, state)), jax.device_get(one), 1e-10)
-    find = functools.partial(optax.tree.get_all_with_path, state)
-    cached = [
-        tree
-        for field in ("psf", "normal", "average", "gradient")
-        for _, tree in find(field)
-    ]
-    assert len(cached) == method.trees
-    for leaf in jax.tree.leaves(cached):
-        if leaf.ndim:
-            wanted = NamedSharding(mesh, spec(leaf))
-            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)

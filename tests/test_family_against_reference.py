@@ -7,7 +7,14 @@ import pytest
 import recorded
 import side_by_side
 from reference import ae_sam, base, esam, gsam, looksam, random_sam, renyi_sam, sam
-from side_by_side import assert_equal, compiled, optimizer, package, problem
+from side_by_side import (
+    assert_equal,
+    compiled,
+    generator,
+    optimizer,
+    package,
+    problem,
+)
 
 import optax_sam
 from optax_sam import ascent, blend, when
@@ -242,11 +249,6 @@ def test_the_methods_differ():
 
 
 # R-SAM.
-
-
-def generator(key, t):
-    """The documented rule: a step's draw is a function of the key and the step."""
-    return jax.random.fold_in(jax.random.key(key, impl="threefry2x32"), t)
 
 
 def normals(key, w):

@@ -1,0 +1,31 @@
+"""The page on devices runs, and its programs agree where it says so."""
+
+import re
+from pathlib import Path
+
+import harness
+import jax
+import pytest
+
+
+@pytest.mark.slow
+def test_the_page_runs():
+    page = (Path(__file__).parents[1] / "docs" / "devices.md").read_text()
+    names = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    batch = names["x"], names["y"]
+    one_device = names["params"], names["tx"].init(names["params"])
+    step = jax.jit(names["train_step"])
+    for _ in range(3):
+        one_device = step(*one_device, *batch)
+    of_one_perturbation = (
+        names["trained"],
+        (names["typed"], names["explicit_state"]),
+        names["a_trained"],
+    )
+    for trained in of_one_perturbation:
+        harness.assert_close(jax.device_get(trained), jax.device_get(one_device), 1e-5)
+    for name in ("step", "explicit_step", "m_sharp", "averaged"):
+        assert names[name]._cache_size() == 1, name
+    loss = lambda params: names["loss_fn"](params, *batch)
+    assert loss(names["m_trained"][0]) < loss(names["params"])
