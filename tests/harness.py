@@ -18,10 +18,6 @@ from registry import ascended, grad_fn_only
 
 import optax_sam
 
-# For jax.jit, and programs of a few steps on eight devices: a third of compiling is
-# optimizing machine code, which there runs for milliseconds.
-COMPILE_QUICKLY = {"xla_backend_optimization_level": 0}
-
 
 @contextlib.contextmanager
 def x64():

@@ -63,9 +63,7 @@ def make_step(tx):
 
 def run_jit(tx, params, data, steps):
     """One jitted step at a time; final parameters, state and the decisions."""
-    step = jax.jit(
-        make_step(tx), donate_argnums=(0, 1), compiler_options=harness.COMPILE_QUICKLY
-    )
+    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, params)
     opt_state, decisions = tx.init(params), []
     for t in range(steps):
@@ -87,9 +85,7 @@ def run_scan(tx, params, data, steps):
         return jax.lax.scan(body, (params, opt_state), jnp.arange(steps))
 
     params = jax.tree.map(jnp.copy, params)
-    run = jax.jit(
-        epochs, donate_argnums=(0, 1), compiler_options=harness.COMPILE_QUICKLY
-    )
+    run = jax.jit(epochs, donate_argnums=(0, 1))
     (params, opt_state), decisions = run(params, tx.init(params), data)
     return params, opt_state, [bool(x) for x in decisions]
 
@@ -266,8 +262,7 @@ def test_pmap_smoke():
     params, data = problem(jnp.float32)
     member = optax_sam.looksam(0.1, k=2, axis_name="data")
     step, start = make_step(member), (params, member.init(params))
-    on_one = jax.vmap(step, (None, None, 0), None, axis_name="data")
-    on_one = jax.jit(on_one, compiler_options=harness.COMPILE_QUICKLY)
+    on_one = jax.jit(jax.vmap(step, (None, None, 0), None, axis_name="data"))
     on_each = jax.pmap(step, axis_name="data")
     copies = lambda tree: jax.tree.map(lambda x: np.stack([x] * DEVICES), tree)
     expected, found = start, copies(start)

@@ -120,7 +120,7 @@ def trained(method, averaged_by, check_vma=False):
         check_vma=check_vma,
     )
     params = jax.tree.map(jnp.asarray, W)
-    run = jax.jit(mapped, compiler_options=harness.COMPILE_QUICKLY)
+    run = jax.jit(mapped)
     of_devices = jax.device_get(run(params, tx.init(params), DATA))
     for path, x in jax.tree.leaves_with_path(of_devices):
         first = np.broadcast_to(x[:1], x.shape)

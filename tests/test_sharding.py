@@ -44,7 +44,7 @@ def assert_placed(tree, wanted):
 
 def compiled(method, tx, problem, **options):
     step = harness.make_step(tx, problem.loss_fn, method.extra_args)
-    return jax.jit(step, compiler_options=harness.COMPILE_QUICKLY, **options)
+    return jax.jit(step, **options)
 
 
 @functools.cache
