@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from hypothesis import strategies as st
 from registry import BY_NAME, METHODS, OTHERS
 
 import optax_sam
 
 # Trees tried in the three searches below.
-ABSTRACT, NUMERIC, COMPLEX = 150, 100, 50
+ABSTRACT, NUMERIC, COMPLEX = 120, 200, 50
 
 
 class Pair(NamedTuple):
@@ -25,7 +26,7 @@ class Pair(NamedTuple):
 
 
 # Few shapes, so that what JAX compiles for one example serves the others.
-SHAPES = [(), (2,), (3, 2), (0,), (0, 3)]
+SHAPES = [(), (2,), (3, 2), (0,)]
 DTYPES = ["float32", "bfloat16", "float16"]
 leaves = st.builds(jax.ShapeDtypeStruct, *map(st.sampled_from, (SHAPES, DTYPES)))
 
@@ -72,6 +73,7 @@ def test_structure_and_dtypes_stay(name, tree):
         assert harness.kinds(after) == harness.kinds(state)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=NUMERIC)
 @hypothesis.given(names_of(METHODS), trees_with_leaves, st.data())
 def test_one_ball_around_all_that_is_not_masked(name, tree, data):
@@ -120,7 +122,7 @@ def test_a_complex_leaf_is_refused_with_advice(name, tree, data):
     state = jax.eval_shape(tx.init, tree)
     where = re.escape(jax.tree_util.keystr(paths[place][0]) or "the root")
     advice = f"at {where} has dtype complex64.*as a real and an imaginary leaf"
-    with np.testing.assert_raises_regex(ValueError, advice):
+    with pytest.raises(ValueError, match=advice):
         jax.eval_shape(
             functools.partial(tx.update, grad_fn=lambda p: p), tree, state, tree
         )
