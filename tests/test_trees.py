@@ -91,7 +91,9 @@ def test_one_ball_around_all_that_is_not_masked(name, tree, data):
     wide = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
     offset = jax.tree.map(jnp.subtract, points[-1], wide(params))
     moved = [bool(jnp.any(x != 0)) for x in jax.tree.leaves(offset)]
-    to_move = [c and x.size > 0 for c, x in zip(chosen, jax.tree.leaves(g), strict=True)]
+    to_move = [
+        c and x.size > 0 for c, x in zip(chosen, jax.tree.leaves(g), strict=True)
+    ]
     assert moved == to_move
     if any(to_move):
         of_ball = lambda tree: [
