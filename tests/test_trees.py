@@ -1,4 +1,4 @@
-"""Any tree of parameters: random nesting, empty parts, mixed precision, complex ones."""
+"""Any tree of parameters: nested, empty in parts, of mixed precision, or complex."""
 
 import functools
 import re
