@@ -10,10 +10,10 @@ import pytest
 from optax_sam import when
 from optax_sam.when.rule import Step
 
-# Nothing, what is no normal float32, what squares to none, what squares beyond all of
-# them, and what is no number.
-NORMS = [0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e18, 1e20, 1e38, np.inf, np.nan]
-STEPS, WINDOW, SHARE, WARM_UP, RANDOM = 400, 8, 0.75, 11, 100
+# Nothing, what is no normal float32, what squares to none, what just squares to one,
+# what squares beyond all of them, and what is no number.
+NORMS = [0.0, 1e-45, 1e-38, 1e-20, 1.0, 1.8e19, 1e20, 1e38, np.inf, np.nan]
+STEPS, WINDOW, SHARE, WARM_UP, RANDOM = 400, 16, 0.75, 11, 100
 
 
 def sequences():
