@@ -20,6 +20,13 @@ _CALL = (
     "tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)"
 )
 
+# For errors about an argument that the caller may well have passed.
+DROPPED = (
+    " If you did pass it, something on the way dropped it, as Flax's own"
+    " TrainState.apply_gradients does (optax_sam.linen.TrainState hands it on) and"
+    " optax.contrib.split_real_and_imaginary."
+)
+
 
 def check_schedule(
     name: str, value: optax.ScalarOrSchedule, low: float, high: float = np.inf
@@ -133,7 +140,7 @@ def check_call(
         raise ValueError(
             f"{method} needs grad_fn, a function of the parameters alone that returns"
             " the gradients on this step's batch (same dropout key; drop any aux):"
-            f" {_CALL}."
+            f" {_CALL}.{DROPPED}"
         )
     if not callable(grad_fn):
         raise ValueError(f"grad_fn must be a function; got {grad_fn!r}. Write {_CALL}.")

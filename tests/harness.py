@@ -112,6 +112,10 @@ def like(tree, value):
     return jax.tree.map(lambda x: jnp.full_like(x, value), tree)
 
 
+# Entries of a gradient that no method may use: the last one's square overflows.
+BAD = [np.nan, np.inf, -np.inf, 1e30]
+
+
 def with_entry(tree, value):
     """The tree with one entry of one leaf replaced."""
     kernel = tree["layer"]["kernel"].at[1, 1].set(value)

@@ -466,9 +466,6 @@ def test_zero_gradients(method):
         assert optax_sam.metrics(state)["rejected_ascents"] == 0
 
 
-BAD = [np.nan, np.inf, -np.inf, 1e30]
-
-
 def warmed_up(method):
     """A state that has something to lose: two ordinary ascended steps were taken."""
     tx, update = harness.compiled_update(method)
@@ -490,7 +487,7 @@ def assert_remembers_nothing_of(method, state, params):
 
 
 @every_named
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("bad", harness.BAD)
 def test_first_gradient_not_finite(method, bad):
     update, params, g, before = warmed_up(method)
     g_bad = harness.with_entry(g, bad)
@@ -510,7 +507,7 @@ def test_first_gradient_not_finite(method, bad):
 
 
 @every_named
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("bad", harness.BAD)
 def test_second_gradient_not_finite(method, bad):
     update, params, g, before = warmed_up(method)
     g_bad = harness.with_entry(g, bad)

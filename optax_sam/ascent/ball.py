@@ -192,7 +192,7 @@ def adaptive(
         adapted = resolve_mask(chosen, params, name="adapt")
 
         def times_t(x: jax.Array, w: jax.Array, is_adapted: bool) -> jax.Array:
-            return (jnp.abs(w) + eta_now) * wide(x) if is_adapted else wide(x)
+            return (jnp.abs(wide(w)) + eta_now) * wide(x) if is_adapted else wide(x)
 
         t_g = jax.tree.map(times_t, g, params, adapted)
         t2_g = jax.tree.map(times_t, t_g, params, adapted)

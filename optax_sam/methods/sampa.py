@@ -181,7 +181,7 @@ def sampa(
                 raise ValueError(
                     "sampa needs previous_grad_fn, a function of the parameters alone"
                     " that returns the gradients on the batch of the step before (on"
-                    f" the first step, of the same one): {_CALL}."
+                    f" the first step, of the same one): {_CALL}.{contract.DROPPED}"
                 )
 
             def paired_grad_fn(w_tilde: Any, y: Any) -> tuple[Any, Any]:
