@@ -20,7 +20,8 @@ UPGRADE := --upgrade --upgrade-strategy eager
 PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all test-oldest test-newest lint format docs bench clean
+.PHONY: help demo test test-all test-oldest test-newest test-pods lint format docs \
+	bench bench-pods clean
 .DEFAULT_GOAL := help
 # Two environments at a time would only fight for the same cores and network.
 .NOTPARALLEL:
@@ -53,6 +54,15 @@ test-newest-on: .venv/newest/.stamp
 	@.venv/newest/bin/python requirements/show.py newest
 	$(call PYTEST,.venv/newest) $(ARGS)
 
+# One process: only one at a time may load libtpu. The two variables keep it from asking
+# the cloud which TPU it runs on.
+ON_PODS := JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost \
+	.venv/tpu/bin/python
+
+test-pods: .venv/tpu/.stamp  ## Compile training steps for TPU pods (no TPU needed)
+	@.venv/tpu/bin/python requirements/show.py tpu
+	$(ON_PODS) -m pytest -q tests/test_pods.py $(ARGS)
+
 lint: .venv/lint/.stamp  ## Check style, formatting and types
 	.venv/lint/bin/ruff check
 	.venv/lint/bin/ruff format --check
@@ -70,6 +80,9 @@ docs: .venv/main/.stamp  ## Build the documentation in docs/_build
 bench: .venv/main/.stamp  ## Time the three forms of a step
 	@.venv/main/bin/python benchmarks/step_forms.py $(ARGS)
 
+bench-pods: .venv/tpu/.stamp  ## Count what large models cost on 8 to 256 chips
+	@$(ON_PODS) benchmarks/pods.py $(ARGS)
+
 clean:  ## Remove the environments and all that was built
 	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache
 
@@ -85,6 +98,12 @@ clean:  ## Remove the environments and all that was built
 
 .venv/newest/.stamp: $(SETUP)
 	@$(MAKE_ENV) .venv/newest "$(PYTHON_NEWEST)" $(UPGRADE) --group test --editable .
+
+# The compiler for TPUs, 680 MB. JAX starts it wherever it finds it, so it has an
+# environment of its own.
+.venv/tpu/.stamp: $(SETUP)
+	@python=$${PYTHON_NEWEST:-$$($(FIND_PYTHON) 3.13 3.12 || $(FIND_PYTHON) default)} && \
+	$(MAKE_ENV) .venv/tpu "$$python" $(UPGRADE) --group test "jax[tpu]" --editable .
 
 # mypy sees the types of the oldest JAX and Optax: real ones, and ones that stay put.
 .venv/lint/.stamp: $(SETUP)

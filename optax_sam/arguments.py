@@ -1,4 +1,4 @@
-"""How arguments are read: schedules, masks and keys."""
+"""How arguments are read: schedules, gradients, masks and keys."""
 
 from __future__ import annotations
 
@@ -23,6 +23,23 @@ def at(value: optax.ScalarOrSchedule, count: ArrayLike | None) -> jax.Array:
             " far (optax_sam.sharpness_aware does so)."
         )
     return jnp.asarray(value(count))
+
+
+def gradients(tree: Any) -> Any:
+    """The arrays of a gradient, as things that are computed before they are used.
+
+    A gradient has several uses here, its norm and the offset among them. Where the
+    parameters are sharded, XLA otherwise lets each cut its part out of the whole and
+    keeps the whole on every device meanwhile, through the second gradient too.
+    """
+
+    def settled(x: ArrayLike) -> jax.Array:
+        x = jnp.asarray(x)
+        is_traced = isinstance(x, jax.core.Tracer)
+        return jax.lax.optimization_barrier(x) if is_traced else x
+
+    # Leaf by leaf, so that one that nobody uses is still not computed.
+    return jax.tree.map(settled, tree)
 
 
 def resolve_mask(mask: Mask, tree: optax.Params, *, name: str = "mask") -> Any:

@@ -21,7 +21,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_sam import contract
-from optax_sam.arguments import Mask
+from optax_sam.arguments import Mask, gradients
 from optax_sam.ascent import OwnGradient, norm, restrict
 from optax_sam.blend import Blend, take_ascended
 from optax_sam.when import Step, When, always
@@ -181,7 +181,7 @@ def sharpness_aware(
         if axis_name is not None:
             contract.check_varies(name, "the incoming gradient", updates, axis_name)
         # Python and NumPy numbers among the leaves become arrays, as in Optax.
-        g, params = jax.tree.map(jnp.asarray, (updates, params))
+        g, params = gradients(updates), jax.tree.map(jnp.asarray, params)
         step = Step(state.count, mean)
 
         def rounded(point: Any) -> Any:
@@ -193,7 +193,7 @@ def sharpness_aware(
         def gradient(point: Any) -> Any:
             grads = grad_fn(rounded(point))
             contract.check_returned(name, grads, params, axis_name)
-            return jax.tree.map(jnp.asarray, grads)
+            return gradients(grads)
 
         def emit(d: Any) -> Any:
             return mean(jax.tree.map(lambda x, like: x.astype(like.dtype), d, g))

@@ -40,27 +40,6 @@ def test_weight_decay_belongs_after_a_member(name):
     harness.assert_close(after, wanted, 1e-5)
 
 
-def test_accumulation_inside_grad_fn_is_that_of_the_whole_batch():
-    problem, tx = problems.mlp(), BY_NAME["sam"].optimizer()
-    params = problem.params()
-
-    @jax.jit
-    def step(params, batch):
-        parts = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
-
-        def accumulated(p):
-            of_part = lambda part: jax.grad(problem.loss_fn)(p, part)
-            return jax.tree.map(lambda x: x.mean(0), jax.lax.map(of_part, parts))
-
-        whole = lambda p: jax.grad(problem.loss_fn)(p, batch)
-        return [
-            tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
-            for grad_fn in (accumulated, whole)
-        ]
-
-    harness.assert_close(*step(params, problem.batch(0)), 1e-6)
-
-
 # Where means over devices belong.
 
 MEAN = lambda tree: jax.lax.pmean(tree, "data")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
 from optax_sam import ascent
-from optax_sam.arguments import Mask, at, resolve_mask
+from optax_sam.arguments import Mask, at, gradients, resolve_mask
 from optax_sam.ascent.masks import keep
 from optax_sam.ascent.rule import beyond_rounding, norm, rescale, weighted
 from optax_sam.blend.rule import along
@@ -133,14 +132,14 @@ def gam(
             def gradient(point: Any) -> Any:
                 grads = grad_fn(optax.tree.cast_like(point, w_1))
                 check_returned("gam", grads, params, axis_name)
-                return jax.tree.map(jnp.asarray, grads)
+                return gradients(grads)
 
             def towards(h: Any, rho: optax.ScalarOrSchedule, reference: Any) -> Any:
                 h = keep(h, chosen)
                 length = beyond_rounding(norm(h), norm(keep(reference, chosen)))
                 return rescale(h, length, read(rho))
 
-            g_0, g_1 = jax.tree.map(jnp.asarray, updates), gradient(w_1)
+            g_0, g_1 = gradients(updates), gradient(w_1)
             h = weighted(jnp.ones(()), g_1, -jnp.ones(()), g_0)
             w_2 = optax.tree.add(params, towards(h, norm_rho, g_0))
             g_2 = gradient(w_2)

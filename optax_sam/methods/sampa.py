@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import contract
-from optax_sam.arguments import at
+from optax_sam.arguments import at, gradients
 from optax_sam.ascent.rule import cache, norm, rescale, weighted, wide
 
 _CALL = (
@@ -199,7 +199,7 @@ def sampa(
         for name, grads in zip(sources, both, strict=True):
             contract.check_gradients("sampa", f"what {name} returned", grads, w)
 
-        p, g_y = (optax.tree.cast_like(x, state.gradient) for x in both)
+        p, g_y = (optax.tree.cast_like(gradients(x), state.gradient) for x in both)
         lam = at(interpolation, count)
         # Judged in the dtype that is handed on: float16 may not hold what a function
         # returned for a float32 point.

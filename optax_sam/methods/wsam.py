@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_sam import ascent, contract
-from optax_sam.arguments import Mask, at
+from optax_sam.arguments import Mask, at, gradients
 from optax_sam.ascent.rule import norm, scaled, wide
 from optax_sam.engine import SharpnessAwareState, sharpness_aware
 from optax_sam.when import When, always
@@ -134,9 +134,9 @@ def wsam(
         updates: Any, state: WSAMState, params: Any = None, **extra: Any
     ) -> tuple[Any, WSAMState]:
         contract.check_not_masked("wsam", updates, params, advice=_OUTSIDE)
+        g = gradients(updates)
         # Where there is no ascent, or none to use, this is g and the term is zero.
-        g_s, ascended = engine.update(updates, state.ascent, params, **extra)
-        g = jax.tree.map(jnp.asarray, updates)
+        g_s, ascended = engine.update(g, state.ascent, params, **extra)
         if axis_name is not None:
             g = jax.lax.pmean(g, axis_name)
         count = state.ascent.count
