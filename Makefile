@@ -35,7 +35,7 @@ demo: .venv/main/.stamp  ## See SAM resist label noise on a small real data set
 test: .venv/main/.stamp  ## Run the quick tests and doctests
 	$(call PYTEST,.venv/main) -m "not slow" $(ARGS)
 
-test-all: test-oldest test-newest  ## Run all tests on the oldest and newest versions
+test-all: test-oldest test-newest test-pods  ## Run all tests, on the oldest and newest versions
 
 test-oldest: .venv/oldest/.stamp  ## Run all tests on the oldest supported versions
 	@.venv/oldest/bin/python requirements/show.py oldest
