@@ -108,6 +108,14 @@ def tree(seed=0, scale=1.0, dtype=None):
     return {"layer": {"kernel": draw(3, 2), "bias": draw(2)}, "gain": draw()}
 
 
+def linear(first, last, steps):
+    """A schedule in the precision that JAX has at its use.
+
+    Those of Optax are in single precision, and two programs round that differently.
+    """
+    return lambda count: first + (last - first) * jnp.minimum(count, steps) / steps
+
+
 def like(tree, value):
     return jax.tree.map(lambda x: jnp.full_like(x, value), tree)
 

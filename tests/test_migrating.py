@@ -123,9 +123,7 @@ def test_without_normalize(x64):
 @pytest.mark.parametrize("reset", [False, True])
 def test_schedules_of_the_radius(reset, x64):
     """They stand still unless the second optimizer's state is kept."""
-    base = BASES["sgd"]
-    # Those of Optax are in single precision, and two programs round that differently.
-    rho = lambda count: 0.1 * (1 - count.astype(float) / STEPS)
+    base, rho = BASES["sgd"], harness.linear(0.1, 0.0, STEPS)
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
     ours = optax.chain(optax_sam.sam(0.1 if reset else rho), base())
     assert_trained_alike(ours, opaque(base(), ascent=ascent, reset_state=reset))

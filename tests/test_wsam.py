@@ -65,7 +65,7 @@ def by_hand(inner, steps, *, lr, rho, gamma, max_norm=None, clip=None):
 INNER = {
     "sgd": SGD,
     "adamw": optax.adamw(0.01, weight_decay=0.1),
-    "schedule": optax.sgd(optax.linear_schedule(0.2, 0.0, STEPS), nesterov=True),
+    "schedule": optax.sgd(harness.linear(0.2, 0.0, STEPS), nesterov=True),
 }
 
 
@@ -84,7 +84,7 @@ def test_without_radius_it_is_the_inner_optimizer(x64):
 
 
 def test_half_the_weight_around_plain_sgd_is_sam(x64):
-    for lr in (0.1, optax.linear_schedule(0.3, 0.0, STEPS)):
+    for lr in (0.1, harness.linear(0.3, 0.0, STEPS)):
         tx = optax_sam.wsam(optax.sgd(lr), learning_rate=lr, rho=RHO, gamma=0.5)
         sam, _ = run(optax.chain(optax_sam.sam(RHO), optax.sgd(lr)))
         harness.assert_close(run(tx)[0], sam, 1e-12)
