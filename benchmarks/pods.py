@@ -1,0 +1,355 @@
+"""What each method costs on TPU pods of 8 to 256 chips, by the TPU's own compiler.
+
+No TPU is needed: whole training steps are compiled for chips that are not there, and
+their costs are read from the program: operations, what is sent between chips, memory,
+and the compiler's estimate of the time. "Ideal" is the estimate for the plain step, and
+for each further gradient that for a program of one gradient and nothing else.
+
+    make bench-pods [ARGS="--only decoder"]
+    python benchmarks/pods.py --report
+
+Each row is written when it is done, and one that the file has is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import models
+import optax
+import programs
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+from rich.table import Table
+
+import optax_sam
+import optax_sam.linen
+
+RESULTS = Path(__file__).parent / "results/pods.json"
+TASKS = {"ResNet-50": models.resnet(), "decoder": models.decoder()}
+LAYOUTS = "data parallel", "FSDP", "FSDP x TP"
+# The chips among which FSDP x TP cuts the axis model: a side of the pod.
+MODEL_PARALLEL = {"2x4": 4, "8x8": 8, "16x16": 16, "4x4x8": 8}
+
+
+class Method(NamedTuple):
+    """A method of the table.
+
+    Attributes:
+      build: the base optimizer to the whole one.
+      gradients: how many it promises for an ascended step.
+    """
+
+    build: Callable[[Any], Any]
+    gradients: float
+
+
+def first(member: Any, gradients: float = 2) -> Method:
+    """A member that stands before the base optimizer."""
+    return Method(lambda base: optax.chain(member, base), gradients)
+
+
+# A forward pass is a third of a gradient. The training loop reports the loss of the
+# incoming gradient, so those that drop that gradient leave its forward pass.
+METHODS = {
+    "plain": Method(optax.with_extra_args_support, 1),
+    "sam": first(optax_sam.sam()),
+    "vsam": first(optax_sam.vsam()),
+    "looksam": first(optax_sam.looksam()),
+    "gsam": first(optax_sam.gsam()),
+    "msam": Method(lambda base: optax_sam.msam(base, rho=3.0), 1),
+    "asam": first(optax_sam.asam()),
+    "esam": first(optax_sam.esam(), 1.5 + 1 / 3),
+    "ae_sam": first(optax_sam.ae_sam()),
+    "ae_looksam": first(optax_sam.ae_looksam()),
+    "look_layer_sam": first(optax_sam.look_layer_sam()),
+    "renyi_sam": first(optax_sam.renyi_sam()),
+    "random_sam": first(optax_sam.random_sam(0.1), 2 + 1 / 3),
+    "gnp": first(optax_sam.gnp()),
+    "friendly_sam": first(optax_sam.friendly_sam()),
+    "sam_on": first(optax_sam.sam_on()),
+    "fisher_sam": first(optax_sam.fisher_sam()),
+    "amp": first(optax_sam.amp()),
+    "gam": first(optax_sam.gam(), 4),
+    "stable_sam": first(optax_sam.stable_sam()),
+    "wsam": Method(lambda base: optax_sam.wsam(base, learning_rate=1e-3), 2),
+    "sampa": Method(optax_sam.sampa, 2 + 1 / 3),
+    "mesa": Method(lambda base: optax.chain(base, optax_sam.mesa()), 1 + 1 / 3),
+}
+
+
+class Row(NamedTuple):
+    """What is compiled, with None for the form with a conditional."""
+
+    model: str
+    layout: str
+    topology: str
+    method: str
+    ascend: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """As the tables call it."""
+        forms = {True: "", False: ", ascend=False", None: ", ascend=None"}
+        skips = self.method in ("vsam", "looksam", "ae_sam", "ae_looksam")
+        return self.method + (forms[self.ascend] if skips else "")
+
+
+_SIX = (
+    ("sam", True),
+    ("vsam", True),
+    ("vsam", False),
+    ("vsam", None),
+    ("looksam", True),
+    ("gsam", True),
+    ("msam", True),
+)
+_ALL = (*_SIX, *((name, True) for name in METHODS if name not in dict(_SIX)))
+GROUPS = (
+    ("ResNet-50", "data parallel", "v5e:2x4", _SIX[:1]),
+    ("ResNet-50", "data parallel", "v5e:16x16", _SIX),
+    ("ResNet-50", "data parallel", "v6e:16x16", _SIX[:1]),
+    ("ResNet-50", "data parallel", "v5p:4x4x8", _SIX[:1]),
+    ("decoder", "data parallel", "v5e:2x4", _SIX[:2]),
+    ("decoder", "data parallel", "v5e:16x16", _SIX[:2]),
+    ("decoder", "FSDP", "v5e:2x4", _SIX[:4]),
+    ("decoder", "FSDP", "v5e:8x8", _SIX[:4]),
+    ("decoder", "FSDP", "v5e:16x16", _ALL),
+    ("decoder", "FSDP", "v6e:16x16", _SIX[:4]),
+    ("decoder", "FSDP", "v5p:4x4x8", _SIX[:4]),
+    ("decoder", "FSDP x TP", "v5e:2x4", _SIX[:4]),
+    ("decoder", "FSDP x TP", "v5e:16x16", _SIX[:4]),
+    ("decoder", "FSDP x TP", "v6e:16x16", _SIX[:4]),
+    ("decoder", "FSDP x TP", "v5p:4x4x8", _SIX[:4]),
+)
+
+
+def rows() -> Iterator[Row]:
+    """All rows, of each group first what the others are compared with."""
+    for *group, methods in GROUPS:
+        yield Row(*group, "plain")
+        yield Row(*group, "gradient")
+        for method, ascend in methods:
+            yield Row(*group, method, ascend)
+
+
+def train_step(task: models.Task, row: Row, tx: Any) -> Callable[..., Any]:
+    """One step with everything that any method asks for; what is not used costs none.
+
+    The step of ``gradient`` returns the gradients alone, in place of the parameters.
+    """
+
+    def step(params: Any, opt_state: Any, model_state: Any, batch: Any, last: Any):
+        def loss_fn(params: Any, model_state: Any, batch: Any) -> Any:
+            x, y = batch
+            logits, model_state = task.logits(params, model_state, x)
+            loss = task.losses(logits, y).mean()
+            if row.method == "mesa":
+                average = optax_sam.mesa_params(opt_state)
+                past, _ = task.logits(average, model_state, x)
+                loss += optax_sam.trajectory_loss(logits, past)
+            return loss, model_state
+
+        def per_example_loss_fn(params: Any, indices: Any = None) -> Any:
+            chosen = batch if indices is None else [a[indices] for a in batch]
+            logits, _ = task.logits(params, model_state, chosen[0])
+            return task.losses(logits, chosen[1])
+
+        value_and_grad = optax_sam.linen.value_and_grad(loss_fn, has_aux=True)
+        more, grads, grad_fn = value_and_grad(params, model_state, batch)
+        if row.method == "gradient":
+            return (grads, opt_state), more
+        updates, opt_state = tx.update(
+            grads,
+            opt_state,
+            params,
+            grad_fn=grad_fn,
+            previous_grad_fn=value_and_grad(params, model_state, last)[2],
+            per_example_loss_fn=per_example_loss_fn,
+            ascend=row.ascend,
+        )
+        return (optax.apply_updates(params, updates), opt_state), more
+
+    return step
+
+
+def compiled(row: Row) -> dict[str, Any]:
+    """Compiles one row."""
+    start = time.perf_counter()
+    task = TASKS[row.model]
+    shape = row.topology.split(":")[1]
+    parallel = MODEL_PARALLEL[shape] if row.layout == "FSDP x TP" else 1
+    mesh = programs.pod(row.topology, parallel)
+    params, model_state = task.init()
+    if row.layout == "FSDP x TP":
+        specs = models.tensor_parallel(params)
+    else:
+        place = programs.fsdp(mesh) if row.layout == "FSDP" else lambda leaf: P()
+        specs = jax.tree.map(place, params)
+    if row.method == "gradient":
+        tx = optax.identity()
+    else:
+        tx = METHODS[row.method].build(task.optimizer)
+    batch = task.batch(mesh.size), P("data")
+    program = programs.read(
+        programs.compile_step(
+            train_step(task, row, tx),
+            mesh,
+            tx,
+            params,
+            specs,
+            (model_state, P()),
+            batch,
+            batch,
+        )
+    )
+    return {
+        **row._asdict(),
+        "chips": mesh.size,
+        **program._asdict(),
+        "compile_seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def compared(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The cells of the table, each row against the plain step of its group."""
+    found = {Row(*(x[k] for k in Row._fields)): x for x in results}
+    for row in rows():
+        plain, gradient = (
+            found.get(row._replace(method=name, ascend=None))
+            for name in ("plain", "gradient")
+        )
+        this = found.get(row)
+        if row.method == "gradient" or not (this and plain and gradient):
+            continue
+        promised = 1 if row.ascend is False else METHODS[row.method].gradients
+        ideal = None
+        if plain["seconds"] and gradient["seconds"]:
+            ideal = plain["seconds"] + (promised - 1) * gradient["seconds"]
+        ratio = lambda key: this[key] / plain[key] if plain[key] else None  # noqa: B023
+        beyond = lambda key: (this[key] - plain[key]) / 2**20  # noqa: B023
+        yield {
+            "group": (row.model, row.layout, row.topology, this["chips"]),
+            "method": row.name,
+            "promised": f"{promised:.2f}",
+            "flops": f"{ratio('flops'):.3f}",
+            "reduced": _pair(ratio("reduced"), this["reductions"]),
+            "gathered": _pair(ratio("gathered"), this["gathers"]),
+            "moved": _pair(ratio("moved"), this["moves"]),
+            "state": f"{beyond('arguments'):.1f}",
+            "peak": f"{beyond('temporaries'):.0f}",
+            "time": f"{this['seconds'] / ideal:.3f}" if ideal else "",
+        }
+
+
+def _pair(ratio: float | None, count: int) -> str:
+    return "" if ratio is None else f"{ratio:.3f} ({count})"
+
+
+COLUMNS = {
+    "method": "method",
+    "promised": "gradients",
+    "flops": "FLOPs",
+    "reduced": "reduced",
+    "gathered": "gathered",
+    "moved": "moved",
+    "state": "state",
+    "peak": "temp",
+    "time": "time",
+}
+
+
+def by_group(results: list[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
+    """The rows of each group that is there."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for cells in compared(results):
+        groups.setdefault(cells["group"], []).append(cells)
+    return groups
+
+
+def title(group: Any, results: list[dict[str, Any]]) -> str:
+    """What the plain step of a group costs on each chip."""
+    model, layout, topology, chips = group
+    wanted = {"model": model, "layout": layout, "topology": topology, "method": "plain"}
+    plain = next(x for x in results if wanted.items() <= x.items())
+    memory = " and ".join(
+        f"{plain[key] / 2**20:,.0f} MiB {word}"
+        for key, word in (("arguments", "held"), ("temporaries", "temporary"))
+    )
+    kind = topology.split(":")[0]
+    seconds = f", {plain['seconds'] * 1e3:.1f} ms" if plain["seconds"] else ""
+    return (
+        f"{model}, {layout}, {chips} {kind} chips"
+        f" (plain: {plain['flops'] / 1e9:,.0f} GFLOP, {memory}{seconds})"
+    )
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The tables of the page."""
+    lines = []
+    for group, cells in by_group(results).items():
+        heads = list(COLUMNS.values())
+        lines += [f"**{title(group, results)}**", "", f"| {' | '.join(heads)} |"]
+        lines += [f"|{' --- |' * len(heads)}"]
+        lines += [f"| {' | '.join(row[key] for key in COLUMNS)} |" for row in cells]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def load() -> list[dict[str, Any]]:
+    """The rows that are there."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+
+
+def save(results: list[dict[str, Any]]) -> None:
+    """Writes all rows, in their order."""
+    order = {row: i for i, row in enumerate(rows())}
+    place = lambda x: order.get(Row(*(x[k] for k in Row._fields)), len(order))
+    settings = {name: version(name) for name in ("jax", "libtpu", "optax", "flax")}
+    settings["optimization_level"] = str(jax.config.jax_optimization_level)
+    content = {"settings": settings, "rows": sorted(results, key=place)}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    """Compiles what is missing, and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="rows with this text in them")
+    parser.add_argument("--report", action="store_true", help="print the Markdown")
+    options = parser.parse_args()
+    results = load()
+    if options.report:
+        print(markdown(results))
+        return
+    done = {Row(*(x[k] for k in Row._fields)) for x in results}
+    missing = [r for r in rows() if r not in done and options.only in ", ".join(r[:4])]
+    console = Console()
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with (
+        Progress(*columns, console=console) as progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        bar = progress.add_task("steps compiled", total=len(missing))
+        for future in as_completed([pool.submit(compiled, row) for row in missing]):
+            results.append(future.result())
+            save(results)
+            progress.advance(bar)
+    for group, cells in by_group(results).items():
+        table = Table(*COLUMNS.values(), title=title(group, results))
+        for row in cells:
+            table.add_row(*(row[key] for key in COLUMNS))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
