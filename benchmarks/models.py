@@ -92,7 +92,7 @@ _OVER_MODEL = {
     "out": P("model", None, "data"),
     "up": P("data", "model"),
     "down": P("model", "data"),
-    "Embed": P("model", "data"),
+    "Embed": P(("model", "data"), None),
 }
 
 
@@ -113,7 +113,7 @@ class Task(NamedTuple):
       optimizer: what the methods stand before.
       example: one example's input.
       labels: one example's labels.
-      per_chip: examples on each chip.
+      per_chip: examples on each chip, or on those that share them.
     """
 
     model: nn.Module

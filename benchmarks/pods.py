@@ -27,6 +27,7 @@ import jax
 import models
 import optax
 import programs
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
@@ -36,7 +37,11 @@ import optax_sam
 import optax_sam.linen
 
 RESULTS = Path(__file__).parent / "results/pods.json"
-TASKS = {"ResNet-50": models.resnet(), "decoder": models.decoder()}
+TASKS = {
+    "ResNet-50": models.resnet(),
+    "decoder": models.decoder(),
+    "decoder, 4 times the batch": models.decoder(per_chip=16),
+}
 LAYOUTS = "data parallel", "FSDP", "FSDP x TP"
 # The chips among which FSDP x TP cuts the axis model: a side of the pod.
 MODEL_PARALLEL = {"2x4": 4, "8x8": 8, "16x16": 16, "4x4x8": 8}
@@ -46,35 +51,43 @@ class Method(NamedTuple):
     """A method of the table.
 
     Attributes:
-      build: the base optimizer to the whole one.
+      build: the base optimizer, and the number of examples, to the whole optimizer.
       gradients: how many it promises for an ascended step.
+      forwards: how many forward passes beyond those, a third of a gradient each.
     """
 
-    build: Callable[[Any], Any]
+    build: Callable[[Any, int], Any]
     gradients: float
+    forwards: int = 0
 
 
-def first(member: Any, gradients: float = 2) -> Method:
+def first(member: Any, gradients: float = 2, forwards: int = 0) -> Method:
     """A member that stands before the base optimizer."""
-    return Method(lambda base: optax.chain(member, base), gradients)
+    return Method(lambda base, _: optax.chain(member, base), gradients, forwards)
 
 
-# A forward pass is a third of a gradient. The training loop reports the loss of the
-# incoming gradient, so those that drop that gradient leave its forward pass.
+# The training loop reports the loss of the incoming gradient, so those that drop that
+# gradient leave its forward pass.
 METHODS = {
-    "plain": Method(optax.with_extra_args_support, 1),
+    "plain": Method(lambda base, _: optax.with_extra_args_support(base), 1),
     "sam": first(optax_sam.sam()),
     "vsam": first(optax_sam.vsam()),
     "looksam": first(optax_sam.looksam()),
     "gsam": first(optax_sam.gsam()),
-    "msam": Method(lambda base: optax_sam.msam(base, rho=3.0), 1),
+    "msam": Method(lambda base, _: optax_sam.msam(base, rho=3.0), 1),
     "asam": first(optax_sam.asam()),
-    "esam": first(optax_sam.esam(), 1.5 + 1 / 3),
+    # It keeps one example less than gamma says: the chips must divide what is left.
+    "esam": Method(
+        lambda base, n: optax.chain(optax_sam.esam(gamma=0.5 + 1 / n), base),
+        gradients=1.5,
+        forwards=1,
+    ),
+    "esam_unplaced": first(optax_sam.esam(), 1.5, 1),
     "ae_sam": first(optax_sam.ae_sam()),
     "ae_looksam": first(optax_sam.ae_looksam()),
     "look_layer_sam": first(optax_sam.look_layer_sam()),
     "renyi_sam": first(optax_sam.renyi_sam()),
-    "random_sam": first(optax_sam.random_sam(0.1), 2 + 1 / 3),
+    "random_sam": first(optax_sam.random_sam(0.1), 2, 1),
     "gnp": first(optax_sam.gnp()),
     "friendly_sam": first(optax_sam.friendly_sam()),
     "sam_on": first(optax_sam.sam_on()),
@@ -82,9 +95,9 @@ METHODS = {
     "amp": first(optax_sam.amp()),
     "gam": first(optax_sam.gam(), 4),
     "stable_sam": first(optax_sam.stable_sam()),
-    "wsam": Method(lambda base: optax_sam.wsam(base, learning_rate=1e-3), 2),
-    "sampa": Method(optax_sam.sampa, 2 + 1 / 3),
-    "mesa": Method(lambda base: optax.chain(base, optax_sam.mesa()), 1 + 1 / 3),
+    "wsam": Method(lambda base, _: optax_sam.wsam(base, learning_rate=1e-3), 2),
+    "sampa": Method(lambda base, _: optax_sam.sampa(base), 2, 1),
+    "mesa": Method(lambda base, _: optax.chain(base, optax_sam.mesa()), 1, 1),
 }
 
 
@@ -114,7 +127,9 @@ _SIX = (
     ("gsam", True),
     ("msam", True),
 )
-_ALL = (*_SIX, *((name, True) for name in METHODS if name not in dict(_SIX)))
+_NAMED = {"plain", "esam_unplaced", *dict(_SIX)}
+_ALL = (*_SIX, *((name, True) for name in METHODS if name not in _NAMED))
+_ESAM = ("esam", True), ("esam_unplaced", True)
 GROUPS = (
     ("ResNet-50", "data parallel", "v5e:2x4", _SIX[:1]),
     ("ResNet-50", "data parallel", "v5e:16x16", _SIX),
@@ -122,7 +137,8 @@ GROUPS = (
     ("ResNet-50", "data parallel", "v5p:4x4x8", _SIX[:1]),
     ("decoder", "data parallel", "v5e:2x4", _SIX[:2]),
     ("decoder", "data parallel", "v5e:16x16", _SIX[:2]),
-    ("decoder", "FSDP", "v5e:2x4", _SIX[:4]),
+    ("decoder, 4 times the batch", "data parallel", "v5e:16x16", _SIX[:2]),
+    ("decoder", "FSDP", "v5e:2x4", (*_SIX[:4], *_ESAM)),
     ("decoder", "FSDP", "v5e:8x8", _SIX[:4]),
     ("decoder", "FSDP", "v5e:16x16", _ALL),
     ("decoder", "FSDP", "v6e:16x16", _SIX[:4]),
@@ -143,7 +159,7 @@ def rows() -> Iterator[Row]:
             yield Row(*group, method, ascend)
 
 
-def train_step(task: models.Task, row: Row, tx: Any) -> Callable[..., Any]:
+def train_step(task: models.Task, row: Row, tx: Any, mesh: Any) -> Callable[..., Any]:
     """One step with everything that any method asks for; what is not used costs none.
 
     The step of ``gradient`` returns the gradients alone, in place of the parameters.
@@ -153,22 +169,29 @@ def train_step(task: models.Task, row: Row, tx: Any) -> Callable[..., Any]:
         def loss_fn(params: Any, model_state: Any, batch: Any) -> Any:
             x, y = batch
             logits, model_state = task.logits(params, model_state, x)
-            loss = task.losses(logits, y).mean()
+            losses = task.losses(logits, y)
+            loss = losses.mean()
             if row.method == "mesa":
                 average = optax_sam.mesa_params(opt_state)
                 past, _ = task.logits(average, model_state, x)
                 loss += optax_sam.trajectory_loss(logits, past)
-            return loss, model_state
+            return loss, (model_state, losses)
 
         def per_example_loss_fn(params: Any, indices: Any = None) -> Any:
-            chosen = batch if indices is None else [a[indices] for a in batch]
+            chosen = batch
+            if indices is not None:
+                chosen = [a[indices] for a in batch]
+            if indices is not None and row.method != "esam_unplaced":
+                spread = NamedSharding(mesh, P("data"))
+                chosen = jax.lax.with_sharding_constraint(chosen, spread)
             logits, _ = task.logits(params, model_state, chosen[0])
             return task.losses(logits, chosen[1])
 
         value_and_grad = optax_sam.linen.value_and_grad(loss_fn, has_aux=True)
-        more, grads, grad_fn = value_and_grad(params, model_state, batch)
+        value, grads, grad_fn = value_and_grad(params, model_state, batch)
+        loss, (new_state, losses) = value
         if row.method == "gradient":
-            return (grads, opt_state), more
+            return (grads, opt_state), (loss, new_state)
         updates, opt_state = tx.update(
             grads,
             opt_state,
@@ -176,9 +199,10 @@ def train_step(task: models.Task, row: Row, tx: Any) -> Callable[..., Any]:
             grad_fn=grad_fn,
             previous_grad_fn=value_and_grad(params, model_state, last)[2],
             per_example_loss_fn=per_example_loss_fn,
+            per_example_losses=losses,
             ascend=row.ascend,
         )
-        return (optax.apply_updates(params, updates), opt_state), more
+        return (optax.apply_updates(params, updates), opt_state), (loss, new_state)
 
     return step
 
@@ -190,6 +214,7 @@ def compiled(row: Row) -> dict[str, Any]:
     shape = row.topology.split(":")[1]
     parallel = MODEL_PARALLEL[shape] if row.layout == "FSDP x TP" else 1
     mesh = programs.pod(row.topology, parallel)
+    rows = mesh.shape["data"]  # of chips that share their examples
     params, model_state = task.init()
     if row.layout == "FSDP x TP":
         specs = models.tensor_parallel(params)
@@ -199,11 +224,11 @@ def compiled(row: Row) -> dict[str, Any]:
     if row.method == "gradient":
         tx = optax.identity()
     else:
-        tx = METHODS[row.method].build(task.optimizer)
-    batch = task.batch(mesh.size), P("data")
+        tx = METHODS[row.method].build(task.optimizer, rows * task.per_chip)
+    batch = task.batch(rows), P("data")
     program = programs.read(
         programs.compile_step(
-            train_step(task, row, tx),
+            train_step(task, row, tx, mesh),
             mesh,
             tx,
             params,
@@ -232,7 +257,10 @@ def compared(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         this = found.get(row)
         if row.method == "gradient" or not (this and plain and gradient):
             continue
-        promised = 1 if row.ascend is False else METHODS[row.method].gradients
+        promised = 1.0
+        if row.ascend is not False:
+            method = METHODS[row.method]
+            promised = method.gradients + method.forwards / 3
         ideal = None
         if plain["seconds"] and gradient["seconds"]:
             ideal = plain["seconds"] + (promised - 1) * gradient["seconds"]
@@ -258,7 +286,7 @@ def _pair(ratio: float | None, count: int) -> str:
 
 COLUMNS = {
     "method": "method",
-    "promised": "gradients",
+    "promised": "grads",
     "flops": "FLOPs",
     "reduced": "reduced",
     "gathered": "gathered",
@@ -345,10 +373,12 @@ def main() -> None:
             save(results)
             progress.advance(bar)
     for group, cells in by_group(results).items():
-        table = Table(*COLUMNS.values(), title=title(group, results))
+        heads = COLUMNS.values()
+        table = Table(*heads, title=title(group, results), box=None, pad_edge=False)
         for row in cells:
-            table.add_row(*(row[key] for key in COLUMNS))
-        console.print(table)
+            # Ratios alone, of what is sent too: so a table fits a terminal.
+            table.add_row(*(row[key].split(" (")[0] for key in COLUMNS))
+        console.print(table, "")
 
 
 if __name__ == "__main__":

@@ -52,9 +52,15 @@ def esam(
     ``update`` needs ``per_example_loss_fn(params, indices=None) -> losses`` instead of
     ``grad_fn``: the losses, (B,), of this step's examples, or of those at ``indices``,
     (k,), of which it must compute no others. Terms such as an L2 penalty belong into
-    every example's loss. The losses at ``params`` come from the same forward pass as
-    the incoming gradient if XLA sees both in one program; else give them as
-    ``per_example_losses``. From ``gamma = 0.99`` on ``grad_fn`` alone will do.
+    every example's loss. Give the losses at ``params`` that the incoming gradient came
+    from as ``per_example_losses``; XLA may find that they are there already, but in
+    large models it does not. From ``gamma = 0.99`` on ``grad_fn`` alone will do.
+
+    Of a batch that is sharded under ``jit``, the selected examples must be placed
+    again, or all devices compute them all: in ``per_example_loss_fn``
+    ``jax.lax.with_sharding_constraint(x[indices], NamedSharding(mesh, P("data")))``,
+    with ``gamma=0.5 + 1 / B``, so that half of the batch is kept, which the devices
+    divide.
 
     Cost: 1 gradient, 1 forward pass and a gradient of ``k`` examples per ascended step,
     1.82 gradients for ``gamma=0.5``; 1 on other steps; one bool for each leaf, a key
