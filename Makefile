@@ -17,7 +17,7 @@ MAKE_ENV := sh requirements/make_env.sh
 UPGRADE := --upgrade --upgrade-strategy eager
 # Compiling dominates, on one core each, so processes pay; `worksteal` keeps
 # neighbouring tests, which share compiled functions, in one process.
-PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(1)/bin/python -m pytest -q -rs \
+PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-all test-oldest test-newest test-pods lint format docs \
