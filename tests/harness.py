@@ -176,7 +176,7 @@ def ascents(opt_state):
 
 
 def page(name):
-    """The text of a page of the documentation."""
+    """The text of a page of the documentation; the name counts from its folder."""
     return (Path(__file__).parents[1] / "docs" / name).read_text()
 
 

@@ -311,10 +311,9 @@ def test_samples_of_a_whole_training(a, least, most):
     counts = []
     for key in range(4):
         sampled, s = drive(norms, x, a, key, warmup=1173)
-        if key == 0:  # the transcription is slow
-            expected = vsam.simulate(norms, x, draws(key, T), a=a, warmup=1173)
-            np.testing.assert_array_equal(sampled, expected[0])
-            np.testing.assert_allclose(s, expected[1], rtol=1e-10)
+        expected = vsam.simulate(norms, x, draws(key, T), a=a, warmup=1173)
+        np.testing.assert_array_equal(sampled, expected[0])
+        np.testing.assert_allclose(s, expected[1], rtol=1e-10)
         counts.append(np.sum(sampled))
     # One draw varies by a tenth, so the mean of four is asked to be in the range
     # widened by 5 %.

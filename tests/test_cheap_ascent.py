@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +32,7 @@ def study(monkeypatch):
 
 def test_the_tables_are_those_of_the_results(study):
     tables = study.markdown(json.loads(RESULTS.read_text()))
-    page = (ROOT / "docs/cheap_ascents.md").read_text()
+    page = harness.page("cheap_ascents.md")
     assert [name for name, table in tables.items() if table not in page] == []
 
 
@@ -93,8 +93,7 @@ def test_quick_trains_tunes_and_draws(study, tmp_path):
 
 
 def test_the_steps_of_the_page_run():
-    page = (ROOT / "docs/cheap_ascents.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    blocks = harness.code("cheap_ascents.md")
     batch = jnp.arange(8.0), jnp.ones(8)
     seen = []
 

@@ -1,8 +1,5 @@
 """The page on devices runs, and its programs agree where it says so."""
 
-import re
-from pathlib import Path
-
 import harness
 import jax
 import pytest
@@ -10,9 +7,8 @@ import pytest
 
 @pytest.mark.slow
 def test_the_page_runs():
-    page = (Path(__file__).parents[1] / "docs" / "devices.md").read_text()
     names = {}
-    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    exec("\n".join(harness.code("devices.md")), names)
     batch = names["x"], names["y"]
     one_device = names["params"], names["tx"].init(names["params"])
     step = jax.jit(names["train_step"])

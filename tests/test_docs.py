@@ -3,28 +3,19 @@
 import ast
 import inspect
 import re
-from pathlib import Path
 
+import harness
 import pytest
 from registry import METHODS, OTHERS
 
 import optax_sam
 
-PAGE = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
-
-
-def rows(heading):
-    """The rows of the table under a heading, as lists of cells."""
-    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines][
-        2:
-    ]
-
-
-COSTS = {cells[0]: cells[1:] for cells in rows("What a step costs")}
+COSTS = {
+    cells[0]: cells[1:] for cells in harness.table("methods.md", "What a step costs")
+}
 DEFAULTS = {
-    cells[0].strip("`"): cells[1].strip("`") for cells in rows("Hyperparameters")
+    cells[0].strip("`"): cells[1].strip("`")
+    for cells in harness.table("methods.md", "Hyperparameters")
 }
 NAMED = {m.factory.__name__: m for m in reversed(METHODS + OTHERS) if not m.variant}
 

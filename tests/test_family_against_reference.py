@@ -349,11 +349,8 @@ ESAM = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "given"),
-    [(name, False) for name in ESAM] + [("default", True)],
-    ids=lambda x: {True: "given", False: "drawn"}.get(x, x),
-)
+@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
+@pytest.mark.parametrize("name", ESAM)
 def test_esam(name, given):
     settings, kept = ESAM[name]
     step = compiled(optimizer(optax_sam.esam(**settings)))

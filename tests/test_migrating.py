@@ -1,8 +1,6 @@
 """What docs/migrating.md says is equal, is; and its code runs."""
 
 import functools
-import re
-from pathlib import Path
 
 import harness
 import jax
@@ -13,7 +11,7 @@ import pytest
 
 import optax_sam
 
-PAGE = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text()
+PAGE = harness.page("migrating.md")
 PROBLEM = problems.mlp((3, 8, 8, 2))
 STEPS, TOLERANCE, RHO = 30, 1e-12, 0.05
 BASES = {
@@ -190,7 +188,7 @@ def test_two_step_wrapper(adaptive, x64):
 
 
 def test_the_code_of_the_page_runs():
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    blocks = harness.code("migrating.md")
     blocks = [block for block in blocks if "(PyTorch)" not in block]
     assert len(blocks) == 4
 

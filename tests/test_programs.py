@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import harness
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,7 @@ def test_what_a_program_sends(benchmark):
 
 def test_the_tables_are_those_of_the_results(benchmark):
     pods = benchmark("pods")
-    page = (ROOT / "docs/pods.md").read_text()
+    page = harness.page("pods.md")
     results = json.loads(pods.RESULTS.read_text())["rows"]
     assert pods.markdown(results) in page
 

@@ -1,17 +1,17 @@
 """The README's example runs as printed, and the tables are those of the results."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
+import harness
+
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 
 
 def test_the_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    exec(compile(code, str(README), "exec"), {})
+    (code,) = harness.code("../README.md")
+    exec(compile(code, "README.md", "exec"), {})
     rate, loss = capsys.readouterr().out.split()
     assert 0 < float(rate) <= 1
     assert float(loss) < 0.5

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import harness
 import pytest
 import saved_training
 import test_controllers
@@ -11,7 +12,7 @@ import test_killed
 import test_trees
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parent / "docs" / "reliability.md").read_text()
+PAGE = harness.page("reliability.md")
 KILLS = test_killed.KILLS_BETWEEN + test_killed.KILLS_IN_A_WRITE
 TRAINED = len(saved_training.TRAINED)
 CASES = {
