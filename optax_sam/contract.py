@@ -185,16 +185,17 @@ def check_returned(method: str, grads: Any, params: Any, axis_name: Any) -> None
         check_varies(method, "what grad_fn returned", grads, axis_name)
 
 
+def varying(x: Any) -> Any:
+    """The mapped axes over which JAX knows that ``x`` varies."""
+    kind = jax.typeof(x)  # renamed twice since JAX 0.8
+    for name in ("manual_axis_type", "mat"):
+        if hasattr(kind, name):
+            return getattr(kind, name).varying
+    return kind.vma
+
+
 def check_varies(method: str, what: str, tree: Any, axis_name: Any) -> None:
     """Refuses a gradient that JAX has already summed over ``axis_name``."""
-
-    def varying(x: Any) -> Any:
-        kind = jax.typeof(x)  # renamed twice since JAX 0.8
-        for name in ("manual_axis_type", "mat"):
-            if hasattr(kind, name):
-                return getattr(kind, name).varying
-        return kind.vma
-
     names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
     for name in names:
         # Where axis_index does not vary, nothing is tracked (check_vma=False, pmap).
