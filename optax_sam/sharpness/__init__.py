@@ -1,11 +1,63 @@
 """Measures of how flat a minimum is; see docs/sharpness.md."""
 
+from optax_sam.sharpness.hessian import (
+    EigenResult,
+    eigenvalues_of,
+    hessian_diagonal,
+    hessian_eigenvalues,
+    hessian_frobenius_norm,
+    hessian_trace,
+)
 from optax_sam.sharpness.objective import stack_batches
 from optax_sam.sharpness.operators import Operator, hessian_operator, hvp
+from optax_sam.sharpness.probes import (
+    Estimate,
+    diagonal_of,
+    frobenius_norm_of,
+    trace_of,
+)
+from optax_sam.sharpness.renyi import (
+    RenyiResult,
+    renyi_entropy,
+    renyi_entropy_of,
+    renyi_sharpness,
+)
+from optax_sam.sharpness.spectrum import (
+    Quadrature,
+    SpectralDensity,
+    SpectralSumResult,
+    deflated_quadrature,
+    spectral_density,
+    spectral_density_of,
+    spectral_sum,
+    spectral_sum_of,
+)
 
 __all__ = [
+    "EigenResult",
+    "Estimate",
     "Operator",
+    "Quadrature",
+    "RenyiResult",
+    "SpectralDensity",
+    "SpectralSumResult",
+    "deflated_quadrature",
+    "diagonal_of",
+    "eigenvalues_of",
+    "frobenius_norm_of",
+    "hessian_diagonal",
+    "hessian_eigenvalues",
+    "hessian_frobenius_norm",
     "hessian_operator",
+    "hessian_trace",
     "hvp",
+    "renyi_entropy",
+    "renyi_entropy_of",
+    "renyi_sharpness",
+    "spectral_density",
+    "spectral_density_of",
+    "spectral_sum",
+    "spectral_sum_of",
     "stack_batches",
+    "trace_of",
 ]
