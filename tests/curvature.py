@@ -34,7 +34,7 @@ def trained(dtype):
         params = {
             "w1": jax.random.normal(key1, (64, 32), dtype) / 8,
             "b1": jnp.zeros(32, dtype),
-            "w2": jax.random.normal(key2, (32, 10), dtype) / np.sqrt(32),
+            "w2": jax.random.normal(key2, (32, 10), dtype) / 32**0.5,
             "b2": jnp.zeros(10, dtype),
         }
         tx = optax.adamw(3e-3)

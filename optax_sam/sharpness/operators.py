@@ -58,8 +58,8 @@ def hvp(
       params: the weights ``w``; leaves in half precision are widened to float32.
       batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
       v: a tree like ``params``; what it holds in leaves that are left out is ignored.
-      mode: ``"fwd_rev"``; ``"rev_rev"``, about 1.7 times as dear, for models with a
-        ``custom_vjp`` that has no forward derivative.
+      mode: ``"fwd_rev"``; ``"rev_rev"``, about 1.7 times as dear, for models whose
+        backward pass has no forward derivative (a ``custom_vjp`` inside another's).
       mask: the leaves to look at: a tree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
       weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.
