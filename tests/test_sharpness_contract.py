@@ -366,3 +366,41 @@ def test_without_matfree(monkeypatch):
     monkeypatch.delitem(sys.modules, "optax_sam.sharpness.krylov")
     with pytest.raises(ImportError, match=r"pip install 'optax_sam\[sharpness\]'"):
         importlib.import_module("optax_sam.sharpness.krylov")
+
+
+@pytest.mark.slow
+def test_descent_goes_to_the_edge_of_stability():
+    # Cohen et al. 2021: under full-batch descent lambda_max rises to 2 / eta and stays.
+    x, y = curvature.digits("float32")
+    batch = (x[:500] - x[:500].mean(0), jax.nn.one_hot(y[:500], 10) - 0.1)
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "w1": jax.random.normal(keys[0], (64, 24)) / 8,
+        "b1": jnp.zeros(24),
+        "w2": jax.random.normal(keys[1], (24, 10)) / 10,
+    }
+
+    def loss(params, batch):
+        out = jnp.tanh(batch[0] @ params["w1"] + params["b1"]) @ params["w2"]
+        return jnp.mean(jnp.sum((out - batch[1]) ** 2, -1)) / 2
+
+    eta = 0.6
+
+    @jax.jit
+    def descend(params, batch):
+        grad = jax.grad(loss)
+        step = lambda _, p: jax.tree.map(lambda w, g: w - eta * g, p, grad(p, batch))
+        return jax.lax.fori_loop(0, 300, step, params)
+
+    @jax.jit
+    def top(params, batch):
+        one = jax.tree.map(lambda x: x[None], batch)
+        return sharpness.hessian_eigenvalues(loss, params, one, 0).eigenvalues[0]
+
+    history = [float(top(params, batch))]
+    for _ in range(5):
+        params = descend(params, batch)
+        history.append(float(top(params, batch)))
+    assert history[0] < history[1] < history[2]
+    assert history[0] < 0.5 * 2 / eta
+    np.testing.assert_allclose(history[-2:], 2 / eta, rtol=0.06)
