@@ -8,9 +8,15 @@ from optax_sam.sharpness.hessian import (
     hessian_frobenius_norm,
     hessian_trace,
 )
+from optax_sam.sharpness.keskar import KeskarSharpness, keskar_sharpness
 from optax_sam.sharpness.logits import normalize_logits
 from optax_sam.sharpness.objective import stack_batches
 from optax_sam.sharpness.operators import Operator, hessian_operator, hvp
+from optax_sam.sharpness.pac_bayes import (
+    PacBayesFlatness,
+    pac_bayes_bound,
+    pac_bayes_flatness,
+)
 from optax_sam.sharpness.perturbation import (
     AverageSharpness,
     SamSharpness,
@@ -45,7 +51,9 @@ __all__ = [
     "AverageSharpness",
     "EigenResult",
     "Estimate",
+    "KeskarSharpness",
     "Operator",
+    "PacBayesFlatness",
     "Quadrature",
     "RenyiResult",
     "SamSharpness",
@@ -63,7 +71,10 @@ __all__ = [
     "hessian_operator",
     "hessian_trace",
     "hvp",
+    "keskar_sharpness",
     "normalize_logits",
+    "pac_bayes_bound",
+    "pac_bayes_flatness",
     "renyi_entropy",
     "renyi_entropy_of",
     "renyi_sharpness",

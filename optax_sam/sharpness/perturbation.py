@@ -146,9 +146,7 @@ def average_sharpness(
     of_draws = o.mean_of(rise.T)
     return AverageSharpness(
         value=of_draws.mean(),
-        stderr=of_draws.std(ddof=1) / jnp.sqrt(num_samples).astype(rise.dtype)
-        if num_samples > 1
-        else jnp.full((), jnp.nan, rise.dtype),
+        stderr=of_draws.std(ddof=1) / jnp.sqrt(num_samples).astype(rise.dtype),
         per_batch=rise.mean(axis=0),
     )
 
