@@ -243,9 +243,13 @@ def test_normalized_logits_have_no_scale():
             logits = prepare(scale * (batch[0] @ w))
             return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(20), batch[1]])
 
-        return sharpness.worst_case_sharpness(
-            loss, jnp.asarray(w), (x, y), 0.5, 0, num_steps=5
-        ).value
+        return jax.jit(
+            lambda w: (
+                sharpness.worst_case_sharpness(
+                    loss, w, (x, y), 0.5, 0, num_steps=5
+                ).value
+            )
+        )(w)
 
     normalized = sharp(1, sharpness.normalize_logits)
     np.testing.assert_allclose(

@@ -214,7 +214,7 @@ def test_restarts_keep_the_best():
     assert 1.0 in signs
     one, several = run(1), run(6)
     np.testing.assert_allclose(several.gain, 1.2, rtol=1e-6)
-    np.testing.assert_allclose(several.u["x"], 1.0)
+    np.testing.assert_allclose(several.u["x"], 1.0, rtol=1e-6)
     assert start(jax.random.split(jax.random.key(1), 1)[0]) == -1.0
     np.testing.assert_allclose(one.gain, 1.0, rtol=1e-6)
 
@@ -316,9 +316,13 @@ def test_the_perturbation_is_where_the_loss_is_as_large():
     w, batches = net_problem()
     batch = jax.tree.map(lambda x: x[0], batches)
     mask = {"first": True, "bias": False, "second": True}
-    result = sharpness.worst_case_sharpness(
-        relu_net, w, jax.tree.map(lambda x: x[None], batch), 0.3, 0, mask=mask
-    )
+    alone = jax.tree.map(lambda x: x[None], batch)
+    result, sam = jax.jit(
+        lambda w: (
+            sharpness.worst_case_sharpness(relu_net, w, alone, 0.3, 0, mask=mask),
+            sharpness.sam_sharpness(relu_net, w, alone, 0.3, mask=mask),
+        )
+    )(w)
     there = jax.tree.map(jnp.add, w, result.perturbation)
     rise = relu_net(there, batch) - relu_net(w, batch)
     np.testing.assert_allclose(result.value, rise, rtol=1e-4)
@@ -326,9 +330,6 @@ def test_the_perturbation_is_where_the_loss_is_as_large():
     square = sum(jnp.sum(x**2) for x in jax.tree.leaves(result.perturbation))
     np.testing.assert_allclose(jnp.sqrt(square), 0.3, rtol=1e-4)
     # One step from the same radius is no more.
-    sam = sharpness.sam_sharpness(
-        relu_net, w, jax.tree.map(lambda x: x[None], batch), 0.3, mask=mask
-    )
     assert 0.5 * result.value < sam.value <= result.value
 
 
@@ -448,14 +449,16 @@ def test_keskar_in_a_subspace():
     loss = lambda w, batch: slope @ (jnp.concatenate([w["a"].ravel(), w["b"]]))
     before = loss(w, None)
     params = {name: w[name] for name in "ab"}
-    result = sharpness.keskar_sharpness(
-        lambda w, batch: loss(w, batch) - before,
-        params,
-        jnp.zeros((1, 1)),
-        5,
-        subspace_dim=5,
-        eps=0.01,
-    )
+    result = jax.jit(
+        lambda params: sharpness.keskar_sharpness(
+            lambda w, batch: loss(w, batch) - before,
+            params,
+            jnp.zeros((1, 1)),
+            5,
+            subspace_dim=5,
+            eps=0.01,
+        )
+    )(params)
     wanted = 100 * 0.01 * jnp.sum((jnp.abs(y) + 1) * jnp.abs(A.T @ slope))
     np.testing.assert_allclose(result.value, wanted, rtol=1e-9)
 
