@@ -136,7 +136,7 @@ class _Climb(NamedTuple):
     best: Ascent
     gradient: Any  # at the best point
     eta: jax.Array
-    count: jax.Array  # improvements since the last checkpoint
+    rises: jax.Array  # of the best value, since the last checkpoint
 
 
 def auto_pgd(
@@ -189,10 +189,8 @@ def auto_pgd(
 
     def onto_ball(u: Any) -> Any:
         if ball == "linf":
-            clip = lambda x: jnp.clip(
-                x, -radius.astype(x.dtype), radius.astype(x.dtype)
-            )
-            return jax.tree.map(clip, u)
+            bound = lambda x: radius.astype(x.dtype)
+            return jax.tree.map(lambda x: jnp.clip(x, -bound(x), bound(x)), u)
         u = project(u)
         length = norm(u)
         far = length > radius.astype(length.dtype)
@@ -206,22 +204,17 @@ def auto_pgd(
         return rescale(g, norm(g), 1.0, eps=0.0)
 
     def climb(k: jax.Array, state: _Climb) -> _Climb:
-        u, previous, best, best_g, eta, count = state
+        u, previous, best, best_g, eta, rises = state
         value, g = value_and_grad(u)
         better = _is_better(value, best.value)
-        best = Ascent(
-            jnp.where(better, value, best.value),
-            best.earlier,
-            _select(better, u, best.u),
-        )
+        top = jnp.where(better, value, best.value)
+        earlier = jnp.where(k == late, top, best.earlier)
+        best = Ascent(top, earlier, _select(better, u, best.u))
         best_g = _select(better, g, best_g)
-        best = best._replace(
-            earlier=jnp.where(k == late, best.value, best.earlier),
-        )
 
-        count = count + better.astype(count.dtype)
-        halve = 4 * count < demands[k]
-        count = jnp.where(demands[k] > 0, 0, count)
+        rises = rises + better.astype(rises.dtype)
+        halve = 4 * rises < demands[k]
+        rises = jnp.where(demands[k] > 0, 0, rises)
         eta = jnp.where(halve, eta / 2, eta)
         u, previous, g = _select(halve, (best.u, best.u, best_g), (u, previous, g))
 
@@ -229,7 +222,7 @@ def auto_pgd(
         z = onto_ball(jax.tree.map(step, u, uphill(g)))
         blend = lambda z, x, y: x + ALPHA * (z - x) + (1 - ALPHA) * (x - y)
         mixed = onto_ball(jax.tree.map(blend, z, u, previous))
-        return _Climb(_select(k == 0, z, mixed), u, best, best_g, eta, count)
+        return _Climb(_select(k == 0, z, mixed), u, best, best_g, eta, rises)
 
     dtype = jax.eval_shape(value_and_grad, u0)[0].dtype
     nothing = jnp.full((), jnp.nan, dtype)
@@ -240,7 +233,7 @@ def auto_pgd(
         best=Ascent(nothing, nothing, u0),
         gradient=zeros,
         eta=2 * radius,
-        count=jnp.zeros((), jnp.int32),
+        rises=jnp.zeros((), jnp.int32),
     )
     # One turn more than there are steps: each begins with the value of a point.
     end = jax.lax.fori_loop(0, num_steps + 1, climb, vary(start, axis_name))
