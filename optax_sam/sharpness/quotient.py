@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_sam.sharpness.gl_pairs import Located, named_leaves
+from optax_sam.sharpness.gl_pairs import named_leaves
+from optax_sam.sharpness.located import Located
 
 Metric = Literal["mix", "inv"]
 
@@ -72,7 +73,7 @@ def frame_at(G: jax.Array, H: jax.Array, metric: Metric, eps: float) -> Frame:
     largest = jnp.argmax(jnp.abs(U), axis=-2, keepdims=True)
     sign = jnp.sign(jnp.take_along_axis(U, largest, axis=-2))
     lengths = jnp.linalg.norm(R_G, axis=(-2, -1)) * jnp.linalg.norm(R_H, axis=(-2, -1))
-    alive = S > (10 * jnp.finfo(S.dtype).eps * lengths)[..., None]
+    alive = (10 * jnp.finfo(S.dtype).eps * lengths)[..., None] < S
     U, V = (jnp.where(alive[..., None, :], sign * x, 0) for x in (U, V))
 
     S = jnp.where(alive, S, 0)
@@ -105,8 +106,9 @@ def horizontal(
 ) -> tuple[jax.Array, jax.Array]:
     r"""The part of a vector that is orthogonal to all moves along the orbit.
 
-    These are :math:`(-U (c \odot Y), V (s \odot Y)')`, of the length of :math:`Y`, with
-    :math:`c^2 + s^2 = 1` entry by entry. So the Sylvester equation of ``inv`` is solved.
+    These are :math:`(-U (c \odot Y), V (s \odot Y)')`, with :math:`c^2 + s^2 = 1` entry
+    by entry, of the length of :math:`Y`. So the Sylvester equation of ``inv``, whose
+    matrix is :math:`S^2` here, is solved.
     """
     U, V, c, s = frame.U, frame.V, frame.cosine, frame.sine
     u_G, u_H = (jnp.where(frame.alive[..., None, :], u, 0) for u in (u_G, u_H))
@@ -148,20 +150,24 @@ def geometry(w: Any, pairs: list[Located], metric: Metric, eps: float) -> Geomet
     places of its leaves, so that its length is the global norm.
     """
     leaves, structure = named_leaves(w), jax.tree.structure(w)
-    frames = [frame_at(*pair.read(leaves), metric, eps) for pair in pairs]
+    factors = [pair.read(leaves) for pair in pairs]
+    frames = [frame_at(G, H, metric, eps) for G, H in factors]
 
     def point(u: Any) -> Any:
         u = named_leaves(u)
         new = {name: x + jnp.abs(x) * u[name] for name, x in leaves.items()}
-        for pair, frame in zip(pairs, frames, strict=True):
-            both = zip(pair.read(leaves), moved(frame, *pair.read(u), metric), strict=True)
-            new = pair.write(*(x + change for x, change in both), new)
+        for pair, (G, H), frame in zip(pairs, factors, frames, strict=True):
+            change_G, change_H = moved(frame, *pair.read(u), metric)
+            new = pair.write(G + change_G, H + change_H, new)
         return jax.tree.unflatten(structure, new.values())
 
     def project(u: Any) -> Any:
-        new = named_leaves(u)
+        u = named_leaves(u)
+        # Zero weights cannot move, and must not use up the radius.
+        new = {name: jnp.where(x != 0, u[name], 0) for name, x in leaves.items()}
         for pair, frame in zip(pairs, frames, strict=True):
-            new = pair.write(*horizontal(frame, *pair.read(new)), new)
+            u_G, u_H = horizontal(frame, *pair.read(u))
+            new = pair.write(u_G, u_H, new)
         return jax.tree.unflatten(structure, new.values())
 
     return Geometry(point, project)
