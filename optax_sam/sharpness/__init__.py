@@ -1,11 +1,89 @@
 """Measures of how flat a minimum is; see docs/sharpness.md."""
 
+from optax_sam.sharpness.hessian import (
+    EigenResult,
+    eigenvalues_of,
+    hessian_diagonal,
+    hessian_eigenvalues,
+    hessian_frobenius_norm,
+    hessian_trace,
+)
+from optax_sam.sharpness.keskar import KeskarSharpness, keskar_sharpness
+from optax_sam.sharpness.logits import normalize_logits
 from optax_sam.sharpness.objective import stack_batches
 from optax_sam.sharpness.operators import Operator, hessian_operator, hvp
+from optax_sam.sharpness.pac_bayes import (
+    PacBayesFlatness,
+    pac_bayes_bound,
+    pac_bayes_flatness,
+)
+from optax_sam.sharpness.perturbation import (
+    AverageSharpness,
+    SamSharpness,
+    average_sharpness,
+    sam_sharpness,
+)
+from optax_sam.sharpness.probes import (
+    Estimate,
+    diagonal_of,
+    frobenius_norm_of,
+    trace_of,
+)
+from optax_sam.sharpness.renyi import (
+    RenyiResult,
+    renyi_entropy,
+    renyi_entropy_of,
+    renyi_sharpness,
+)
+from optax_sam.sharpness.spectrum import (
+    Quadrature,
+    SpectralDensity,
+    SpectralSumResult,
+    deflated_quadrature,
+    spectral_density,
+    spectral_density_of,
+    spectral_sum,
+    spectral_sum_of,
+)
+from optax_sam.sharpness.worst_case import SharpnessResult, worst_case_sharpness
 
 __all__ = [
+    "AverageSharpness",
+    "EigenResult",
+    "Estimate",
+    "KeskarSharpness",
     "Operator",
+    "PacBayesFlatness",
+    "Quadrature",
+    "RenyiResult",
+    "SamSharpness",
+    "SharpnessResult",
+    "SpectralDensity",
+    "SpectralSumResult",
+    "average_sharpness",
+    "deflated_quadrature",
+    "diagonal_of",
+    "eigenvalues_of",
+    "frobenius_norm_of",
+    "hessian_diagonal",
+    "hessian_eigenvalues",
+    "hessian_frobenius_norm",
     "hessian_operator",
+    "hessian_trace",
     "hvp",
+    "keskar_sharpness",
+    "normalize_logits",
+    "pac_bayes_bound",
+    "pac_bayes_flatness",
+    "renyi_entropy",
+    "renyi_entropy_of",
+    "renyi_sharpness",
+    "sam_sharpness",
+    "spectral_density",
+    "spectral_density_of",
+    "spectral_sum",
+    "spectral_sum_of",
     "stack_batches",
+    "trace_of",
+    "worst_case_sharpness",
 ]

@@ -86,11 +86,10 @@ def hvp(
     """
     options: Any = dict(mode=mode, mask=mask, weights=weights, axis_name=axis_name)
     operator = hessian_operator(loss_fn, params, batches, **options)
-    if jax.tree.structure(v) != jax.tree.structure(params):
-        raise ValueError(
-            f"v must be a tree like params, {jax.tree.structure(params)}; got"
-            f" {jax.tree.structure(v)}."
-        )
+    expected: Any = jax.tree.structure(params)
+    given: Any = jax.tree.structure(v)
+    if given != expected:
+        raise ValueError(f"v must be a tree like params, {expected}; got {given}.")
 
     def chosen(path: Any, x: ArrayLike, w: jax.Array | None) -> jax.Array | None:
         if w is None:

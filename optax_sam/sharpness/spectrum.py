@@ -1,0 +1,328 @@
+"""The whole spectrum: its density, and sums over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_sam import contract
+from optax_sam.arguments import Mask
+from optax_sam.sharpness.krylov import lanczos
+from optax_sam.sharpness.objective import LossFn
+from optax_sam.sharpness.operators import Operator, hessian_operator
+from optax_sam.sharpness.probes import normals, signs, typed_key
+
+
+class SpectralSumResult(NamedTuple):
+    """A sum over the spectrum.
+
+    Attributes:
+      estimate: the sum.
+      stderr: its standard error over the probes; the deflated part has none.
+      num_deflated: how many eigenvalues were found and summed exactly.
+    """
+
+    estimate: jax.Array
+    stderr: jax.Array
+    num_deflated: jax.Array
+
+
+class SpectralDensity(NamedTuple):
+    """The density of the eigenvalues, its integral one.
+
+    Attributes:
+      grid: ``(G,)`` eigenvalues, loss per squared parameter.
+      density: ``(G,)``, the mean over probes.
+      stderr: ``(G,)``, its standard error over probes; ``nan`` with one probe.
+      nodes: ``(N, M)``, the Ritz values of each probe.
+      weights: ``(N, M)``, their weights, one in sum; 0 where a node is padding.
+      sigma: the width of the normal density that each node is smoothed with.
+    """
+
+    grid: jax.Array
+    density: jax.Array
+    stderr: jax.Array
+    nodes: jax.Array
+    weights: jax.Array
+    sigma: jax.Array
+
+
+class Quadrature(NamedTuple):
+    """A spectrum as points with weights: a sum over it is a sum over them.
+
+    Attributes:
+      deflated: ``(E,)`` eigenvalues that were found, 0 in free places.
+      is_deflated: ``(E,)``, which places are taken.
+      nodes: ``(N, M)``, those that stand for the rest, for each probe.
+      weights: ``(N, M)``, how many eigenvalues each of them stands for.
+    """
+
+    deflated: jax.Array
+    is_deflated: jax.Array
+    nodes: jax.Array
+    weights: jax.Array
+
+    def sums(self, fn: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The sum of ``fn`` over the spectrum as each probe has it, ``(N,)``."""
+        # Selected, since fn may be infinite at padding.
+        exact = jnp.where(self.is_deflated, fn(self.deflated), 0).sum()
+        rest = jnp.where(self.weights > 0, self.weights * fn(self.nodes), 0)
+        return exact + rest.sum(-1)
+
+
+def spectral_sum(
+    fn: Callable[[jax.Array], jax.Array],
+    loss_fn: LossFn,
+    params: Any,
+    batches: Any,
+    key: ArrayLike,
+    *,
+    num_eigs: int = 30,
+    num_top_matvecs: int = 60,
+    num_lanczos: int = 50,
+    num_probes: int = 10,
+    mask: Mask = None,
+    weights: ArrayLike | None = None,
+    axis_name: Any = None,
+) -> SpectralSumResult:
+    r"""The sum of a function over all eigenvalues of the Hessian, outliers exactly.
+
+    .. math:: \operatorname{tr} f(H) \approx \sum_{i \text{ found}} f(\lambda_i)
+       + \frac{1}{N} \sum_{p=1}^{N} \sum_j \omega_j^{(p)} f(\theta_j^{(p)})
+
+    The outliers, which cause nearly all of the noise, are found by Lanczos and taken
+    out (deflated); Lanczos quadrature from random signs sums over the rest. Smooth
+    functions and powers above one come out well (0.4 % for ``abs(x)**1.5`` on a small
+    network). A function with a kink at zero, where most eigenvalues lie, does not:
+    ``abs(x)**0.5`` has 7 %, of either sign, and more probes do not help.
+
+    Cost: ``num_top_matvecs + num_probes * num_lanczos`` Hessian-vector products;
+    memory: ``num_eigs`` vectors and about two times the larger number of Lanczos steps.
+
+    Args:
+      fn: the function, of arrays, entry by entry, such as ``jnp.square``. For
+        ``f(x) = x`` use :func:`hessian_trace`.
+      loss_fn: as in :func:`hessian_eigenvalues`.
+      params: the weights.
+      batches: a tree of arrays ``(B, m, ...)``.
+      key: for the probes: an int or a key.
+      num_eigs: at most so many eigenvalues are taken out.
+      num_top_matvecs: Lanczos steps to find them.
+      num_lanczos: Lanczos steps for each probe.
+      num_probes: random vectors, at least 2.
+      mask: the leaves to look at, as in :func:`hvp`.
+      weights: ``(B,)``, the examples that count in each batch.
+      axis_name: name of a mapped axis over which the batches are spread.
+
+    Returns:
+      A :class:`SpectralSumResult`.
+
+    Raises:
+      ValueError: if a number is out of range, or for what :func:`hvp` raises.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: 0.5 * jnp.sum(jnp.mean(batch, 0) * w**2)
+      >>> batches = jnp.array([[[3.0, -4.0]]])
+      >>> result = sharpness.spectral_sum(jnp.square, loss, jnp.ones(2), batches, 0)
+      >>> print(result.estimate.round(3), result.num_deflated)
+      25.0 2
+
+    References:
+      Ubaru, Chen, Saad, "Fast Estimation of tr(f(A)) via Stochastic Lanczos
+      Quadrature", SIAM J. Matrix Anal. Appl., 2017.
+    """
+    operator = hessian_operator(
+        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+    )
+    quadrature = deflated_quadrature(
+        operator,
+        key,
+        num_eigs=num_eigs,
+        num_top_matvecs=num_top_matvecs,
+        num_lanczos=num_lanczos,
+        num_probes=num_probes,
+    )
+    return spectral_sum_of(fn, quadrature)
+
+
+def spectral_sum_of(
+    fn: Callable[[jax.Array], jax.Array], quadrature: Quadrature
+) -> SpectralSumResult:
+    """The sum of ``fn`` over a spectrum that :func:`deflated_quadrature` has found."""
+    sums = quadrature.sums(fn)
+    stderr = jnp.std(sums, ddof=1) / jnp.sqrt(len(sums))
+    count = quadrature.is_deflated.sum()
+    return SpectralSumResult(sums.mean(), stderr.astype(sums.dtype), count)
+
+
+def deflated_quadrature(
+    operator: Operator,
+    key: ArrayLike,
+    *,
+    num_eigs: int = 30,
+    num_top_matvecs: int = 60,
+    num_lanczos: int = 50,
+    num_probes: int = 10,
+) -> Quadrature:
+    r"""The spectrum of an operator: outliers found, the rest by quadrature.
+
+    With ``V`` the eigenvectors found and :math:`P = I - V V^\top`, Lanczos runs on
+    :math:`P H P` from :math:`P z`; ``f(0)`` is not counted for the directions of ``V``,
+    as the start has no part in them.
+    """
+    contract.check_integer("num_eigs", num_eigs, 1)
+    contract.check_integer("num_top_matvecs", num_top_matvecs, 1)
+    contract.check_integer("num_lanczos", num_lanczos, 1)
+    contract.check_integer("num_probes", num_probes, 2)
+    start_key, probe_key = jax.random.split(typed_key(key))
+    top = lanczos(operator, normals(start_key, operator.like), num_top_matvecs)
+    size = jnp.abs(top.eigenvalues)
+    found = top.live & (top.residuals < 1e-3 * size)
+    order = jnp.argsort(jnp.where(found, -size, jnp.inf))[:num_eigs]
+    found, deflated = found[order], top.eigenvalues[order]
+    V = jax.tree.map(
+        lambda v: jnp.where(jnp.expand_dims(found, range(1, v.ndim)), v, 0),
+        top.vectors(order),
+    )
+
+    def project(v: Any) -> Any:
+        dots = jax.tree.map(lambda a, x: jnp.tensordot(a, x, axes=x.ndim), V, v)
+        along = sum(jax.tree.leaves(dots))
+        part = lambda a, x: x - jnp.tensordot(along, a, axes=1).astype(x.dtype)
+        return jax.tree.map(part, V, v)
+
+    rest = operator._replace(matvec=lambda v: project(operator.matvec(project(v))))
+
+    def probe(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = project(signs(key, operator.like))
+        krylov = lanczos(rest, z, num_lanczos)
+        return krylov.eigenvalues, krylov.weights
+
+    nodes, weights = jax.lax.map(probe, jax.random.split(probe_key, num_probes))
+    return Quadrature(jnp.where(found, deflated, 0), found, nodes, weights)
+
+
+def spectral_density(
+    loss_fn: LossFn,
+    params: Any,
+    batches: Any,
+    key: ArrayLike,
+    *,
+    num_lanczos: int = 80,
+    num_probes: int = 10,
+    sigma: ArrayLike | None = None,
+    num_grid: int = 1000,
+    mask: Mask = None,
+    weights: ArrayLike | None = None,
+    axis_name: Any = None,
+) -> SpectralDensity:
+    r"""The density of the Hessian's eigenvalues, smoothed.
+
+    .. math:: p(t) = \frac{1}{N} \sum_{p=1}^{N} \sum_j \omega_j^{(p)}\,
+       \mathcal{N}(t;\ \theta_j^{(p)}, \sigma^2)
+
+    by Lanczos quadrature from ``N`` random vectors: nodes are Ritz values, weights the
+    squared *first* components of their eigenvectors. More Lanczos steps resolve more,
+    more probes only tell how sure it is; ``num_lanczos=50, num_probes=1`` is a quick
+    look.
+
+    Cost: ``num_lanczos * num_probes`` Hessian-vector products; memory: about
+    ``2 num_lanczos`` vectors.
+
+    Args:
+      loss_fn: as in :func:`hessian_eigenvalues`.
+      params: the weights.
+      batches: a tree of arrays ``(B, m, ...)``.
+      key: for the probes: an int or a key.
+      num_lanczos: steps ``M`` for each probe.
+      num_probes: ``N``.
+      sigma: width of the smoothing; default 0.003 of the range.
+      num_grid: points ``G`` of the grid, which spans the range and 5 sigma beyond.
+      mask: the leaves to look at, as in :func:`hvp`.
+      weights: ``(B,)``, the examples that count in each batch.
+      axis_name: name of a mapped axis over which the batches are spread.
+
+    Returns:
+      A :class:`SpectralDensity`, for ``optax_sam.plots.spectral_density``.
+
+    Raises:
+      ValueError: if a number is out of range, or for what :func:`hvp` raises.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: 0.5 * jnp.sum(jnp.mean(batch, 0) * w**2)
+      >>> batches = jnp.array([[[3.0, -4.0]]])
+      >>> result = sharpness.spectral_density(loss, jnp.ones(2), batches, 0)
+      >>> print(result.nodes[0].round(3))
+      [-4.  3.]
+
+    References:
+      Ghorbani, Krishnan, Xiao, 2019, arXiv 1901.10159.
+    """
+    operator = hessian_operator(
+        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+    )
+    return spectral_density_of(
+        operator,
+        key,
+        num_lanczos=num_lanczos,
+        num_probes=num_probes,
+        sigma=sigma,
+        num_grid=num_grid,
+    )
+
+
+def spectral_density_of(
+    operator: Operator,
+    key: ArrayLike,
+    *,
+    num_lanczos: int = 80,
+    num_probes: int = 10,
+    sigma: ArrayLike | None = None,
+    num_grid: int = 1000,
+) -> SpectralDensity:
+    """The density of an operator's spectrum, as :func:`spectral_density` has it."""
+    contract.check_integer("num_lanczos", num_lanczos, 1)
+    contract.check_integer("num_probes", num_probes, 1)
+    contract.check_integer("num_grid", num_grid, 2)
+    if sigma is not None:
+        contract.check_number("sigma", sigma, 0, open_low=True)
+
+    def probe(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        krylov = lanczos(operator, normals(key, operator.like), num_lanczos)
+        total = krylov.weights.sum()
+        return krylov.eigenvalues, krylov.live, krylov.weights / total
+
+    keys = jax.random.split(typed_key(key), num_probes)
+    nodes, live, weights = jax.lax.map(probe, keys)
+    low = jnp.where(live, nodes, jnp.inf).min()
+    high = jnp.where(live, nodes, -jnp.inf).max()
+    if sigma is None:
+        # c I has no range, and its eigenvalue a rounding error.
+        largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        least = jnp.where(largest > 0, 100 * jnp.finfo(nodes.dtype).eps * largest, 1e-3)
+        sigma = jnp.maximum(0.003 * (high - low), least)
+    sigma = jnp.asarray(sigma, nodes.dtype)
+    grid = jnp.linspace(low - 5 * sigma, high + 5 * sigma, num_grid, dtype=nodes.dtype)
+
+    def density_of(one: tuple[jax.Array, jax.Array]) -> jax.Array:
+        theta, omega = one
+        bumps = jax.scipy.stats.norm.pdf(grid[:, None], theta, sigma)
+        return bumps @ omega
+
+    densities = jax.lax.map(density_of, (nodes, weights))
+    stderr = (
+        jnp.std(densities, axis=0, ddof=1) / jnp.sqrt(num_probes)
+        if num_probes > 1
+        else jnp.full_like(grid, jnp.nan)
+    )
+    return SpectralDensity(
+        grid, densities.mean(0), stderr, nodes, weights / num_probes, sigma
+    )
