@@ -641,9 +641,9 @@ def test_projector(x64):
     pair = sharpness.gl_pair("A", sharpness.GLBlock("B", rank_axis=0))
     space = geometry(params, locate([pair], params, params), "inv", 0.0)
     flat, unravel = ravel_pytree(params)
-    matrix = jax.vmap(
-        lambda u: ravel_pytree(space.project(unravel(u)))[0]
-    )(jnp.eye(flat.size))
+    matrix = jax.vmap(lambda u: ravel_pytree(space.project(unravel(u)))[0])(
+        jnp.eye(flat.size)
+    )
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-13)
     np.testing.assert_allclose(matrix @ matrix, matrix, atol=1e-13)
     # Four moves along the orbit, and the weight that is zero.
