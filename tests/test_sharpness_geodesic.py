@@ -609,19 +609,20 @@ def grouped(rng):
 
 
 def fused(rng):
-    """Kernels ``(d, heads * k)`` and ``(heads * k, f)``, read with their heads."""
+    """Kernels ``(d, k * heads)`` and ``(heads * k, f)``, read with their heads."""
     params = {"v": rng.normal(size=(5, 6)), "o": rng.normal(size=(6, 4))}
     pair = sharpness.gl_pair(
-        sharpness.GLBlock("v", rank_axis=2, head_axis=1, shape=(5, 2, 3)),
+        sharpness.GLBlock("v", rank_axis=1, head_axis=2, shape=(5, 3, 2)),
         sharpness.GLBlock("o", rank_axis=1, head_axis=0, shape=(2, 3, -1)),
     )
     acted = jax.tree.map(np.array, params)
     products = []
-    for part in (slice(0, 3), slice(3, 6)):
+    for j in range(2):
+        v, o = np.s_[:, j::2], np.s_[3 * j : 3 * j + 3]
         M = rng.normal(size=(3, 3))
-        acted["v"][:, part] = params["v"][:, part] @ np.linalg.inv(M)
-        acted["o"][part] = M @ params["o"][part]
-        products.append(params["v"][:, part] @ params["o"][part])
+        acted["v"][v] = params["v"][v] @ np.linalg.inv(M)
+        acted["o"][o] = M @ params["o"][o]
+        products.append(params["v"][v] @ params["o"][o])
     return params, acted, pair, products
 
 
