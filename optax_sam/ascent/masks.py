@@ -101,7 +101,7 @@ def normalization_layers(params: Any) -> Any:
       {'kernel': True}
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = [_names(path) for path, _ in leaves]
+    names = [path_names(path) for path, _ in leaves]
     with_scale = {tuple(name[:-1]) for name in names if name[-1:] == ["scale"]}
 
     def is_chosen(name: list[Any]) -> bool:
@@ -122,9 +122,10 @@ def normalization_layers(params: Any) -> Any:
     return jax.tree.unflatten(structure, chosen)
 
 
-def _names(path: Any) -> list[Any]:
+def path_names(path: Any) -> list[Any]:
     """The keys along a path: names of dict keys and attributes, and positions."""
     kinds = ("key", "name", "idx")
     names = [next((getattr(k, x) for x in kinds if hasattr(k, x)), k) for k in path]
-    # The last one of an NNX variable is that of its array.
-    return names[:-1] if names[-1:] in (["value"], ["raw_value"]) else names
+    # The last one of an NNX variable, an attribute, is that of its array.
+    of_array = path and getattr(path[-1], "name", None) in ("value", "raw_value")
+    return names[:-1] if of_array else names

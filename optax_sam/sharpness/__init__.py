@@ -1,5 +1,12 @@
 """Measures of how flat a minimum is; see docs/sharpness.md."""
 
+from optax_sam.sharpness.geodesic import geodesic_sharpness
+from optax_sam.sharpness.gl_pairs import (
+    GLBlock,
+    GLPair,
+    attention_gl_pairs,
+    gl_pair,
+)
 from optax_sam.sharpness.hessian import (
     EigenResult,
     eigenvalues_of,
@@ -51,6 +58,8 @@ __all__ = [
     "AverageSharpness",
     "EigenResult",
     "Estimate",
+    "GLBlock",
+    "GLPair",
     "KeskarSharpness",
     "Operator",
     "PacBayesFlatness",
@@ -60,11 +69,14 @@ __all__ = [
     "SharpnessResult",
     "SpectralDensity",
     "SpectralSumResult",
+    "attention_gl_pairs",
     "average_sharpness",
     "deflated_quadrature",
     "diagonal_of",
     "eigenvalues_of",
     "frobenius_norm_of",
+    "geodesic_sharpness",
+    "gl_pair",
     "hessian_diagonal",
     "hessian_eigenvalues",
     "hessian_frobenius_norm",

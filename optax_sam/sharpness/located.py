@@ -1,0 +1,171 @@
+"""Where the leaves of pairs are, how to read them as matrices, and write them back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_sam.sharpness.gl_pairs import GLBlock, GLPair, describe, named_leaves
+
+
+class Located(NamedTuple):
+    """A pair whose leaves have been found, and fit each other.
+
+    Attributes:
+      G: the blocks of the left factor, with the shapes in which they are read.
+      H: those of the right one.
+      number: how many pairs these are.
+    """
+
+    G: tuple[GLBlock, ...]
+    H: tuple[GLBlock, ...]
+    number: int
+
+    def read(self, leaves: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Both factors, ``(number, n, h)`` and ``(number, m, h)``."""
+
+        def rows(block: GLBlock) -> jax.Array:
+            x = leaves[block.path].reshape(_shape(block))
+            x = x.transpose(_order(block))
+            return x.reshape(self.number, -1, x.shape[-1])
+
+        both = ([rows(x) for x in blocks] for blocks in (self.G, self.H))
+        G, H = (jnp.concatenate(x, axis=1) for x in both)
+        return G, H
+
+    def write(
+        self, G: jax.Array, H: jax.Array, leaves: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """The leaves with these factors in their places."""
+        leaves = dict(leaves)
+        for blocks, matrix in ((self.G, G), (self.H, H)):
+            sizes = [leaves[x.path].size // (self.number * G.shape[-1]) for x in blocks]
+            parts = jnp.split(matrix, np.cumsum(sizes)[:-1], axis=1)
+            for block, part in zip(blocks, parts, strict=True):
+                old, order = leaves[block.path], _order(block)
+                x = part.reshape([_shape(block)[i] for i in order])
+                x = x.transpose(np.argsort(order)).reshape(old.shape)
+                leaves[block.path] = x.astype(old.dtype)
+        return leaves
+
+
+def locate(gl_pairs: Sequence[GLPair], params: Any, w: Any) -> list[Located]:
+    """Finds the leaves of all pairs, and checks that they are what pairs must be.
+
+    Args:
+      gl_pairs: the descriptions.
+      params: all parameters.
+      w: the chosen ones among them; pairs that are left out as a whole are dropped.
+    """
+    if isinstance(gl_pairs, GLPair) or not all(isinstance(x, GLPair) for x in gl_pairs):
+        raise ValueError(
+            "gl_pairs must be a list of what sharpness.gl_pair or"
+            " sharpness.attention_gl_pairs returns (several layers: add their lists);"
+            f" got {gl_pairs!r}."
+        )
+    shapes = {name: jnp.shape(x) for name, x in named_leaves(params).items()}
+    chosen = named_leaves(w)
+    taken: set[str] = set()
+    located = []
+    for pair in gl_pairs:
+        pair = GLPair(*(tuple(_find(x, shapes) for x in side) for side in pair))
+        paths = [x.path for side in pair for x in side]
+        twice = [x for i, x in enumerate(paths) if x in taken or x in paths[:i]]
+        if twice:
+            raise ValueError(
+                f"{twice[0]} is in gl_pairs twice. A leaf can be in one pair only, for"
+                " its symmetries would not be those of each pair alone; leave one out."
+            )
+        taken.update(paths)
+        inside = [x for x in paths if x in chosen]
+        if inside and len(inside) < len(paths):
+            absent = [x for x in paths if x not in chosen]
+            raise ValueError(
+                f"The mask cuts a pair: it selects {inside[0]} but not {absent[0]}."
+                " Select all leaves of a pair or none, or take the pair out of"
+                " gl_pairs, whose leaves then count one by one."
+            )
+        fitted = _fit(pair)
+        located += [fitted] * bool(inside)
+    return located
+
+
+def _find(block: GLBlock, shapes: dict[str, tuple[int, ...]]) -> GLBlock:
+    """The block with the shape in which it is read."""
+    if block.path not in shapes:
+        raise ValueError(
+            f"gl_pairs names {block.path!r}, and there is no such parameter;"
+            f" {describe(shapes)}"
+        )
+    own = shapes[block.path]
+    try:
+        as_read = np.empty(own, np.bool_).reshape(block.shape or own).shape
+    except ValueError:
+        raise ValueError(
+            f"{block.path} has shape {own}, and cannot be read as {block.shape}."
+        ) from None
+    axes = [x for x in (block.rank_axis, block.head_axis) if x is not None]
+    inside = all(-len(as_read) <= x < len(as_read) for x in axes)
+    if not inside or len({x % len(as_read) for x in axes}) < len(axes):
+        raise ValueError(
+            f"{block.path} has shape {as_read}, where rank_axis={block.rank_axis} and"
+            f" head_axis={block.head_axis} must be two different axes. Give"
+            " GLBlock(path, rank_axis, head_axis), or with shape=(n, h) the shape in"
+            " which to read a leaf that has fewer."
+        )
+    return block._replace(shape=as_read)
+
+
+def _fit(pair: GLPair) -> Located:
+    """The pair with the number of pairs that it stands for."""
+
+    def sizes(block: GLBlock) -> tuple[int, int]:
+        shape = _shape(block)
+        heads = 1 if block.head_axis is None else shape[block.head_axis]
+        return heads, shape[block.rank_axis]
+
+    blocks = pair.G + pair.H
+    described = ", ".join(
+        f"{x.path} {_shape(x)}: {heads} of h = {h}"
+        for x, (heads, h) in ((x, sizes(x)) for x in blocks)
+    )
+    heads, ranks = zip(*map(sizes, blocks), strict=True)
+    number, h = min(heads), ranks[0]
+    if len(set(ranks)) > 1:
+        raise ValueError(
+            f"The blocks of a pair must have one number h of columns, over which G H'"
+            f" sums, but these are {described}. A matrix that multiplies from the"
+            " right, as B in x @ A @ B, is H' and not H: write"
+            " gl_pair('A', GLBlock('B', rank_axis=0))."
+        )
+    if 0 in (number, h) or any(x % number for x in heads):
+        raise ValueError(
+            "The numbers of heads in a pair must be multiples of the smallest one, and"
+            f" not 0, but these are {described}."
+        )
+    for name, side in (("G", pair.G), ("H", pair.H)):
+        rows = sum(np.prod(_shape(x), dtype=int) for x in side) // (number * h)
+        if rows < h:
+            raise ValueError(
+                f"{name} has {rows} rows and {h} columns; a factor cannot have more"
+                f" columns than rows, for then they depend on each other: {described}."
+                " Check rank_axis, or leave this pair out."
+            )
+    return Located(*pair, number)
+
+
+def _shape(block: GLBlock) -> tuple[int, ...]:
+    assert block.shape is not None  # as locate has left it
+    return block.shape
+
+
+def _order(block: GLBlock) -> list[int]:
+    """The axes: heads, rows, rank."""
+    number = len(_shape(block))
+    rank = block.rank_axis % number
+    head = [] if block.head_axis is None else [block.head_axis % number]
+    return [*head, *(i for i in range(number) if i not in (*head, rank)), rank]
