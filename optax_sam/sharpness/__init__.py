@@ -1,5 +1,6 @@
 """Measures of how flat a minimum is; see docs/sharpness.md."""
 
+from optax_sam.sharpness.directions import filter_normalized_direction
 from optax_sam.sharpness.hessian import (
     EigenResult,
     eigenvalues_of,
@@ -8,6 +9,14 @@ from optax_sam.sharpness.hessian import (
     hessian_frobenius_norm,
     hessian_trace,
 )
+from optax_sam.sharpness.kendall import (
+    GranulatedKendall,
+    KendallInterval,
+    granulated_kendall,
+    kendall_interval,
+    kendall_tau,
+)
+from optax_sam.sharpness.landscape import interpolate_loss, loss_line, loss_surface
 from optax_sam.sharpness.objective import stack_batches
 from optax_sam.sharpness.operators import Operator, hessian_operator, hvp
 from optax_sam.sharpness.probes import (
@@ -36,6 +45,8 @@ from optax_sam.sharpness.spectrum import (
 __all__ = [
     "EigenResult",
     "Estimate",
+    "GranulatedKendall",
+    "KendallInterval",
     "Operator",
     "Quadrature",
     "RenyiResult",
@@ -44,13 +55,20 @@ __all__ = [
     "deflated_quadrature",
     "diagonal_of",
     "eigenvalues_of",
+    "filter_normalized_direction",
     "frobenius_norm_of",
+    "granulated_kendall",
     "hessian_diagonal",
     "hessian_eigenvalues",
     "hessian_frobenius_norm",
     "hessian_operator",
     "hessian_trace",
     "hvp",
+    "interpolate_loss",
+    "kendall_interval",
+    "kendall_tau",
+    "loss_line",
+    "loss_surface",
     "renyi_entropy",
     "renyi_entropy_of",
     "renyi_sharpness",
