@@ -1,12 +1,8 @@
 """Measures of how flat a minimum is; see docs/sharpness.md."""
 
+from optax_sam.sharpness.directions import filter_normalized_direction
 from optax_sam.sharpness.geodesic import geodesic_sharpness
-from optax_sam.sharpness.gl_pairs import (
-    GLBlock,
-    GLPair,
-    attention_gl_pairs,
-    gl_pair,
-)
+from optax_sam.sharpness.gl_pairs import GLBlock, GLPair, attention_gl_pairs, gl_pair
 from optax_sam.sharpness.hessian import (
     EigenResult,
     eigenvalues_of,
@@ -15,7 +11,15 @@ from optax_sam.sharpness.hessian import (
     hessian_frobenius_norm,
     hessian_trace,
 )
+from optax_sam.sharpness.kendall import (
+    GranulatedKendall,
+    KendallInterval,
+    granulated_kendall,
+    kendall_interval,
+    kendall_tau,
+)
 from optax_sam.sharpness.keskar import KeskarSharpness, keskar_sharpness
+from optax_sam.sharpness.landscape import interpolate_loss, loss_line, loss_surface
 from optax_sam.sharpness.logits import normalize_logits
 from optax_sam.sharpness.objective import stack_batches
 from optax_sam.sharpness.operators import Operator, hessian_operator, hvp
@@ -60,6 +64,8 @@ __all__ = [
     "Estimate",
     "GLBlock",
     "GLPair",
+    "GranulatedKendall",
+    "KendallInterval",
     "KeskarSharpness",
     "Operator",
     "PacBayesFlatness",
@@ -74,16 +80,23 @@ __all__ = [
     "deflated_quadrature",
     "diagonal_of",
     "eigenvalues_of",
+    "filter_normalized_direction",
     "frobenius_norm_of",
     "geodesic_sharpness",
     "gl_pair",
+    "granulated_kendall",
     "hessian_diagonal",
     "hessian_eigenvalues",
     "hessian_frobenius_norm",
     "hessian_operator",
     "hessian_trace",
     "hvp",
+    "interpolate_loss",
+    "kendall_interval",
+    "kendall_tau",
     "keskar_sharpness",
+    "loss_line",
+    "loss_surface",
     "normalize_logits",
     "pac_bayes_bound",
     "pac_bayes_flatness",

@@ -1,0 +1,83 @@
+"""How often vSAM ascends, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from optax_sam.contract import check_integer
+from optax_sam.plots.style import PALETTE, axes_or_new, by_name, label_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def sampling_rate(
+    steps: ArrayLike,
+    records: Mapping[str, ArrayLike] | Sequence[Mapping[str, ArrayLike]],
+    *,
+    window: int,
+    ax: Axes | None = None,
+    unit: str = "nats",
+) -> Axes:
+    """Draws how often vSAM ascends, and the norm of its PSF, over training.
+
+    Args:
+      steps: ``(T,)``, when the records were made.
+      records: what ``optax_sam.metrics(opt_state)`` gave at each of them, or one
+        dictionary of arrays ``(T,)``.
+      window: ``K``, as vSAM was given; the rate is ``samples_per_window / K``. While
+        every step so far has ascended, as in the warm-up, it is 100 %; before the
+        first ascent nothing is drawn.
+      ax: where to draw; ``None`` makes a figure.
+      unit: of the loss; nats for a cross-entropy.
+
+    Returns:
+      The axes of the rate; those of the norm, on the right, are the figure's last.
+
+    Raises:
+      ValueError: if the records are not vSAM's, or not as many as ``steps``.
+      ImportError: if there is no matplotlib.
+
+    Examples:
+      >>> import optax_sam
+      >>> from optax_sam import plots
+      >>> member, records = optax_sam.vsam(window=10), []
+      >>> state = member.init({"w": 1.0})
+      >>> for _ in range(3):  # of training
+      ...     records.append(optax_sam.metrics(state))
+      >>> ax = plots.sampling_rate([100, 200, 300], records, window=10)
+      >>> ax.get_ylabel()
+      'Steps that ascend (%)'
+    """
+    check_integer("window", window, 2)
+    x, each = np.asarray(steps), [records] if isinstance(records, Mapping) else records
+    needed = "samples_per_window", "psf_norm", "ascent_rate"
+    if absent := [name for name in needed if any(name not in one for one in each)]:
+        raise ValueError(
+            f"records have no {', '.join(absent)}; pass what"
+            " optax_sam.metrics(opt_state) gave for vsam (with several members, those"
+            " of one, without its path)."
+        )
+    columns = [np.ravel([np.asarray(one[name]) for one in each]) for name in needed]
+    samples, psf, ascended = (
+        by_name(name, values, x.shape)[""]
+        for name, values in zip(needed, columns, strict=True)
+    )
+    rate = np.where(ascended == 1, 100, 100 * samples / window)
+    rate, psf = (np.where(ascended > 0, values, np.nan) for values in (rate, psf))
+    ax = axes_or_new(ax)
+    right = ax.twinx()
+    # A record speaks of the steps before it.
+    ax.plot(x, rate, color=PALETTE[0], lw=1.6, drawstyle="steps-pre")
+    right.plot(x, psf, color=PALETTE[3], lw=1)
+    label_axes(ax, "Step", "Steps that ascend (%)", color=PALETTE[0])
+    label_axes(right, "", f"PSF norm ({unit} per weight)", color=PALETTE[3])
+    ax.set_ylim(0, 105)
+    right.set_ylim(bottom=0)
+    right.spines[["top", "left"]].set_visible(False)
+    right.spines["right"].set_visible(True)
+    return ax

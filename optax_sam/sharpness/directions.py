@@ -1,0 +1,108 @@
+"""Random directions in which networks can be compared (Li et al., 2018)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_sam.arguments import Mask, resolve_mask
+from optax_sam.sharpness.probes import typed_key
+
+
+def filter_normalized_direction(
+    key: ArrayLike,
+    params: Any,
+    *,
+    norm: Literal["filter", "layer"] | None = "filter",
+    ignore_1d: bool = True,
+    filter_axis: int | tuple[int, ...] = -1,
+    mask: Mask = None,
+) -> Any:
+    r"""A random direction, each filter of which is as long as the one in the weights.
+
+    Networks of which one is the other's rescaled look alike along such directions,
+    as they do not along plain random ones. Of standard normal draws, for each filter
+    :math:`f`:
+
+    .. math:: d_f \leftarrow \|w_f\|\, \frac{d_f}{\|d_f\| + 10^{-10}}
+
+    Args:
+      key: an int, a key from ``jax.random.key``, or raw key data. The draw of a leaf
+        depends on its position in the tree and not on the mask.
+      params: the weights ``w``; their own dtype, or float32 if that is narrower, is
+        the direction's.
+      norm: ``"filter"``; ``"layer"``, which takes a whole leaf for one filter; or
+        ``None``, the draws as they are.
+      ignore_1d: whether leaves of at most one dimension, which are biases and the
+        scales of normalization layers, stay in place. Else each is one filter.
+      filter_axis: the axis along which the filters of a leaf are counted. It is the
+        last one in Flax, with kernels ``(in, out)`` and ``(height, width, in, out)``,
+        and 0 in PyTorch. Several for layers stacked along an axis: ``(0, -1)``.
+      mask: the leaves to move: a tree of bools like the parameters or a prefix of
+        it, or a function from the parameters to one; ``None`` means all.
+
+    Returns:
+      A tree like ``params``, zero in leaves that stay in place. Zero filters have zero
+      directions.
+
+    Raises:
+      ValueError: if ``norm`` is none of these, a chosen leaf is not real, or it has
+        no axis ``filter_axis``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 0.0]]), "bias": jnp.ones(2)}
+      >>> d = sharpness.filter_normalized_direction(0, params)
+      >>> print(jnp.linalg.norm(d["kernel"], axis=0).round(4), d["bias"])
+      [5. 0.] [0. 0.]
+
+    References:
+      Li et al., `Visualizing the Loss Landscape of Neural Nets
+      <https://arxiv.org/abs/1712.09913>`_, 2018; code: tomgoldstein/loss-landscape
+    """
+    if norm not in ("filter", "layer", None):
+        raise ValueError(f'norm must be "filter", "layer" or None; got {norm!r}.')
+    key = typed_key(key)
+    chosen = jax.tree.leaves(resolve_mask(mask, params))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+
+    def direction(i: int, path: Any, w: ArrayLike) -> jax.Array:
+        if not chosen[i]:
+            return jnp.zeros_like(w)
+        at_path = f"The parameter at {jax.tree_util.keystr(path) or 'the root'}"
+        dtype = jnp.result_type(w)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{at_path} has dtype {dtype}, and only real ones can move. Leave it"
+                " out with mask=."
+            )
+        w = jnp.asarray(w, jnp.promote_types(dtype, jnp.float32))
+        if w.ndim <= 1 and ignore_1d:
+            return jnp.zeros_like(w)
+        d = jax.random.normal(jax.random.fold_in(key, i), w.shape, w.dtype)
+        if norm is None:
+            return d
+        axes = None
+        if norm == "filter" and w.ndim > 1:
+            kept = _axes(filter_axis, w.ndim, at_path)
+            axes = tuple(axis for axis in range(w.ndim) if axis not in kept)
+        length = lambda x: jnp.sqrt(jnp.sum(x**2, axes, keepdims=True))
+        return d * (length(w) / (length(d) + 1e-10))
+
+    found = [direction(i, path, w) for i, (path, w) in enumerate(leaves)]
+    return jax.tree.unflatten(structure, found)
+
+
+def _axes(filter_axis: int | tuple[int, ...], ndim: int, at_path: str) -> set[int]:
+    axes = filter_axis if isinstance(filter_axis, tuple) else (filter_axis,)
+    for axis in axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"{at_path} has {ndim} axes, so none is filter_axis={axis}. Filters of"
+                " kernels of all kinds are counted along -1 in Flax and 0 in PyTorch."
+            )
+    return {axis % ndim for axis in axes}

@@ -1,0 +1,230 @@
+"""Rank correlation of a measure with what it should predict, over trained models."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from optax_sam import contract
+
+Variant = Literal["a", "b"]
+
+
+class KendallInterval(NamedTuple):
+    """A rank correlation and what it may be on other models of the kind.
+
+    Attributes:
+      tau: the correlation of all models.
+      low: lower end of the interval.
+      high: its upper end.
+      stderr: the standard deviation over the resamples.
+    """
+
+    tau: float
+    low: float
+    high: float
+    stderr: float
+
+
+class GranulatedKendall(NamedTuple):
+    r"""Rank correlations within a grid of hyperparameters.
+
+    Attributes:
+      Psi: :math:`\Psi`, the mean over the axes.
+      psi: :math:`\psi_i`, that of models that differ along axis ``i`` alone, ``(q,)``.
+    """
+
+    Psi: float
+    psi: NDArray[np.float64]
+
+
+def kendall_tau(s: ArrayLike, t: ArrayLike, *, variant: Variant = "a") -> float:
+    r"""Kendall's rank correlation of two quantities over ``M`` models.
+
+    .. math::
+      \tau_a = \frac{2}{M (M - 1)} \sum_{i < j}
+      \mathrm{sign}(s_i - s_j)\, \mathrm{sign}(t_i - t_j), \qquad
+      \tau_b = \frac{C - D}{\sqrt{(N - T_s) (N - T_t)}}
+
+    with :math:`C` concordant and :math:`D` discordant ones of :math:`N = M(M-1)/2`
+    pairs, of which :math:`T_s` and :math:`T_t` are tied in each. The two differ when
+    there are ties, as among small test errors: say with a number which it is, and
+    whether the gap is of errors or of losses. On the host, in :math:`M^2` memory.
+
+    Args:
+      s: the measure of each model, ``(M,)``, finite.
+      t: what it should predict, such as test minus training error, ``(M,)``, finite.
+      variant: ``"a"``, as in studies of geodesic sharpness, or ``"b"``, as in those of
+        Rényi sharpness and by default in SciPy.
+
+    Returns:
+      The correlation in ``[-1, 1]``. Where one is the same for all models, it orders
+      none of them: 0, for ``"b"`` too (SciPy: NaN).
+
+    Raises:
+      ValueError: if the two have not the same shape, are not finite, have less than 2
+        models, or ``variant`` is unknown.
+
+    Examples:
+      >>> from optax_sam import sharpness
+      >>> s, t = [1, 2, 2, 3], [1, 2, 3, 3]
+      >>> print(f"{sharpness.kendall_tau(s, t):.3f}")
+      0.667
+      >>> print(f"{sharpness.kendall_tau(s, t, variant='b'):.3f}")
+      0.800
+
+    References:
+      Kendall, "The treatment of ties in ranking problems", 1945
+    """
+    _check_variant(variant)
+    s, t = _pair(s, t)
+    return float(_tau(s, t, np.ones((1, len(s))), variant)[0])
+
+
+def kendall_interval(
+    s: ArrayLike,
+    t: ArrayLike,
+    *,
+    variant: Variant = "a",
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> KendallInterval:
+    """Kendall's correlation with a bootstrap interval over the models.
+
+    Models are drawn with replacement, and the interval lies between percentiles of
+    the correlations. A model drawn twice is no pair with itself: such pairs, tied in
+    both, would pull every resample towards zero. It tells what other models from the
+    same grid might give, and nothing of other architectures or data.
+
+    Args:
+      s: as in :func:`kendall_tau`.
+      t: as in :func:`kendall_tau`.
+      variant: as in :func:`kendall_tau`.
+      confidence: the share of the resamples within the interval, in ``(0, 1)``.
+      num_resamples: how many are drawn.
+      seed: of the draws.
+
+    Returns:
+      The correlation, the interval's ends, and the standard error.
+
+    Raises:
+      ValueError: as :func:`kendall_tau` does, or if an option is out of its range.
+
+    Examples:
+      >>> from optax_sam import sharpness
+      >>> s = range(20)
+      >>> tau, low, high, stderr = sharpness.kendall_interval(s, [x % 15 for x in s])
+      >>> print(f"{tau:.2f} in [{low:.2f}, {high:.2f}]")
+      0.34 in [0.02, 0.74]
+
+    References:
+      Efron, "Bootstrap methods: another look at the jackknife", 1979
+    """
+    _check_variant(variant)
+    contract.check_integer("num_resamples", num_resamples, 1)
+    contract.check_number(
+        "confidence", confidence, 0.0, 1.0, open_low=True, open_high=True
+    )
+    s, t = _pair(s, t)
+    rng, M = np.random.default_rng(seed), len(s)
+    counts = rng.multinomial(M, np.full(M, 1 / M), num_resamples).astype(float)
+    found = _tau(s, t, counts, variant)
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    tau = kendall_tau(s, t, variant=variant)
+    return KendallInterval(tau, float(low), float(high), float(found.std()))
+
+
+def granulated_kendall(
+    s: ArrayLike, t: ArrayLike, grid_shape: tuple[int, ...]
+) -> GranulatedKendall:
+    r"""Kendall's correlation among models that differ in one hyperparameter.
+
+    A measure that follows one hyperparameter alone, such as the depth, may order all
+    models well and still say nothing on the others. For each axis of the grid and
+    each setting of the other axes, :math:`\tau_a` is taken of the models along it;
+    :math:`\psi_i` is the mean over the settings, and :math:`\Psi` over the axes.
+
+    Args:
+      s: the measure of each model of the grid, of shape ``grid_shape`` or flattened
+        from it (the last axis is the fastest), finite.
+      t: what it should predict, of the same shape, finite.
+      grid_shape: the number of values of each hyperparameter, each at least 2.
+
+    Returns:
+      ``(Psi, psi)``.
+
+    Raises:
+      ValueError: if the models do not fill the grid, are not finite, or an axis has
+        one value.
+
+    Examples:
+      >>> from optax_sam import sharpness
+      >>> sharpness.granulated_kendall([1, 3, 2, 4], [1, 2, 4, 3], (2, 2))
+      GranulatedKendall(Psi=0.5, psi=array([1., 0.]))
+
+    References:
+      Jiang et al., `Fantastic Generalization Measures and Where to Find Them
+      <https://arxiv.org/abs/1912.02178>`_, 2020
+    """
+    if not grid_shape or min(grid_shape) < 2:
+        raise ValueError(
+            "grid_shape must have the numbers of values, at least 2, of each"
+            f" hyperparameter; got {tuple(grid_shape)}. Leave out those that are fixed."
+        )
+    s, t = _pair(s, t)
+    if s.size != np.prod(grid_shape):
+        raise ValueError(
+            f"{s.size} models do not fill a grid of shape {tuple(grid_shape)}. Every"
+            " combination is needed once, the last hyperparameter varying fastest."
+        )
+
+    def along(axis: int) -> float:
+        lines = [
+            np.moveaxis(x.reshape(grid_shape), axis, -1).reshape(-1, grid_shape[axis])
+            for x in (s, t)
+        ]
+        taus = [kendall_tau(*line) for line in zip(*lines, strict=True)]
+        return float(np.mean(taus))
+
+    psi = np.array([along(axis) for axis in range(len(grid_shape))])
+    return GranulatedKendall(float(psi.mean()), psi)
+
+
+def _tau(
+    s: NDArray, t: NDArray, counts: NDArray, variant: Variant
+) -> NDArray[np.float64]:
+    """The correlations ``(R,)`` of samples with these multiplicities ``(R, M)``."""
+    S, T = (np.sign(x[:, None] - x).astype(float) for x in (s, t))
+    others = 1 - np.eye(len(s))
+    over_pairs = lambda x: np.einsum("ri,ri->r", counts @ x, counts)
+    if variant == "a":
+        size = over_pairs(others)
+    else:
+        size = np.sqrt(over_pairs(S**2) * over_pairs(T**2))
+    zeros = np.zeros(len(counts))
+    return np.divide(over_pairs(S * T), size, out=zeros, where=size > 0)
+
+
+def _pair(s: ArrayLike, t: ArrayLike) -> tuple[NDArray, NDArray]:
+    s, t = np.asarray(s, float), np.asarray(t, float)
+    if s.shape != t.shape or s.size < 2:
+        raise ValueError(
+            "s and t must have a value for each of at least 2 models; got shapes"
+            f" {s.shape} and {t.shape}."
+        )
+    for name, x in ("s", s), ("t", t):
+        if not np.isfinite(x).all():
+            where = np.argwhere(~np.isfinite(x))[0].tolist()
+            raise ValueError(
+                f"{name} is {x[tuple(where)]} at {where}. A model that diverged has no"
+                " rank: leave it out of both, and say so."
+            )
+    return s.ravel(), t.ravel()
+
+
+def _check_variant(variant: Variant) -> None:
+    if variant not in ("a", "b"):
+        raise ValueError(f'variant must be "a" or "b"; got {variant!r}.')

@@ -1,0 +1,236 @@
+"""The loss along lines and planes through the weights (Li et al., 2018)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_sam.arguments import Mask
+from optax_sam.sharpness.objective import LossFn, Objective, objective
+
+
+def loss_line(
+    loss_fn: LossFn,
+    params: Any,
+    batches: Any,
+    direction: Any,
+    alphas: ArrayLike,
+    *,
+    mask: Mask = None,
+    weights: ArrayLike | None = None,
+    axis_name: Any = None,
+) -> jax.Array:
+    r"""The mean loss at points of a line through the weights.
+
+    .. math:: L(w + \alpha\, d)
+
+    Cost: a forward pass over the batches for each point, one after the other.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
+        so dropout off and BatchNorm with its running averages. Those belong to ``w``:
+        far from it, re-estimate them, or the curve shows how wrong they are there.
+      params: the weights ``w``.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      direction: ``d``, a tree like ``params``, as from
+        :func:`filter_normalized_direction`.
+      alphas: ``(A,)``, where to evaluate, in lengths of ``d``: with filters
+        normalized, 1 moves each filter by its own length.
+      mask: the leaves to move: a tree of bools like the parameters or a prefix of
+        it, or a function from the parameters to one; ``None`` means all.
+      weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.
+      axis_name: name of a mapped axis over which the batches are spread.
+
+    Returns:
+      The losses, ``(A,)``, the same on all devices.
+
+    Raises:
+      ValueError: if the loss is no scalar, the batches are empty, ``direction`` has
+        another structure or shape than the parameters, ``alphas`` is no vector, a
+        chosen leaf is not real, or the mask selects nothing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: jnp.mean((batch @ w) ** 2)
+      >>> batches, w = jnp.eye(2)[None], jnp.array([1.0, 2.0])
+      >>> print(sharpness.loss_line(loss, w, batches, w, jnp.array([-1.0, 0.0, 1.0])))
+      [ 0.   2.5 10. ]
+
+    References:
+      Li et al., `Visualizing the Loss Landscape of Neural Nets
+      <https://arxiv.org/abs/1712.09913>`_, 2018
+    """
+    options: Any = dict(mask=mask, weights=weights, axis_name=axis_name)
+    o = objective(loss_fn, params, batches, **options)
+    d = _like("direction", direction, o)
+    return _losses(o, (d,), _vector("alphas", alphas)[:, None])
+
+
+def loss_surface(
+    loss_fn: LossFn,
+    params: Any,
+    batches: Any,
+    directions: tuple[Any, Any],
+    alphas: ArrayLike,
+    betas: ArrayLike | None = None,
+    *,
+    mask: Mask = None,
+    weights: ArrayLike | None = None,
+    axis_name: Any = None,
+) -> jax.Array:
+    r"""The mean loss at points of a plane through the weights.
+
+    .. math:: L(w + \alpha\, d + \beta\, d')
+
+    Cost: a forward pass over the batches for each of the ``A * B`` points. For a
+    progress bar, loop on the host over slices of ``alphas`` of one length, which
+    share one compiled program.
+
+    Args:
+      loss_fn: as in :func:`loss_line`.
+      params: the weights ``w``.
+      batches: a tree of arrays ``(B, m, ...)``.
+      directions: ``(d, d')``, two trees like ``params``. Two random ones are almost
+        orthogonal in many dimensions; nothing here makes them so.
+      alphas: ``(A,)``, the steps along ``d``, in its lengths.
+      betas: ``(B,)``, the steps along ``d'``; ``None`` means those along ``d``.
+      mask: as in :func:`loss_line`.
+      weights: as in :func:`loss_line`.
+      axis_name: as in :func:`loss_line`.
+
+    Returns:
+      The losses, ``(A, B)``, the same on all devices.
+
+    Raises:
+      ValueError: as :func:`loss_line` does, and if there are not two directions.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: jnp.mean((batch @ w) ** 2)
+      >>> batches, (d, e) = jnp.eye(2)[None], jnp.eye(2)
+      >>> print(sharpness.loss_surface(
+      ...     loss, jnp.zeros(2), batches, (d, e), jnp.arange(3.0), jnp.arange(2.0)))
+      [[0. 0.5] [0.5 1. ] [2. 2.5]]
+
+    References:
+      Li et al., `Visualizing the Loss Landscape of Neural Nets
+      <https://arxiv.org/abs/1712.09913>`_, 2018
+    """
+    if not isinstance(directions, (tuple, list)) or len(directions) != 2:
+        raise ValueError(
+            "directions must be a pair of trees like params; got"
+            f" {type(directions).__name__}"
+            + (f" of {len(directions)}." if hasattr(directions, "__len__") else ".")
+        )
+    options: Any = dict(mask=mask, weights=weights, axis_name=axis_name)
+    o = objective(loss_fn, params, batches, **options)
+    pair = tuple(_like(f"directions[{i}]", d, o) for i, d in enumerate(directions))
+    a = _vector("alphas", alphas)
+    b = a if betas is None else _vector("betas", betas)
+    points = jnp.stack(jnp.meshgrid(a, b, indexing="ij"), -1)
+    return _losses(o, pair, points.reshape(-1, 2)).reshape(len(a), len(b))
+
+
+def interpolate_loss(
+    loss_fn: LossFn,
+    params: Any,
+    batches: Any,
+    other: Any,
+    alphas: ArrayLike,
+    *,
+    mask: Mask = None,
+    weights: ArrayLike | None = None,
+    axis_name: Any = None,
+) -> jax.Array:
+    r"""The mean loss at points between two sets of weights, and beyond them.
+
+    .. math:: L\big((1 - \alpha)\, w + \alpha\, w'\big)
+
+    Cost: a forward pass over the batches for each point. BatchNorm's running averages
+    fit neither network in between: re-estimate them at each point, or read the barrier
+    with care.
+
+    Args:
+      loss_fn: as in :func:`loss_line`.
+      params: the weights ``w``, at ``alpha = 0``; leaves that are left out are theirs.
+      batches: a tree of arrays ``(B, m, ...)``.
+      other: the weights ``w'``, at ``alpha = 1``.
+      alphas: ``(A,)``, where to evaluate.
+      mask: as in :func:`loss_line`.
+      weights: as in :func:`loss_line`.
+      axis_name: as in :func:`loss_line`.
+
+    Returns:
+      The losses, ``(A,)``, the same on all devices.
+
+    Raises:
+      ValueError: as :func:`loss_line` does.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: jnp.mean((batch @ w) ** 2)
+      >>> batches, w = jnp.eye(2)[None], jnp.array([1.0, 2.0])
+      >>> print(sharpness.interpolate_loss(loss, w, batches, -w, jnp.linspace(0, 1, 3)))
+      [2.5 0.  2.5]
+
+    References:
+      Goodfellow, Vinyals and Saxe, `Qualitatively characterizing neural network
+      optimization problems <https://arxiv.org/abs/1412.6544>`_, 2015
+    """
+    options: Any = dict(mask=mask, weights=weights, axis_name=axis_name)
+    o = objective(loss_fn, params, batches, **options)
+    end, a = _like("other", other, o), _vector("alphas", alphas)
+    # As two shares: a step from one end would miss the other by the rounding.
+    start = o._replace(w=jax.tree.map(jnp.zeros_like, o.w))
+    return _losses(start, (o.w, end), jnp.stack([1 - a, a], -1))
+
+
+def _losses(o: Objective, directions: tuple[Any, ...], points: jax.Array) -> jax.Array:
+    """The losses at these multiples ``(P, D)`` of the directions, one by one."""
+
+    def at(point: jax.Array) -> jax.Array:
+        move = lambda w, *ds: sum(
+            (p.astype(w.dtype) * d for p, d in zip(o.vary(point), ds, strict=True)), w
+        )
+        w = jax.tree.map(move, o.w, *directions)
+        return o.mean(lambda batch: o.loss(w, batch))
+
+    return jax.lax.map(at, points)
+
+
+def _like(name: str, tree: Any, o: Objective) -> Any:
+    """The tree in the places and dtypes of the chosen leaves, ``None`` elsewhere."""
+    if jax.tree.structure(tree) != jax.tree.structure(o.params):  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must be a tree like params, {jax.tree.structure(o.params)}; got"
+            f" {jax.tree.structure(tree)}."
+        )
+
+    def chosen(path: Any, x: ArrayLike, w: jax.Array | None) -> jax.Array | None:
+        if w is None:
+            return None
+        if jnp.shape(x) != w.shape:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(x)} at"
+                f" {jax.tree_util.keystr(path) or 'the root'}, and the parameter"
+                f" {w.shape}."
+            )
+        return o.vary(jnp.asarray(x, w.dtype))
+
+    return jax.tree_util.tree_map_with_path(chosen, tree, o.w)
+
+
+def _vector(name: str, values: ArrayLike) -> jax.Array:
+    vector = jnp.asarray(values, jnp.result_type(float))
+    if vector.ndim != 1 or not vector.size:
+        raise ValueError(
+            f"{name} must be a vector of the steps to evaluate, such as"
+            f" jnp.linspace(-1, 1, 51); got shape {vector.shape}."
+        )
+    return vector
