@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from optax_sam import contract
@@ -55,14 +54,14 @@ class Probe:
         ``key=`` and ``init=`` if they have arguments of these names. So those of this
         package can be given as they are, or with options by ``functools.partial``, and
         may return anything that :func:`to_scalars` takes. What takes ``init`` must
-        return ``eigenvectors`` (a leading axis and a tree like the parameters), whose
-        sum it gets the next time. ``None``: the largest eigenvalue of the Hessian,
-        ``{"lambda_max": hessian_eigenvalues}``.
+        return an :class:`EigenResult`, or another with ``eigenvalues`` ``(k,)`` and
+        ``eigenvectors``; the next time it gets their sum. ``None``: the largest
+        eigenvalue of the Hessian, ``{"lambda_max": hessian_eigenvalues}``.
       prefix: what all names begin with.
 
     Raises:
       ValueError: if ``every`` is no integer above 0, ``measures`` is no dict of
-        functions, a measure has ``init`` and returns no eigenvectors, or for what a
+        functions, a measure takes ``init`` and returns no eigenvectors, or for what a
         measure itself raises on the first call.
 
     Examples:
@@ -162,18 +161,18 @@ def _arguments(measure: Callable[..., Any]) -> set[str]:
 
 
 def _next_start(name: str, result: Any, start: Any) -> Any:
-    if not hasattr(result, "eigenvectors"):
+    if not (hasattr(result, "eigenvalues") and hasattr(result, "eigenvectors")):
         raise ValueError(
             f"The measure {name!r} takes init, so it must return a result with"
-            " eigenvectors, of which the next one starts. Drop the argument, or give"
-            " it another name."
+            " eigenvalues and eigenvectors, from which the next one starts. Drop the"
+            " argument, or give it another name."
         )
-    # All of them: Lanczos finds nothing in directions that its start has no part in.
-    found = jax.tree.map(lambda v: jnp.sum(v, 0), result.eigenvectors)
-    # Parameters that were not finite for one measurement must not spoil the next ones.
-    finite = jnp.isfinite(optax.tree.norm(found))
+    # Those that there were: parameters that are not finite must not spoil what follows.
+    found = jnp.isfinite(result.eigenvalues)
 
-    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(finite, new.astype(old.dtype), old)
+    def sum_(v: jax.Array, old: jax.Array) -> jax.Array:
+        kept = jnp.where(jnp.expand_dims(found, range(1, v.ndim)), v, 0)
+        # All of them: Lanczos finds nothing in directions that its start is not in.
+        return jnp.where(found.any(), kept.sum(0).astype(old.dtype), old)
 
-    return jax.tree.map(choose, found, start)
+    return jax.tree.map(sum_, result.eigenvectors, start)
