@@ -59,8 +59,9 @@ def dense_hessian(loss_fn, params, batch):
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     gradient = jax.jit(jax.grad(lambda w, batch: loss_fn(unravel(w), batch)))
     row = lambda v, w, batch: jax.jvp(lambda w: gradient(w, batch), (w,), (v,))[1]
-    rows = jax.jit(lambda w, b: jax.lax.map(lambda v: row(v, w, b), jnp.eye(len(w))))
-    H = np.asarray(rows(flat, batch))
+    rows = jax.jit(lambda V, w, batch: jax.vmap(row, (0, None, None))(V, w, batch))
+    parts = np.array_split(np.eye(len(flat)), -(-len(flat) // 128))
+    H = np.concatenate([rows(V, flat, batch) for V in parts])
     return (H + H.T) / 2
 
 

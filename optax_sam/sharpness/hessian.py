@@ -87,7 +87,7 @@ def hessian_eigenvalues(
       axis_name: name of a mapped axis over which the batches are spread.
 
     Returns:
-      An :class:`EigenResult`. A repeated eigenvalue is found once.
+      An :class:`EigenResult`. Copies of a repeated eigenvalue may be missed.
 
     Raises:
       ValueError: if ``k`` exceeds the number of parameters or ``num_matvecs``, or for
@@ -152,7 +152,7 @@ def eigenvalues_of(
     residuals = jnp.where(found, krylov.residuals[best], jnp.inf)
     return EigenResult(
         eigenvalues=jnp.where(found, theta[best], jnp.nan),
-        eigenvectors=operator.to_params(krylov.vectors(best)),
+        eigenvectors=jax.vmap(operator.to_params)(krylov.vectors(best)),
         residuals=residuals,
         converged=residuals <= tol * scale[best],
         num_matvecs=jnp.asarray(min(num_matvecs, operator.size)),

@@ -14,7 +14,7 @@ from optax_sam.arguments import Mask
 from optax_sam.sharpness.krylov import lanczos
 from optax_sam.sharpness.objective import LossFn
 from optax_sam.sharpness.operators import Operator, hessian_operator
-from optax_sam.sharpness.probes import normals, signs, typed_key
+from optax_sam.sharpness.probes import normals, typed_key
 
 
 class SpectralSumResult(NamedTuple):
@@ -95,7 +95,7 @@ def spectral_sum(
        + \frac{1}{N} \sum_{p=1}^{N} \sum_j \omega_j^{(p)} f(\theta_j^{(p)})
 
     The outliers, which cause nearly all of the noise, are found by Lanczos and taken
-    out (deflated); Lanczos quadrature from random signs sums over the rest. Smooth
+    out (deflated); Lanczos quadrature from random vectors sums over the rest. Smooth
     functions and powers above one come out well (0.4 % for ``abs(x)**1.5`` on a small
     network). A function with a kink at zero, where most eigenvalues lie, does not:
     ``abs(x)**0.5`` has 7 %, of either sign, and more probes do not help.
@@ -172,9 +172,10 @@ def deflated_quadrature(
 ) -> Quadrature:
     r"""The spectrum of an operator: outliers found, the rest by quadrature.
 
-    With ``V`` the eigenvectors found and :math:`P = I - V V^\top`, Lanczos runs on
-    :math:`P H P` from :math:`P z`; ``f(0)`` is not counted for the directions of ``V``,
-    as the start has no part in them.
+    With ``V`` the ``E`` eigenvectors found and :math:`P = I - V V^\top`, Lanczos runs
+    on :math:`P H P` from :math:`P z`, which has no part in the directions of ``V``.
+    Weights are scaled to the ``n - E`` directions left, which normal probes allow
+    without bias, so that ``c I`` comes out exactly.
     """
     contract.check_integer("num_eigs", num_eigs, 1)
     contract.check_integer("num_top_matvecs", num_top_matvecs, 1)
@@ -200,9 +201,11 @@ def deflated_quadrature(
     rest = operator._replace(matvec=lambda v: project(operator.matvec(project(v))))
 
     def probe(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = project(signs(key, operator.like))
+        z = project(normals(key, operator.like))
         krylov = lanczos(rest, z, num_lanczos)
-        return krylov.eigenvalues, krylov.weights
+        total = krylov.weights.sum()
+        left = (operator.size - found.sum()) / jnp.where(total > 0, total, 1)
+        return krylov.eigenvalues, krylov.weights * left
 
     nodes, weights = jax.lax.map(probe, jax.random.split(probe_key, num_probes))
     return Quadrature(jnp.where(found, deflated, 0), found, nodes, weights)
