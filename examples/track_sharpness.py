@@ -3,11 +3,10 @@
 Each step logs what its two passes tell for free. Every 40 steps the largest eigenvalue
 of the Hessian and its trace are measured on 512 examples that stay the same. All of it
 goes to a CSV file, and with --logdir to TensorBoard too, through clu if that and
-TensorFlow are installed, else through tensorboardX. Needs flax and scikit-learn.
+TensorFlow are installed, else tensorboardX. Needs flax and scikit-learn.
 
-What one should see: the curvature along SAM's own step, which is free, stays below
-lambda_max, and with these full-batch steps lambda_max comes down with SAM's edge of
-stability, far below 2 / lr.
+What one should see: the curvature along SAM's step, which is free, stays below the
+largest eigenvalue; that sinks with SAM's edge of stability, far below 2 / lr.
 
     python examples/track_sharpness.py --csv sharpness.csv --logdir runs/sam
 """

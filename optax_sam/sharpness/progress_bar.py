@@ -57,15 +57,15 @@ def progress(
     ``loss_fn``. The bar advances by one for each batch whose loss is evaluated, with or
     without its gradient, so that ``total`` is, with ``B`` batches:
 
-    ============================================ =======================================
+    ============================================ ======================================
     measure                                      evaluations
-    ============================================ =======================================
+    ============================================ ======================================
     any with Hessian-vector products             ``B`` times their number
-    worst-case, Keskar and geodesic sharpness    ``B * starts * (num_steps + 1)``
+    worst-case sharpness                         ``B * (starts * (num_steps + 1) + 1)``
     average-case sharpness                       ``B * (2 * num_samples + 1)``
     one-step SAM sharpness                       ``2 * B``
     loss surface                                 ``B`` times the points of its grid
-    ============================================ =======================================
+    ============================================ ======================================
 
     under ``shard_map`` those of all devices. Being another function it compiles anew,
     and each evaluation costs some ten microseconds, so it is for what takes long.
