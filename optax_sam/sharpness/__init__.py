@@ -20,6 +20,7 @@ from optax_sam.sharpness.kendall import (
 )
 from optax_sam.sharpness.keskar import KeskarSharpness, keskar_sharpness
 from optax_sam.sharpness.landscape import interpolate_loss, loss_line, loss_surface
+from optax_sam.sharpness.live import sam_metrics, sam_stability_edge
 from optax_sam.sharpness.logits import normalize_logits
 from optax_sam.sharpness.objective import stack_batches
 from optax_sam.sharpness.operators import Operator, hessian_operator, hvp
@@ -40,12 +41,14 @@ from optax_sam.sharpness.probes import (
     frobenius_norm_of,
     trace_of,
 )
+from optax_sam.sharpness.progress_bar import CountedLoss, progress
 from optax_sam.sharpness.renyi import (
     RenyiResult,
     renyi_entropy,
     renyi_entropy_of,
     renyi_sharpness,
 )
+from optax_sam.sharpness.scalars import to_scalars
 from optax_sam.sharpness.spectrum import (
     Quadrature,
     SpectralDensity,
@@ -56,10 +59,13 @@ from optax_sam.sharpness.spectrum import (
     spectral_sum,
     spectral_sum_of,
 )
+from optax_sam.sharpness.stream import accumulate
+from optax_sam.sharpness.tracking import Probe, ProbeState
 from optax_sam.sharpness.worst_case import SharpnessResult, worst_case_sharpness
 
 __all__ = [
     "AverageSharpness",
+    "CountedLoss",
     "EigenResult",
     "Estimate",
     "GLBlock",
@@ -69,12 +75,15 @@ __all__ = [
     "KeskarSharpness",
     "Operator",
     "PacBayesFlatness",
+    "Probe",
+    "ProbeState",
     "Quadrature",
     "RenyiResult",
     "SamSharpness",
     "SharpnessResult",
     "SpectralDensity",
     "SpectralSumResult",
+    "accumulate",
     "attention_gl_pairs",
     "average_sharpness",
     "deflated_quadrature",
@@ -100,15 +109,19 @@ __all__ = [
     "normalize_logits",
     "pac_bayes_bound",
     "pac_bayes_flatness",
+    "progress",
     "renyi_entropy",
     "renyi_entropy_of",
     "renyi_sharpness",
+    "sam_metrics",
     "sam_sharpness",
+    "sam_stability_edge",
     "spectral_density",
     "spectral_density_of",
     "spectral_sum",
     "spectral_sum_of",
     "stack_batches",
+    "to_scalars",
     "trace_of",
     "worst_case_sharpness",
 ]

@@ -1,0 +1,109 @@
+"""Means over data that the device cannot hold, batch by batch from the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def accumulate(
+    f: Callable[[Any], Any],
+    batches: Iterable[Any],
+    *,
+    weight: Callable[[Any], ArrayLike] | None = None,
+) -> Any:
+    r"""The mean of a function of a batch, over any iterable of batches.
+
+    .. math:: \frac{\sum_S m_S\, f(S)}{\sum_S m_S}
+
+    with :math:`m_S` the number of examples in batch :math:`S`, so that a short last
+    batch counts for what it is. Measures take batches that lie on the device, all of
+    them; this takes them from the host one after another: for the loss, a gradient, a
+    Hessian-vector product or a measure that is a mean over batches, on data of any
+    size. While one batch is computed the next is fetched; no more than these two are on
+    the device.
+
+    Let ``f`` be jitted, outside of the loops that call this, with what changes between
+    calls as arguments. A batch of another size compiles once more.
+
+    Args:
+      f: ``f(batch)``, an array or a tree of arrays, each the mean over the batch.
+      batches: the batches, trees of arrays ``(m, ...)``: a list, or a loader. An
+        iterator is used up by one pass, so make a new one for each call.
+      weight: ``weight(batch)``, the number of examples that count, for instance
+        ``lambda batch: batch["mask"].sum()`` of a padded one; ``None``: the length of
+        the batch's arrays.
+
+    Returns:
+      The mean, a tree like what ``f`` returns, in float32 or wider, on the device.
+
+    Raises:
+      ValueError: if there is no batch, the arrays of one differ in their length and no
+        ``weight`` is given, or the weights sum to no positive number.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> batches = [jnp.array([1.0, 2.0, 3.0]), jnp.array([10.0])]
+      >>> print(sharpness.accumulate(jax.jit(jnp.mean), batches))
+      4.0
+
+      A Hessian-vector product; ``x[None]`` makes it a stack of one batch:
+
+      >>> loss = lambda w, batch: jnp.mean((batch * w) ** 2)
+      >>> @jax.jit
+      ... def hvp(w, v, batch):
+      ...     return sharpness.hvp(loss, w, batch[None], v)
+      >>> w, v = jnp.array(2.0), jnp.array(1.0)
+      >>> print(sharpness.accumulate(lambda batch: hvp(w, v, batch), batches))
+      57.0
+    """
+    count = _examples if weight is None else weight
+    sum_: Any = None
+    total: Any = 0.0
+    for batch in batches:
+        # Else the host would run ahead, and put all batches on the device.
+        jax.block_until_ready(sum_)
+        m = jnp.asarray(count(batch), jnp.result_type(float))
+        part = f(batch)
+        sum_ = _scale(m, part) if sum_ is None else _add(sum_, m, part)
+        total = total + m
+    if sum_ is None:
+        raise ValueError(
+            "There was no batch to take the mean over. An iterator is used up after one"
+            " pass: make a new one for each call, or give a list."
+        )
+    if not float(total) > 0:
+        raise ValueError(
+            f"The weights of all batches must be positive in sum; got {total}."
+        )
+    return _scale(1 / total, sum_)
+
+
+def _examples(batch: Any) -> int:
+    lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError(
+            "The arrays of a batch must have the same number of examples along their"
+            f" first axis; these have {sorted(lengths)}. Otherwise say with"
+            " weight=lambda batch: ... how many examples it counts for."
+        )
+    return lengths.pop()[0]
+
+
+@jax.jit
+def _scale(m: jax.Array, part: Any) -> Any:
+    def scaled(x: ArrayLike) -> jax.Array:
+        dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
+        return jnp.asarray(x, dtype) * m.astype(dtype)
+
+    return jax.tree.map(scaled, part)
+
+
+@jax.jit
+def _add(sum_: Any, m: jax.Array, part: Any) -> Any:
+    return jax.tree.map(jnp.add, sum_, _scale(m, part))

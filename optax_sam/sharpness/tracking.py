@@ -1,0 +1,178 @@
+"""Costly measures now and then during training, on a fixed subset."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_sam import contract
+from optax_sam.sharpness.hessian import hessian_eigenvalues
+from optax_sam.sharpness.objective import LossFn
+from optax_sam.sharpness.probes import typed_key
+from optax_sam.sharpness.scalars import small, to_scalars
+
+
+class ProbeState(NamedTuple):
+    """What a :class:`Probe` remembers; a tree of arrays, to be saved in checkpoints.
+
+    Attributes:
+      starts: for each measure that can start from its last result, a tree like the
+        parameters: the sum of the eigenvectors that it found; zero at first.
+    """
+
+    starts: dict[str, Any]
+
+
+class Probe:
+    """Measures every so many steps, with numbers that any logger takes.
+
+    All measures are compiled together, once, on the first call; parameters and batches
+    are arguments of that program, so it always sees the current ones. Eigenvectors are
+    kept, and Lanczos starts near those of the last time, which saves a part of its
+    products (half of them, in the tests). The key is folded with the step, so that what
+    is measured at a step does not depend on when training was resumed.
+
+    Give it a fixed subset, without augmentation, and a loss in evaluation mode: a few
+    thousand examples of the training data (Cohen et al. 2021 took 5,000), in batches of
+    one fixed size. With another subset or batch size it is another number.
+
+    Cost: that of the measures, on the subset, every ``every`` steps: by default 20
+    Hessian-vector products, about 50 gradients of the subset; and as memory the 20
+    vectors of Lanczos, about twice.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic.
+      batches: a tree of arrays ``(B, m, ...)``, as from :func:`stack_batches`.
+      key: for the random parts of measures: an int or a key.
+      every: number of steps from one measurement to the next, at least 1.
+      measures: functions by name, called as ``measure(loss_fn, params, batches)``, with
+        ``key=`` and ``init=`` if they have arguments of these names. So those of this
+        package can be given as they are, or with options by ``functools.partial``, and
+        may return anything that :func:`to_scalars` takes. What takes ``init`` must
+        return an :class:`EigenResult`, or another with ``eigenvalues`` ``(k,)`` and
+        ``eigenvectors``; the next time it gets their sum. ``None``: the largest
+        eigenvalue of the Hessian, ``{"lambda_max": hessian_eigenvalues}``.
+      prefix: what all names begin with.
+
+    Raises:
+      ValueError: if ``every`` is no integer above 0, ``measures`` is no dict of
+        functions, a measure takes ``init`` and returns no eigenvectors, or for what a
+        measure itself raises on the first call.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss_fn = lambda w, batch: jnp.mean(batch @ w**4)
+      >>> probe = sharpness.Probe(loss_fn, jnp.eye(2)[None], every=10)
+      >>> w = jnp.array([1.0, 0.5])
+      >>> state = probe.init(w)
+      >>> for step in range(20):
+      ...     scalars, state = probe(step, w, state)
+      ...     if scalars:
+      ...         print(step, f"{scalars['sharpness/lambda_max/eigenvalues/0']:.3f}")
+      ...     w = 0.9 * w
+      0 6.000
+      10 0.729
+
+    References:
+      Cohen et al., `Gradient Descent on Neural Networks Typically Occurs at the Edge of
+      Stability <https://arxiv.org/abs/2103.00065>`_, 2021
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        batches: Any,
+        key: ArrayLike = 0,
+        *,
+        every: int,
+        measures: Mapping[str, Callable[..., Any]] | None = None,
+        prefix: str = "sharpness/",
+    ):
+        contract.check_integer("every", every, 1)
+        contract.check_key(key)
+        measures = {"lambda_max": hessian_eigenvalues} if measures is None else measures
+        if not (
+            isinstance(measures, Mapping)
+            and measures
+            and all(map(callable, measures.values()))
+        ):
+            raise ValueError(
+                "measures must be a dict of functions (loss_fn, params, batches), such"
+                ' as {"lambda_max": sharpness.hessian_eigenvalues, "sam": functools'
+                f".partial(sharpness.sam_sharpness, rho=0.05)}}; got {measures!r}."
+            )
+        takes = {name: _arguments(f) for name, f in measures.items()}
+        self._warm = [name for name in measures if "init" in takes[name]]
+        self._every, self._prefix = every, prefix
+        self._key, self._batches = key, batches
+
+        def run(params: Any, batches: Any, key: jax.Array, state: ProbeState) -> Any:
+            values, starts = {}, {}
+            for i, (name, measure) in enumerate(measures.items()):
+                options: dict[str, Any] = {}
+                if "key" in takes[name]:
+                    options["key"] = jax.random.fold_in(key, i)
+                if name in self._warm:
+                    options["init"] = state.starts[name]
+                result = measure(loss_fn, params, batches, **options)
+                for path, x in small(result).items():
+                    values["/".join(filter(None, [name, path]))] = x
+                if name in self._warm:
+                    starts[name] = _next_start(name, result, state.starts[name])
+            return values, ProbeState(starts)
+
+        self._run = jax.jit(run)
+
+    def init(self, params: Any) -> ProbeState:
+        """The state before the first measurement."""
+        zeros = lambda x: jnp.zeros(
+            jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32)
+        )
+        return ProbeState({name: jax.tree.map(zeros, params) for name in self._warm})
+
+    def __call__(
+        self, step: int, params: Any, state: ProbeState
+    ) -> tuple[dict[str, float], ProbeState]:
+        """Measures if it is time to.
+
+        Args:
+          step: the number of the step, from 0.
+          params: the current parameters.
+          state: from :meth:`init` or the last call.
+
+        Returns:
+          Names and floats, none of them on steps between, and the new state.
+        """
+        if int(step) % self._every:
+            return {}, state
+        key = jax.random.fold_in(typed_key(self._key), int(step))
+        values, state = self._run(params, self._batches, key, state)
+        return to_scalars(values, self._prefix), state
+
+
+def _arguments(measure: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(measure).parameters) & {"key", "init"}
+
+
+def _next_start(name: str, result: Any, start: Any) -> Any:
+    if not (hasattr(result, "eigenvalues") and hasattr(result, "eigenvectors")):
+        raise ValueError(
+            f"The measure {name!r} takes init, so it must return a result with"
+            " eigenvalues and eigenvectors, from which the next one starts. Drop the"
+            " argument, or give it another name."
+        )
+    # Those that there were: parameters that are not finite must not spoil what follows.
+    found = jnp.isfinite(result.eigenvalues)
+
+    def sum_(v: jax.Array, old: jax.Array) -> jax.Array:
+        kept = jnp.where(jnp.expand_dims(found, range(1, v.ndim)), v, 0)
+        # All of them: Lanczos finds nothing in directions that its start is not in.
+        return jnp.where(found.any(), kept.sum(0).astype(old.dtype), old)
+
+    return jax.tree.map(sum_, result.eigenvectors, start)
