@@ -412,7 +412,7 @@ def transformer(quick: bool) -> dict[str, Any]:
 
     params = fit(net.init(jax.random.key(0), data[0][:1]), data)
     batches = sharpness.stack_batches(jax.tree.map(lambda x: x[:256], data), 128)
-    paths = [("params", f"layer_{i}", "attention") for i in (1, 2)]
+    paths = [f"params/layer_{i}/attention" for i in (1, 2)]
     pairs = [p for path in paths for p in sharpness.attention_gl_pairs(params, path)]
 
     @jax.jit
