@@ -50,7 +50,7 @@ TITLES = {
 }
 GRID: dict[str, tuple[Any, ...]] = {
     "optimizer": ("SGD", "SAM", "vSAM", "MSAM"),
-    "learning_rate": (0.03, 0.1, 0.2),
+    "learning_rate": (0.02, 0.05, 0.1),
     "batch_size": (32, 128),
     "weight_decay": (0.0, 2e-3),
 }
@@ -85,8 +85,8 @@ def load(name: str, data: Path | None) -> Task:
         wrong = rng.permutation(len(y))[: len(y) // 5]
         y = y.copy()
         y[wrong] = rng.integers(0, 10, len(wrong))
-        rho = {"SAM": 0.3, "vSAM": 0.4, "MSAM": 1.5}
-        return Task(x, y.astype(np.int32), test_x, test_y, 0.2, 60, rho)
+        rho = {"SAM": 0.2, "vSAM": 0.2, "MSAM": 1.0}
+        return Task(x, y.astype(np.int32), test_x, test_y, 0.2, 100, rho)
     assert data is not None
     with np.load(data) as file:
         # Two by two pixels in one: a tenth of the time for the measures.
@@ -95,8 +95,8 @@ def load(name: str, data: Path | None) -> Task:
         y, test_y = file["train_y"].astype("i4"), file["test_y"].astype("i4")
     rows = np.random.default_rng(0).permutation(len(y))[:2048]
     flat = lambda x: x.reshape(len(x), -1)
-    rho = {"SAM": 0.1, "vSAM": 0.1, "MSAM": 1.0}
-    return Task(flat(x[rows]), y[rows], flat(test_x), test_y, 0.0, 40, rho)
+    rho = {"SAM": 0.1, "vSAM": 0.1, "MSAM": 0.4}
+    return Task(flat(x[rows]), y[rows], flat(test_x), test_y, 0.0, 60, rho)
 
 
 def logits_of(params: Any, images: jax.Array) -> jax.Array:
