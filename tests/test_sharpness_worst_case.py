@@ -47,8 +47,9 @@ def exact(H, g, rho):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(
+    ("adaptive", "dtype"), [(False, "float64"), (False, "float32"), (True, "float64")]
+)
 def test_l2_reaches_the_exact_maximum(adaptive, dtype):
     batches = jax.tree.map(lambda x: jnp.asarray(x, dtype), problems())
     rng = np.random.default_rng(1)
@@ -270,8 +271,7 @@ def net_problem(dtype=None):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("random_init", [True, False])
+@pytest.mark.parametrize(("norm", "random_init"), [("l2", True), ("linf", False)])
 def test_adaptive_is_invariant_under_rescaling_of_layers(norm, random_init):
     w, batches = net_problem()
     options = dict(norm=norm, random_init=random_init)

@@ -105,9 +105,7 @@ def keskar_sharpness(
     start, basis = jax.random.split(typed_key(key))
     if subspace_dim is None:
         like = o.w
-        point = lambda u: jax.tree.map(
-            lambda w, u: w + (jnp.abs(w) + 1) * u, o.w, o.vary(u)
-        )
+        point = lambda u: jax.tree.map(lambda w, u: w + (jnp.abs(w) + 1) * u, o.w, u)
     else:
         like, point = _subspace(o.w, subspace_dim, basis)
 
