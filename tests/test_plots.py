@@ -144,6 +144,9 @@ def test_surfaces_share_their_colours():
     lowest = filled[1].get_paths()[0].vertices
     assert 0 < np.ptp(lowest[:, 0]) < 0.5
     assert np.ptp(lowest[:, 1]) == 4
+    # And the second one is upwards: the lowest place is where it was put.
+    corner = plots.loss_surface(x, y, (x[:, None] + 1.01) * (2.01 - y))
+    assert corner.collections[0].get_paths()[0].vertices.mean(0)[1] > 1
     # One bar for both, with as many labels as are legible.
     assert len(axes[0].figure.axes) == 3
     assert axes[0].figure.axes[-1].get_ylabel() == "Loss (nats)"
