@@ -518,13 +518,15 @@ def test_mask():
     assert alone.value > run("GH", ()).value + 0.01
 
 
-@pytest.mark.slow
 def test_devices():
     """A batch on each of eight devices, by hand and by JAX's own sharding."""
-    params, batches = representatives(jnp.float32)[1], in_dtype(digits(8, 4), "f")
+    G, H = map(jnp.float32, pair(0))
+    params = {"G": G, "H": H, "b": jnp.ones(M)}
+    batches = jnp.float32(np.random.default_rng(1).normal(size=(8, 3, N)))
+    loss = lambda w, x: jnp.mean(jnp.tanh(x @ w["G"] @ w["H"].T + w["b"]))
     run = lambda axis_name: (
         lambda params, batches: sharpness.geodesic_sharpness(
-            loss_fn, params, batches, RHO, pairs_of(params), 0, axis_name=axis_name
+            loss, params, batches, RHO, PAIR_OF_TOY, 0, axis_name=axis_name
         )[:3]
     )
     expected = jax.jit(run(None))(params, batches)
