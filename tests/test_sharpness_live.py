@@ -166,12 +166,15 @@ def test_an_inert_perturbation_shows(jit, dtype):
     w = {"lost": jnp.ones(6, dtype), "kept": jnp.full(2, 1e-3, dtype)}
     e = jax.tree.map(lambda x: jnp.full(x.shape, 1e-4, jnp.float32), w)
     g = jax.tree.map(jnp.ones_like, w)
-    of = lambda w: sharpness.sam_metrics(1.0, 1.1, g, g, e, params=w)
+    # Of a loss with the Hessian 3 I, at the point that is reached.
+    g_s = {"lost": g["lost"], "kept": g["kept"].astype(jnp.float32) + 3e-4}
+    of = lambda w: sharpness.sam_metrics(1.0, 1.1, g, g_s, e, params=w)
     of = jax.jit(of) if jit else of
     found = of(w)
     assert found["moved_fraction"] == 0.25
     np.testing.assert_allclose(found["rho"], 1e-4 * 8**0.5, rtol=1e-5)
     np.testing.assert_allclose(found["perturbation_norm"], 1e-4 * 2**0.5, rtol=0.05)
+    np.testing.assert_allclose(found["rayleigh_quotient"], 3, rtol=0.05)
     inert = of(jax.tree.map(jnp.ones_like, w))
     assert inert["moved_fraction"] == inert["perturbation_norm"] == 0
     assert inert["rayleigh_quotient"] == inert["rayleigh_from_loss"] == 0
@@ -273,7 +276,8 @@ def test_scalars_of_all_kinds():
             flag=jnp.array([True, False]),
         ),
         "layers": {"dense": Pair(jnp.float32(1.5), jnp.ones((2, 2), jnp.bfloat16))},
-        "list": [Pair(1, np.float64(2.5), False)],
+        "nested": {"deep": {"er": Pair(6, jnp.ones(99))}},
+        "list": [Pair(1, np.float64(2.5), False), Pair(2, jnp.ones(99))],
         "grid": jnp.ones(33),
         "small": np.arange(2),
         "half": jnp.ones((), jnp.bfloat16),
@@ -298,6 +302,10 @@ def test_scalars_of_all_kinds():
         "x/list/0/value": 1,
         "x/list/0/vectors": 2.5,
         "x/list/0/flag": 0,
+        "x/list/1/value": 2,
+        "x/list/1/flag": 1,
+        "x/nested/deep/er/value": 6,
+        "x/nested/deep/er/flag": 1,
         "x/small/0": 0,
         "x/small/1": 1,
         "x/half": 1,

@@ -162,6 +162,17 @@ def test_after_the_block_the_bar_stays(monkeypatch):
     assert file.getvalue() == written
 
 
+def test_the_bar_waits_for_the_device(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    file = io.StringIO()
+    slow = lambda w, batch: jnp.linalg.norm(w @ (w @ (w @ batch)))
+    batches = jnp.ones((60, 300, 300))
+    with sharpness.progress(slow, file=file) as counted:
+        run = jax.jit(lambda w, b: jax.lax.map(functools.partial(counted, w), b))
+        run(batches[0], batches)  # and nobody asks for the result
+    assert file.getvalue().endswith("sharpness 60\n")
+
+
 def test_only_the_first_process_writes(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     file = io.StringIO()
