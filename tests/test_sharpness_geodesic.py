@@ -375,6 +375,7 @@ def representatives(dtype, scales=(0.01, 1.0, 100.0)):
 
 def pairs_of(params):
     pairs = sharpness.attention_gl_pairs(params, "attention")
+    assert pairs == sharpness.attention_gl_pairs(params, ("attention",))
     assert len(pairs) == 2
     return pairs
 

@@ -566,7 +566,6 @@ def test_half_precision_is_widened():
         (dict(rho=0.0), r"rho must be a number in \(0, inf\); got 0"),
         (dict(rho=-1.0), "rho must be"),
         (dict(rho=float("nan")), "rho must be"),
-        (dict(key=None), "random start needs a key: pass key=0"),
         (dict(key="a"), "key must be an int"),
         (dict(norm="l1"), 'norm must be "l2" or "linf"; got \'l1\''),
         (dict(num_steps=0), "num_steps must be an integer >= 1"),
@@ -601,3 +600,14 @@ def test_bad_input_to_keskar_is_refused():
         run(subspace_dim=4)
     with pytest.raises(ValueError, match="num_steps must be"):
         run(num_steps=0)
+
+
+def test_without_a_key_it_is_zero():
+    loss = lambda w, batch: jnp.mean((batch @ jnp.tanh(w)) ** 2)
+    arguments = loss, jnp.array([0.3, -0.2]), jnp.eye(2)[None]
+    worst = sharpness.worst_case_sharpness(*arguments, RHO, num_steps=1)
+    zero = sharpness.worst_case_sharpness(*arguments, RHO, 0, num_steps=1)
+    other = sharpness.worst_case_sharpness(*arguments, RHO, 1, num_steps=1)
+    assert worst.value == zero.value != other.value
+    keskar = sharpness.keskar_sharpness(*arguments, subspace_dim=1)
+    assert keskar.value == sharpness.keskar_sharpness(*arguments, 0, subspace_dim=1)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +92,7 @@ def _blocks(name: str, factor: Any) -> tuple[GLBlock, ...]:
 
 
 def attention_gl_pairs(
-    params: Any, path: str, *, qk: bool = True, vo: bool = True
+    params: Any, path: str | Sequence[Any], *, qk: bool = True, vo: bool = True
 ) -> list[GLPair]:
     r"""The pairs of a Flax attention layer, one for each head, biases included.
 
@@ -110,7 +111,8 @@ def attention_gl_pairs(
 
     Args:
       params: the parameters; only their paths and shapes are read.
-      path: that of the layer, its keys joined by ``/``; ``""`` if it is the whole.
+      path: that of the layer, its keys joined by ``/`` or as a tuple; ``""`` if it is
+        the whole.
       qk: whether to take the query-key pairs.
       vo: whether to take the value-output pairs.
 
@@ -138,6 +140,7 @@ def attention_gl_pairs(
       Riemannian Geometry Finds It", ICML 2025. arXiv:2505.05409
     """
     shapes = {name: jnp.shape(x) for name, x in named_leaves(params).items()}
+    path = path if isinstance(path, str) else "/".join(map(str, path))
     prefix = f"{path}/" if path else ""
     wanted = ("query", "key") * qk + ("value", "out") * vo
     absent = [x for x in wanted if f"{prefix}{x}/kernel" not in shapes]

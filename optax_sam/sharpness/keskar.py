@@ -32,7 +32,7 @@ def keskar_sharpness(
     loss_fn: LossFn,
     params: Any,
     batches: Any,
-    key: ArrayLike,
+    key: ArrayLike | None = None,
     *,
     eps: ArrayLike = 1e-3,
     num_steps: int = 20,
@@ -61,7 +61,8 @@ def keskar_sharpness(
         deterministic, so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
       batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
-      key: an int, typed key or raw key data, for the start and the subspace.
+      key: an int, typed key or raw key data, for the start and the subspace; ``None``
+        is 0.
       eps: half the width of the box for a weight of 0, above 0; the paper's are 1e-3
         and 5e-4.
       num_steps: steps of the ascent, at least 1.
@@ -102,7 +103,7 @@ def keskar_sharpness(
     )
     contract.check_number("eps", eps, 0, open_low=True)
     contract.check_integer("num_steps", num_steps, 1)
-    start, basis = jax.random.split(typed_key(key))
+    start, basis = jax.random.split(typed_key(0 if key is None else key))
     if subspace_dim is None:
         like = o.w
         point = lambda u: jax.tree.map(lambda w, u: w + (jnp.abs(w) + 1) * u, o.w, u)

@@ -54,6 +54,7 @@ class Objective(NamedTuple):
                 f" returned {what}. Write losses.mean(), and drop what else it returns:"
                 " lambda params, batch: loss_fn(params, batch)[0]."
             )
+        value = jnp.asarray(value)
         return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
     def mean(self, f: Callable[[Any], Any]) -> Any:

@@ -80,12 +80,12 @@ def worst_case_sharpness(
       rho: radius, above 0, in units of the weights; relative to them if adaptive. The
         paper's: 0.25 to 2 (CNN, l2), 0.5 to 4 (ViT, adaptive l2), 5e-4 to 4e-3 (CNN,
         linf), 5e-4 to 4e-3 (ViT, adaptive linf).
-      key: an int, typed key or raw key data, for the random starts.
+      key: an int, typed key or raw key data, for the random starts; ``None`` is 0.
       adaptive: whether offsets are relative to the sizes of the weights.
       norm: ``"l2"``, over all leaves together, or ``"linf"``, for each weight.
       num_steps: steps of each ascent, at least 1.
       num_restarts: the number of random starts, of which the best counts.
-      random_init: ``False``: start at ``w``, which needs no key, and is blind at a
+      random_init: ``False``: start at ``w``, which is deterministic, and blind at a
         critical point, where the gradient is 0.
       metric_fn: ``metric_fn(params, batch)``, an array or a tree of arrays, such as the
         0-1 error, whose mean change at the worst points is reported.
@@ -99,8 +99,8 @@ def worst_case_sharpness(
       The sharpness, as a :class:`SharpnessResult`.
 
     Raises:
-      ValueError: if ``rho`` is not above 0, the key is missing, ``norm`` is unknown,
-        there are several restarts but no random start, or as :func:`hvp` does.
+      ValueError: if ``rho`` is not above 0, ``norm`` is unknown, there are several
+        restarts but no random start, or as :func:`hvp` does.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -180,8 +180,9 @@ def worst_cases(
     Returns:
       The result of the measure.
     """
-    check_ascent(rho, key, norm, num_steps, num_restarts, random_init)
+    check_ascent(rho, norm, num_steps, num_restarts, random_init)
     alone = len(o.share) == 1 and o.axis_name is None
+    start = (0 if key is None else key) if random_init else None
 
     def of_batch(batch: Any) -> tuple[Any, ...]:
         phi = lambda u: o.loss(point(u), batch)
@@ -190,7 +191,7 @@ def worst_cases(
             o.loss(o.w, batch),
             like,
             rho,
-            key if random_init else None,
+            start,
             ball=norm,
             project=project,
             num_steps=num_steps,
@@ -217,7 +218,6 @@ def worst_cases(
 
 def check_ascent(
     rho: ArrayLike,
-    key: ArrayLike | None,
     norm: Ball,
     num_steps: int,
     num_restarts: int,
@@ -228,16 +228,10 @@ def check_ascent(
     check_norm(norm)
     contract.check_integer("num_steps", num_steps, 1)
     contract.check_integer("num_restarts", num_restarts, 1)
-    if random_init and key is None:
-        raise ValueError(
-            "A random start needs a key: pass key=0, another integer or"
-            " jax.random.key(0); or start at the parameters: random_init=False, which"
-            " finds nothing where the gradient is 0."
-        )
     if num_restarts > 1 and not random_init:
         raise ValueError(
             f"num_restarts={num_restarts} starts from the parameters would all be the"
-            " same: use random_init=True and a key, or num_restarts=1."
+            " same: use random_init=True, or num_restarts=1."
         )
 
 
