@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 from rich.progress import Progress
 from sklearn.datasets import load_digits
@@ -541,7 +542,7 @@ COLOURS = dict(
 def draw(results: dict[str, Any], path: Path) -> None:
     """Kendall's tau of each measure, and two measures against the gap."""
     sets = results["sets"]
-    figure = Figure(figsize=(9, 4 + 4.6 * 1.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9, 11.5), dpi=100, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(2.2, 1))
     for i, (axes, (name, part)) in enumerate(
         zip(
@@ -565,12 +566,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(y, [line["measure"] for line in lines], fontsize=8)
         axes.set_xlim(-1, 1)
+        axes.set_ylim(-1, len(lines))
         axes.set_xlabel("Kendall's tau with the gap of errors")
-        axes.set_title(TITLES[name], fontsize=10)
+        axes.set_title(TITLES[name].replace(", ", "\n", 1), fontsize=10)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if not i:
-            axes.legend(fontsize=8, loc="upper left", frameon=False)
+            axes.legend(fontsize=9, loc="lower left", frameon=False)
     names = SHOWN[0], SHOWN[2]
     panels = bottom.subplots(1, len(names) * len(sets), squeeze=False)[0]
     for axes, ((name, part), measure) in zip(
@@ -584,11 +586,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     color=colour, markersize=4, label=optimizer,
                 )  # fmt: skip
         axes.set_xscale("log")
-        axes.set_xlabel(measure.replace(", l2,", ",\nl2,"), fontsize=8)
-        axes.set_title(name, fontsize=9)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(measure.replace(", l2,", ",\nl2,"), fontsize=9)
+        axes.set_title(TITLES[name].split(",")[0], fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("Gap: test minus\ntraining error (%)")
-    panels[-1].legend(fontsize=8, frameon=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    bottom.legend(
+        handles, labels, fontsize=9, frameon=False, ncols=4, loc="outside upper center"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
