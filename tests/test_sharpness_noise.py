@@ -288,7 +288,6 @@ def test_normalized_logits_at_zero_and_in_half_precision():
         ("noise", dict(metric_fn=lambda w, b: w), "must return a scalar, such as"),
         ("noise", dict(metric_fn=lambda w, b: (0.0, 1)), "it returned \\(0.0, 1\\)"),
     ],
-    ids=str,
 )
 def test_bad_input_is_refused(measure, change, advice):
     loss = lambda w, batch: jnp.sum(w)

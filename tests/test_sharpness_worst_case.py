@@ -386,7 +386,6 @@ def counted_loss():
         ("average", 0, 41),
         ("pac_bayes", 0, 151),
     ],
-    ids=str,
 )
 def test_the_program_takes_as_many_gradients_as_documented(measure, passes, forwards):
     loss, values, gradients = counted_loss()
@@ -576,7 +575,6 @@ def test_half_precision_is_widened():
         (dict(batches=jnp.zeros((0, 1))), "empty"),
         (dict(params=jnp.arange(3)), "int32"),
     ],
-    ids=str,
 )
 def test_bad_input_is_refused(change, advice):
     good = dict(
