@@ -299,6 +299,32 @@ HEADS, WIDTH = 2, 8
 RHO = 0.3
 
 
+@METRICS
+def test_diagonal_network(x64, metric):
+    # beta = u * v with X'X = I: every coordinate is a pair of one row and one column.
+    # Two of them, so the maximum is over one angle: t_i = +-rho / sqrt 2 (cos, sin).
+    p, target, rho = np.array([3.0, -0.5]), np.array([2.8, -0.6]), 0.1
+    u = np.array([1.5, 0.2])
+    params = {"u": jnp.array(u), "v": jnp.array(p / u)}
+    loss = lambda w, _: jnp.sum((w["u"] * w["v"] - target) ** 2) / 2
+    block = lambda name: sharpness.GLBlock(name, 2, 1, (1, 2, 1))
+    result = sharpness.geodesic_sharpness(
+        loss, params, jnp.zeros((1, 1)), rho,
+        [sharpness.gl_pair(block("u"), block("v"))], 0,
+        metric=metric, num_steps=100, num_restarts=4,
+    )  # fmt: skip
+    angle = np.linspace(0, 2 * np.pi, 200_001)
+    t = rho / np.sqrt(2) * np.stack([np.cos(angle), np.sin(angle)])
+    if metric == "mix":
+        factor = 1 + t / p[:, None] - (t / p[:, None]) ** 2 / 2
+    else:
+        factor = 1 + t + t**2 / 2
+    losses = ((p[:, None] * factor**2 - target[:, None]) ** 2).sum(0) / 2
+    exact = losses.max() - ((p - target) ** 2).sum() / 2
+    np.testing.assert_allclose(result.value, exact, rtol=1e-6)
+    assert result.value <= exact * (1 + 1e-9)
+
+
 class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x):
