@@ -1,7 +1,10 @@
 """Devices and fixtures for all tests."""
 
+import importlib
 import importlib.metadata
 import os
+import sys
+from pathlib import Path
 
 # Before JAX is imported: eight devices of the CPU, for the tests of sharding; machine
 # code as it comes: half of compiling, which dominates, is improving what runs for
@@ -36,3 +39,11 @@ def x64():
 
     with harness.x64():
         yield
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a script of ``benchmarks/`` by its name, as they import each other."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
+    return importlib.import_module

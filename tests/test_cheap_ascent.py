@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -23,11 +22,8 @@ RESULTS = ROOT / "benchmarks/results/cheap_ascent.json"
 
 
 @pytest.fixture
-def study(monkeypatch):
-    for package in ("flax", "matplotlib", "rich", "sklearn"):
-        pytest.importorskip(package)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
-    return importlib.import_module("cheap_ascent")
+def study(benchmark):
+    return benchmark("cheap_ascent")
 
 
 def test_the_tables_are_those_of_the_results(study):

@@ -1,6 +1,5 @@
 """The correlation study runs and resumes, and its page shows the committed results."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -19,11 +18,8 @@ RESULTS = ROOT / "benchmarks/results/correlation.json"
 
 
 @pytest.fixture
-def study(monkeypatch):
-    for package in ("flax", "matplotlib", "rich", "sklearn"):
-        pytest.importorskip(package)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
-    return importlib.import_module("correlation")
+def study(benchmark):
+    return benchmark("correlation")
 
 
 def test_the_tables_are_those_of_the_results(study):

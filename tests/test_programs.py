@@ -1,9 +1,7 @@
 """The reader of compiled programs, and the page on pods. No TPU compiler is needed."""
 
-import importlib
 import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -47,14 +45,6 @@ ENTRY %main (p: f32[4]) -> f32[16] {
   ROOT %arrived = f32[4]{0} collective-permute-done(%sent)
 }
 """
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    pytest.importorskip("flax")
-    pytest.importorskip("rich")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
-    return importlib.import_module
 
 
 def test_what_a_program_sends(benchmark):
