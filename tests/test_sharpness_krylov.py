@@ -96,11 +96,19 @@ def test_repeated_eigenvalues_are_found_once():
     assert result.residuals[2] == jnp.inf
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # its square overflows
 def test_an_operator_that_is_not_finite_says_so(bad):
     result = largest()(jnp.ones(N).at[3].set(bad))
     assert jnp.isnan(result.eigenvalues[0])
     assert not result.converged[0]
+
+
+def test_a_start_at_an_eigenvector_still_finds_the_others():
+    values = jnp.arange(10.0)
+    lesser = jnp.zeros(10).at[5].set(1)
+    result = sharpness.eigenvalues_of(diagonal(values), 0, init=lesser)
+    np.testing.assert_allclose(result.eigenvalues, [9], rtol=1e-5)
+    assert result.converged[0]
 
 
 def test_more_steps_than_dimensions():
@@ -200,6 +208,16 @@ def test_sums_count_what_is_taken_out_once(x64):
     exp = sharpness.spectral_sum_of(jnp.exp, quadrature)
     assert abs(exp.estimate - np.exp(values).sum()) <= 4 * exp.stderr
     assert exp.stderr < 0.001 * exp.estimate
+
+
+def test_only_what_has_converged_is_taken_out(x64):
+    values = np.arange(1.0, N + 1)
+    quadrature = jax.jit(
+        lambda d: sharpness.deflated_quadrature(diagonal(d), 0, num_top_matvecs=8)
+    )(values)
+    result = sharpness.spectral_sum_of(jnp.square, quadrature)
+    assert result.num_deflated == 0
+    assert abs(result.estimate - (values**2).sum()) <= 4 * result.stderr
 
 
 @pytest.mark.parametrize("name", BREAKDOWNS)
