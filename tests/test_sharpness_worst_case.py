@@ -98,7 +98,7 @@ def test_l2_reaches_the_exact_maximum(adaptive, dtype):
 
 
 def reference_auto_pgd(phi, gradient, u, rho, ball, n):
-    """The ascent as the specification writes it, with plain Python numbers."""
+    """The ascent as its paper writes it, with plain Python numbers."""
 
     def P(u):
         if ball == "linf":
