@@ -103,7 +103,7 @@ def test_projection_is_orthogonal_to_the_orbit(x64, metric):
 
 
 def textbook_projection(G, H, xi, metric):
-    """By the equations of the specification, in the weights themselves."""
+    """By the equations of the paper, in the weights themselves."""
     P, Q = G.T @ G, H.T @ H
     if metric == "inv":
         B = P @ H.T @ xi[1] - xi[0].T @ G @ Q
@@ -229,7 +229,7 @@ def test_zero_factors(metric, zero):
     assert not frame.alive.any()
 
 
-# A product of two numbers, G H x = 3 x, with the values of the specification.
+# A product of two numbers, G H x = 3 x, with values worked out by hand.
 
 TOY = {
     ("inv", 2.9): 0.2984063795,
