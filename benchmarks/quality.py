@@ -33,7 +33,8 @@ import jax
 import networks
 import presets
 import quality_report
-from quality_training import Epoch, Trainer, settings
+from quality_checkpoints import Epoch
+from quality_training import Trainer, settings
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
