@@ -187,6 +187,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def append(row: dict[str, Any], path: Path) -> None:
+    """Adds a line, also to a file whose last line a killed process left open."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        file.seek(0)
+        kept = file.read()
+        if kept and not kept.endswith("\n"):
+            file.write("\n")
+        file.write(json.dumps(row) + "\n")
+
+
 def train(options: argparse.Namespace, console: Console) -> bool:
     """Does what is not done; whether all of it is."""
     begin, budget = time.perf_counter(), options.minutes
@@ -199,7 +210,9 @@ def train(options: argparse.Namespace, console: Console) -> bool:
         *(TextColumn("{task.description}"), BarColumn()),
         *(TextColumn("{task.percentage:.0f} %"), Speed(), Remaining()),
     )
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+    log = not console.is_terminal  # in which no bar moves
+    shown: Any = {"console": console, "refresh_per_second": 2, "disable": log}
+    with Progress(*columns, **shown) as progress:
         bar = progress.add_task("")
         for place, job in enumerate(jobs, 1):
             trainer = bench.trainer(job)
@@ -219,7 +232,7 @@ def train(options: argparse.Namespace, console: Console) -> bool:
                 title: str = title,
                 images: int = size * steps,
             ) -> None:
-                if not console.is_terminal:  # a log, in which no bar moves
+                if log:
                     accuracy = (
                         "" if epoch.accuracy is None else f"{epoch.accuracy:.2f} %"
                     )
@@ -241,9 +254,7 @@ def train(options: argparse.Namespace, console: Console) -> bool:
                 **results,
             }
             row["train_examples"] = trainer.examples
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append(row, options.out)
             done.add(name)
             speed = results["images_per_second"] or 0
             console.print(
