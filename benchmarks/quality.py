@@ -239,7 +239,8 @@ def train(options: argparse.Namespace, console: Console) -> bool:
                     console.print(
                         f"{title}: epoch {number}, {images / epoch.seconds:,.0f}"
                         f" images/s{' with compiling' * epoch.cold},"
-                        f" loss {epoch.loss:.4f} {accuracy}"
+                        f" loss {epoch.loss:.4f} {accuracy}",
+                        soft_wrap=True,
                     )
 
             results = trainer.run(job.seed, options.checkpoints / name, late, tick, say)
@@ -259,7 +260,8 @@ def train(options: argparse.Namespace, console: Console) -> bool:
             speed = results["images_per_second"] or 0
             console.print(
                 f"{title}: {results['accuracy']:.2f} %, {speed:,.0f} images/s,"
-                f" {results['gradients_per_step']:.3f} gradients per step"
+                f" {results['gradients_per_step']:.3f} gradients per step",
+                soft_wrap=True,
             )
             if place < len(jobs) and late(0):
                 console.print("Out of time; the same command goes on.")

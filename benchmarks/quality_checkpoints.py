@@ -29,9 +29,11 @@ class Epoch(NamedTuple):
     accuracy: float | None
 
 
-def finite(x: Any) -> Any:
-    """``None`` for a number that JSON cannot hold."""
-    return x if not isinstance(x, float) or math.isfinite(x) else None
+def brief(x: Any) -> Any:
+    """For JSON: six digits of a number, ``None`` for one that it cannot hold."""
+    if not isinstance(x, float):
+        return x
+    return float(f"{x:.6g}") if math.isfinite(x) else None
 
 
 def save(folder: Path, state: State, history: list[Epoch]) -> None:

@@ -13,7 +13,7 @@ import datasets
 import jax
 import jax.numpy as jnp
 import presets
-from quality_checkpoints import Epoch, finite, restore, save
+from quality_checkpoints import Epoch, brief, restore, save
 from quality_step import EVALUATION_BATCH, State, Steps
 
 import optax_sam
@@ -189,7 +189,7 @@ class Trainer(Steps):
         return {
             "accuracy": accuracies[-1],
             "accuracy_last_epochs": sum(accuracies[-LAST:]) / len(accuracies[-LAST:]),
-            "train_loss": finite(history[-1].loss),
+            "train_loss": brief(history[-1].loss),
             "ascents": ascents,
             "steps": steps,
             "gradients_per_step": cost,
@@ -198,7 +198,7 @@ class Trainer(Steps):
             "ais": images * len(warm) / sum(warm) if warm else None,
             "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
             "history": {
-                name: [finite(getattr(epoch, name)) for epoch in history]
+                name: [brief(getattr(epoch, name)) for epoch in history]
                 for name in Epoch._fields
             },
         }
