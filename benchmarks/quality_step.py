@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import datasets
@@ -41,6 +42,29 @@ class Batch(NamedTuple):
     images: jax.Array
     targets: jax.Array
     rows: jax.Array
+
+
+@functools.cache
+def initializer(model: Any) -> Any:
+    """Makes a model's variables; compiled once for all methods and seeds."""
+    return jax.jit(lambda key, x: model.init(key, x, train=False))
+
+
+@functools.cache
+def evaluator(model: Any) -> Any:
+    """How many of a stretch of the test set are right; compiled once as well."""
+
+    def right_answers(
+        params: Any, model_state: Any, data: datasets.Data, start: Any
+    ) -> jax.Array:
+        rows = start + jnp.arange(min(EVALUATION_BATCH, len(data.test_y)))
+        inside = rows < len(data.test_y)
+        rows = jnp.minimum(rows, len(data.test_y) - 1)
+        images = datasets.normalize(data, data.test_x[rows])
+        logits = model.apply({"params": params, **model_state}, images, train=False)
+        return jnp.sum((logits.argmax(-1) == data.test_y[rows]) & inside)
+
+    return jax.jit(right_answers)
 
 
 class Steps:
@@ -213,15 +237,3 @@ class Steps:
                 1
             ]
         )
-
-    def right_answers(
-        self, params: Any, model_state: Any, data: datasets.Data, start: Any
-    ) -> jax.Array:
-        """How many of a stretch of the test set are right."""
-        rows = start + jnp.arange(min(EVALUATION_BATCH, len(data.test_y)))
-        inside = rows < len(data.test_y)
-        rows = jnp.minimum(rows, len(data.test_y) - 1)
-        images = datasets.normalize(data, data.test_x[rows])
-        variables = {"params": params, **model_state}
-        logits = self.model.apply(variables, images, train=False)
-        return jnp.sum((logits.argmax(-1) == data.test_y[rows]) & inside)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import presets
 from quality_checkpoints import Epoch, brief, restore, save
-from quality_step import EVALUATION_BATCH, State, Steps
+from quality_step import EVALUATION_BATCH, State, Steps, evaluator, initializer
 
 import optax_sam
 
@@ -55,14 +55,13 @@ class Trainer(Steps):
         else:
             self.step = jax.jit(self.train_step, donate_argnums=0)
         self.statistics = jax.jit(self.new_statistics)
-        self.correct = jax.jit(self.right_answers)
+        self.correct = evaluator(self.model)
         self.eval_params = jax.jit(optax_sam.msam_eval_params)
 
     def start(self, seed: int) -> State:
         """The state before the first step."""
-        init = jax.jit(lambda key, x: self.model.init(key, x, train=False))
         images = datasets.normalize(self.data, self.data.train_x[:1])
-        variables = dict(init(jax.random.key(seed), images))
+        variables = dict(initializer(self.model)(jax.random.key(seed), images))
         params = variables.pop("params")
         averaged = {}
         if self.method == "MESA":

@@ -302,7 +302,6 @@ def results(trainer, seed=0, folder=Path("nowhere")):
 )
 def test_every_method_trains(trainer, method):
     made = trainer(method, epochs=2)
-    before = made.start(0).params
     after = results(made)
     ascents, cost = after["ascents"], after["gradients_per_step"]
     assert after["steps"] == 6
@@ -322,7 +321,6 @@ def test_every_method_trains(trainer, method):
         "quarter-batch SAM": always and cost == 1.25,
     }
     assert expected.get(method, always and cost == 2)
-    assert jax.tree.structure(before) == jax.tree.structure(made.start(0).params)
 
 
 def test_the_tests_know_all_methods(presets):
