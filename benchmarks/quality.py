@@ -8,7 +8,7 @@ without convolutions) an epoch is one program.
     python benchmarks/quality.py --data-set cifar10 --data cifar-10-batches-py \\
         --model resnet18 --methods SGD SAM vSAM --epochs 30 --minutes 8 --out FILE
     python benchmarks/quality.py --plan plan.json --out FILE
-    python benchmarks/quality.py --report FILE [--figure FILE]
+    python benchmarks/quality.py --report FILE [--no-times] [--figure FILE]
 
 Each finished training is a line of JSON in ``--out``, and what is there already is not
 trained again. After ``--minutes`` the training at hand stops at the end of an epoch and
@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--out", type=Path, default=Path("out/quality.jsonl"))
     new.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints")
     new.add_argument("--report", type=Path, help="results to print as Markdown")
+    new.add_argument("--no-times", action="store_true", help="report counts alone")
     new.add_argument("--figure", type=Path, help="PNG to draw")
     return new
 
@@ -275,7 +276,7 @@ def main() -> None:
     if not options.report:
         train(options, console)
     rows = read(options.report or options.out)
-    for title, table in quality_report.markdown(rows).items():
+    for title, table in quality_report.markdown(rows, not options.no_times).items():
         print(f"{title}\n\n{table}\n")
     if options.figure and rows:
         quality_report.draw(rows, options.figure)

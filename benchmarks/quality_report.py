@@ -34,6 +34,7 @@ HEADER = [
     *("of what its gradients allow", "published (%)", "published ascents"),
     "published AIS / SAM's",
 ]
+TIMED = "AIS", "AIS / SAM's", "of what its gradients allow", "published AIS / SAM's"
 
 
 def mean_and_error(values: Any) -> tuple[float, float]:
@@ -88,13 +89,18 @@ def median(rows: list[Row], key: str) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def markdown(rows: list[Row]) -> dict[str, str]:
+def markdown(rows: list[Row], times: bool = True) -> dict[str, str]:
     """A table for each setting, by what its runs share."""
-    return {title: table(family) for title, family in groups(rows).items()}
+    return {title: table(family, times) for title, family in groups(rows).items()}
 
 
-def table(family: dict[str, list[Row]]) -> str:
-    """The runs of one setting, with what was published beside them."""
+def table(family: dict[str, list[Row]], times: bool = True) -> str:
+    """The runs of one setting, with what was published beside them.
+
+    Args:
+      family: runs by method.
+      times: whether the columns that were timed are shown, next to what was counted.
+    """
     first = next(iter(family.values()))[0]
     published = presets.published(first["data"], first["model"])
     sam, sgd = family.get("SAM"), family.get("SGD")
@@ -128,9 +134,11 @@ def table(family: dict[str, list[Row]]) -> str:
         cells.append(both(lambda x: x["ais_percent"] and f"{x['ais_percent']} %"))
         lines.append(cells)
     # Without published figures their columns would be empty.
-    width = len(HEADER) if published else len(HEADER) - 3
+    shown = [i for i in range(len(HEADER)) if published or i < len(HEADER) - 3]
+    if not times:
+        shown = [i for i in shown if HEADER[i] not in TIMED]
     body = [HEADER, ["---"] * len(HEADER), *lines]
-    return "\n".join(f"| {' | '.join(cells[:width])} |" for cells in body)
+    return "\n".join(f"| {' | '.join(line[i] for i in shown)} |" for line in body)
 
 
 # Okabe and Ito's colours with four shapes each.
@@ -166,6 +174,17 @@ def draw(rows: list[Row], path: Path) -> None:
             )
         axes.set_xlabel("Gradients per step (a forward pass is a third of one)")
         axes.set_ylabel("Test accuracy, last epoch (%)")
-        axes.legend(frameon=False, fontsize=7, ncols=2)
+    handles = {}  # a panel may lack methods that another one has
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        frameon=False,
+        fontsize=8,
+        ncols=4 * len(found),
+        loc="outside lower center",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -10,6 +10,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -532,8 +533,20 @@ def test_the_report_shows_ours_beside_the_published(tmp_path):
     assert vsam["published AIS / SAM's"] == "140 %"
     assert found["SGD"]["minus SAM"] == "-1.00"
     assert "not finite" in list(tables.values())[1]
+    counted = next(iter(report.markdown(rows, times=False).values()))
+    assert "AIS" not in counted
+    assert "23579" in counted
     report.draw(rows, tmp_path / "new/figure.png")
     assert (tmp_path / "new/figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_of_the_page_are_those_of_the_results(quality):
+    report = importlib.import_module("quality_report")
+    rows = quality.read(ROOT / "benchmarks/results/quality_cpu.jsonl")
+    page = harness.page("quality.md")
+    tables = report.markdown(rows, times=False)
+    assert tables
+    assert [title for title, table in tables.items() if table not in page] == []
 
 
 def test_choices_of_hyperparameters_are_told_apart():
