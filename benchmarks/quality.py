@@ -13,7 +13,8 @@ without convolutions) an epoch is one program.
 Each finished training is a line of JSON in ``--out``, and what is there already is not
 trained again. After ``--minutes`` the training at hand stops at the end of an epoch and
 is saved in ``--checkpoints``; the same command goes on from there. A plan is a list of
-objects with the names of these options, such as ``{"model": "cnn", "seeds": [0, 1]}``.
+objects with the names of these options, such as ``{"model": "cnn", "seeds": [0, 1]}``;
+what it states wins over the command line.
 """
 
 from __future__ import annotations

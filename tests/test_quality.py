@@ -346,6 +346,20 @@ def test_a_scan_computes_what_the_loop_does(trainer, method):
         )
 
 
+@pytest.mark.slow
+def test_an_epoch_of_each_method_is_a_program_in_half_precision(trainer, presets):
+    for method in presets.METHODS:
+        made = trainer(method, "tiny-resnet", scan=True, dtype="bfloat16")
+        # Of MESA the averaged statistics are those of forward passes, so not abstract.
+        like = made.start(0)
+        after = jax.eval_shape(made.scanned, like, made.data, jax.random.key(0), 0)
+        kinds = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+        assert kinds(after) == kinds(like), method
+        assert {x.dtype for x in jax.tree.leaves(after.params)} == {
+            jnp.dtype("float32")
+        }
+
+
 def test_seeds_change_what_a_method_draws(trainer):
     made = trainer("R-SAM")
     leaves = [jax.tree.leaves(made.build(seed).tx.init(jnp.ones(2))) for seed in (0, 1)]
