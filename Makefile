@@ -21,7 +21,7 @@ PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-all test-oldest test-newest test-pods lint format docs \
-	bench bench-pods clean
+	bench bench-pods bench-quality clean
 .DEFAULT_GOAL := help
 # Two environments at a time would only fight for the same cores and network.
 .NOTPARALLEL:
@@ -83,6 +83,9 @@ bench: .venv/main/.stamp  ## Time the three forms of a step
 
 bench-pods: .venv/tpu/.stamp  ## Count what large models cost on 8 to 256 chips
 	@JAX_PLATFORMS=cpu $(ON_PODS) .venv/tpu/bin/python benchmarks/pods.py $(ARGS)
+
+bench-quality: .venv/main/.stamp  ## Train a network with each method, accuracy and cost
+	@.venv/main/bin/python benchmarks/quality.py $(ARGS)
 
 clean:  ## Remove the environments and all that was built
 	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache
