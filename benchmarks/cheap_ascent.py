@@ -44,6 +44,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from tables import table
 
 import optax_sam
 from optax_sam import when
@@ -465,12 +466,6 @@ def markdown(results: dict[str, Any]) -> dict[str, str]:
 def signed(mean: float, error: float) -> str:
     """A difference and its standard error."""
     return f"{mean:+.2f} ± {error:.2f}"
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """As Markdown."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def variant(row: dict[str, Any]) -> Variant:

@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.progress import Progress
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from tables import table
 
 import optax_sam
 from optax_sam import sharpness
@@ -481,12 +482,6 @@ def correlations(rows: list[Any]) -> list[dict[str, Any]]:
             line["by_axis"] = [round(float(x), 3) for x in granulated.psi]
         found.append(line)
     return found
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """As Markdown."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def markdown(results: dict[str, Any]) -> dict[str, str]:

@@ -332,6 +332,8 @@ def test_bad_vectors():
         sharpness.hvp(QUADRATIC, W, DATA, jnp.ones(4))
     with pytest.raises(ValueError, match="tree like params"):
         sharpness.hvp(QUADRATIC, W, DATA, {"w": W})
+    with pytest.raises(ValueError, match=r"init has shape \(4,\)"):
+        sharpness.hessian_eigenvalues(QUADRATIC, W, DATA, 0, init=jnp.ones(4))
     with pytest.raises(ValueError, match="fwd_rev"):
         sharpness.hvp(QUADRATIC, W, DATA, W, mode="fwd")
 

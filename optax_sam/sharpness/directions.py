@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_sam.arguments import Mask, resolve_mask
+from optax_sam.ascent.rule import wide
 from optax_sam.sharpness.probes import typed_key
 
 
@@ -80,7 +81,7 @@ def filter_normalized_direction(
                 f"{at_path} has dtype {dtype}, and only real ones can move. Leave it"
                 " out with mask=."
             )
-        w = jnp.asarray(w, jnp.promote_types(dtype, jnp.float32))
+        w = wide(jnp.asarray(w))
         if w.ndim <= 1 and ignore_1d:
             return jnp.zeros_like(w)
         d = jax.random.normal(jax.random.fold_in(key, i), w.shape, w.dtype)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from optax_sam import contract
 from optax_sam.arguments import Mask
 from optax_sam.sharpness.krylov import lanczos
-from optax_sam.sharpness.objective import LossFn
+from optax_sam.sharpness.objective import LossFn, chosen_part
 from optax_sam.sharpness.operators import Operator, hessian_operator
 from optax_sam.sharpness.probes import (
     Estimate,
@@ -110,7 +110,7 @@ def hessian_eigenvalues(
         loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
     )
     if init is not None:
-        init = jax.tree.map(lambda w, x: x, operator.like, init)
+        init = chosen_part("init", init, params, operator.like)
     return eigenvalues_of(
         operator, key, k=k, num_matvecs=num_matvecs, which=which, init=init, tol=tol
     )

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_sam.arguments import Mask
-from optax_sam.sharpness.objective import LossFn, Objective, objective
+from optax_sam.sharpness.objective import (
+    LossFn,
+    Objective,
+    chosen_part,
+    objective,
+)
 
 
 def loss_line(
@@ -205,25 +210,7 @@ def _losses(o: Objective, directions: tuple[Any, ...], points: jax.Array) -> jax
 
 
 def _like(name: str, tree: Any, o: Objective) -> Any:
-    """The tree in the places and dtypes of the chosen leaves, ``None`` elsewhere."""
-    if jax.tree.structure(tree) != jax.tree.structure(o.params):  # type: ignore[operator]
-        raise ValueError(
-            f"{name} must be a tree like params, {jax.tree.structure(o.params)}; got"
-            f" {jax.tree.structure(tree)}."
-        )
-
-    def chosen(path: Any, x: ArrayLike, w: jax.Array | None) -> jax.Array | None:
-        if w is None:
-            return None
-        if jnp.shape(x) != w.shape:
-            raise ValueError(
-                f"{name} has shape {jnp.shape(x)} at"
-                f" {jax.tree_util.keystr(path) or 'the root'}, and the parameter"
-                f" {w.shape}."
-            )
-        return o.vary(jnp.asarray(x, w.dtype))
-
-    return jax.tree_util.tree_map_with_path(chosen, tree, o.w)
+    return o.vary(chosen_part(name, tree, o.params, o.w))
 
 
 def _vector(name: str, values: ArrayLike) -> jax.Array:

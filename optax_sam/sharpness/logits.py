@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_sam import contract
+from optax_sam.ascent.rule import wide
 
 
 def normalize_logits(
@@ -43,8 +44,7 @@ def normalize_logits(
       Generalization <https://arxiv.org/abs/2302.07011>`_, 2023
     """
     contract.check_number("eps", eps, 0, open_low=True)
-    f = jnp.asarray(logits)
-    f = f.astype(jnp.promote_types(f.dtype, jnp.float32))
+    f = wide(jnp.asarray(logits))
     f = f - f.mean(axis, keepdims=True)
     # The square is bounded and not the root, whose slope at 0 is infinite.
     square = jnp.sum(jnp.square(f), axis, keepdims=True)

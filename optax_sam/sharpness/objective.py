@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from optax_sam import contract
 from optax_sam.arguments import Mask, resolve_mask
+from optax_sam.ascent.rule import wide
 
 LossFn = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss of the batch
 
@@ -54,8 +55,7 @@ class Objective(NamedTuple):
                 f" returned {what}. Write losses.mean(), and drop what else it returns:"
                 " lambda params, batch: loss_fn(params, batch)[0]."
             )
-        value = jnp.asarray(value)
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        return wide(jnp.asarray(value))
 
     def mean(self, f: Callable[[Any], Any]) -> Any:
         """The mean of ``f(batch)``, a tree of arrays, over all batches.
@@ -129,7 +129,7 @@ def objective(
                 " jnp.floating), params)."
             )
         # A half-precision weight would round the offsets away that are measured here.
-        return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
+        return wide(jnp.asarray(x))
 
     w = jax.tree_util.tree_map_with_path(widen, params, chosen)
     if not sum(x.size for x in jax.tree.leaves(w)):
@@ -188,6 +188,27 @@ def stack_batches(data: Any, batch_size: int) -> Any:
         )
     shape = (number // batch_size, batch_size)
     return jax.tree.map(lambda x: jnp.reshape(x, shape + jnp.shape(x)[1:]), data)
+
+
+def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
+    """Of a tree like the parameters, the part that is like ``w``, in its dtypes."""
+    expected: Any = jax.tree.structure(params)
+    given: Any = jax.tree.structure(tree)
+    if given != expected:
+        raise ValueError(f"{name} must be a tree like params, {expected}; got {given}.")
+
+    def chosen(path: Any, x: ArrayLike, w: jax.Array | None) -> jax.Array | None:
+        if w is None:
+            return None
+        if jnp.shape(x) != w.shape:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(x)} at"
+                f" {jax.tree_util.keystr(path) or 'the root'}, and the parameter"
+                f" {w.shape}."
+            )
+        return jnp.asarray(x, w.dtype)
+
+    return jax.tree_util.tree_map_with_path(chosen, tree, w)
 
 
 def vary(tree: Any, axis_name: Any) -> Any:

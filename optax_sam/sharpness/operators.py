@@ -6,12 +6,16 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from optax_sam.arguments import Mask
-from optax_sam.sharpness.objective import LossFn, Objective, objective
+from optax_sam.sharpness.objective import (
+    LossFn,
+    Objective,
+    chosen_part,
+    objective,
+)
 
 Mode = Literal["fwd_rev", "rev_rev"]
 
@@ -86,22 +90,7 @@ def hvp(
     """
     options: Any = dict(mode=mode, mask=mask, weights=weights, axis_name=axis_name)
     operator = hessian_operator(loss_fn, params, batches, **options)
-    expected: Any = jax.tree.structure(params)
-    given: Any = jax.tree.structure(v)
-    if given != expected:
-        raise ValueError(f"v must be a tree like params, {expected}; got {given}.")
-
-    def chosen(path: Any, x: ArrayLike, w: jax.Array | None) -> jax.Array | None:
-        if w is None:
-            return None
-        if jnp.shape(x) != w.shape:
-            raise ValueError(
-                f"v has shape {jnp.shape(x)} at {jax.tree_util.keystr(path)}, and the"
-                f" parameter {w.shape}."
-            )
-        return jnp.asarray(x, w.dtype)
-
-    v = jax.tree_util.tree_map_with_path(chosen, v, operator.like)
+    v = chosen_part("v", v, params, operator.like)
     return operator.to_params(operator.matvec(v))
 
 

@@ -259,7 +259,6 @@ def _scalar(metric_fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], jax.Ar
                 "metric_fn must return a scalar, such as the accuracy of the batch,"
                 f" jnp.mean(logits.argmax(-1) == labels); it returned {what}."
             )
-        value = jnp.asarray(value)
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        return wide(jnp.asarray(value))
 
     return metric

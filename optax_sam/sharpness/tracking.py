@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_sam import contract
+from optax_sam.ascent.rule import cache
 from optax_sam.sharpness.hessian import hessian_eigenvalues
 from optax_sam.sharpness.objective import LossFn
 from optax_sam.sharpness.probes import typed_key
@@ -131,10 +132,7 @@ class Probe:
 
     def init(self, params: Any) -> ProbeState:
         """The state before the first measurement."""
-        zeros = lambda x: jnp.zeros(
-            jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32)
-        )
-        return ProbeState({name: jax.tree.map(zeros, params) for name in self._warm})
+        return ProbeState({name: cache(params) for name in self._warm})
 
     def __call__(
         self, step: int, params: Any, state: ProbeState

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from optax_sam import contract
 from optax_sam.arguments import Mask
+from optax_sam.ascent.rule import wide
 from optax_sam.sharpness.auto_pgd import Ball, maximize
 from optax_sam.sharpness.objective import LossFn, Objective, objective
 
@@ -69,8 +70,8 @@ def worst_case_sharpness(
     in coordinates :math:`u = \delta / c`, from the same starts in all batches. Each
     batch and start costs ``num_steps + 1`` values with gradients, and each batch one
     more value, at ``w``. Memory does not grow with batches and restarts. One start may
-    end on the lesser of two hills, and at a minimum one in ten is still 10 % low after
-    20 steps; take a few restarts, or more steps, where single batches matter.
+    end on the lesser of two hills, and at a minimum some are still 10 % low after 20
+    steps; take a few restarts, or more steps, where single batches matter.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
@@ -242,5 +243,4 @@ def check_norm(norm: str) -> None:
 
 
 def _change(after: ArrayLike, before: ArrayLike) -> jax.Array:
-    difference = lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-    return difference(jnp.asarray(after)) - difference(jnp.asarray(before))
+    return wide(jnp.asarray(after)) - wide(jnp.asarray(before))
