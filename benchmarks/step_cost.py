@@ -1,0 +1,302 @@
+"""What a step of each method costs beside plain SGD and ``optax.contrib.sam``.
+
+Blocks of steps of all methods are interleaved in one process with blocks of SGD and of
+a program that computes one gradient. "Ideal" is the step of SGD, and for each further
+gradient (forward pass) that a method needs one program of that and nothing else, timed
+in the same rounds. Compile times are ratios to SGD's, compiled just before.
+
+    python benchmarks/step_cost.py [--models MLP CNN transformer] [--methods sam vsam]
+        [--rounds 7] [--half] [--workers 1] [--quick] [--out FILE]
+    python benchmarks/step_cost.py --report benchmarks/results/step_cost_cpu.json
+
+On an accelerator ``--workers 16`` compiles that many programs at a time, and times the
+compiling of a few only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cost_methods
+import cost_report
+import jax
+import jax.numpy as jnp
+import optax
+from cost_methods import METHODS, NUM_BATCHES
+from cost_models import MODELS, Subject, subject
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+import optax_sam
+
+RESULTS = Path(__file__).parent / "results/step_cost_{}.json"
+# What is compiled alone, to be timed, where others are compiled side by side.
+ALONE = cost_methods.OPAQUE, "sam", "sam_5", "vsam", "gsam"
+
+
+def compiled(function: Callable[..., Any], *args: Any, **jit_options: Any) -> Any:
+    """The program, and the seconds to trace and to compile it."""
+    start = time.perf_counter()
+    # A new function each time, or it would be found traced.
+    fresh = jax.jit(lambda *args: function(*args), **jit_options)
+    program = fresh.lower(*args).compile()
+    return program, time.perf_counter() - start
+
+
+def size(tree: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+class Row:
+    """One method in one form, training one model: a block of steps at a time."""
+
+    def __init__(
+        self, name: str, form: str, model: Subject, start: Any, batches: list[Any]
+    ) -> None:
+        self.name, self.form, self.model = name, form, model
+        self.method = METHODS[name]
+        base = optax.sgd(0.01, momentum=0.9)
+        tx = self.method.build(base, model)
+        self.step = cost_methods.train_step(name, model, tx)
+        self.params = jax.tree.map(jnp.copy, start)
+        self.opt_state = tx.init(self.params)
+        self.state_bytes = size(self.opt_state)
+        self.batches = batches
+        self.forced = {"ascended": True, "skipped": False}.get(form)
+        self.seconds: list[float] = []  # to compile, for each time that it was ...
+        self.baseline: list[float] = []  # ... and of SGD just before
+        self.programs: list[Any] = []
+        self.call: Callable[..., Any] = self.step
+        self.count = 0
+        self.measured: list[dict[str, float]] = []
+
+    def compile(self) -> None:
+        """All programs of the row; of dispatched ones both."""
+        pair = (True, False) if self.form == "dispatched" else (self.forced,)
+        made = [
+            compiled(
+                functools.partial(self.step, ascend=ascend),
+                *(self.params, self.opt_state, *self.batches[:2]),
+                donate_argnums=(0, 1),
+            )
+            for ascend in pair
+        ]
+        self.programs = [program for program, _ in made]
+        self.seconds.append(sum(seconds for _, seconds in made))
+
+    def warm(self) -> None:
+        """Past the warm-up of what is sampled, and with all that dispatch compiles."""
+        self.call = self.programs[0]
+        if self.form == "dispatched":
+            self.call = optax_sam.dispatch(self.step, donate_argnums=(0, 1))
+        sampled = self.form in cost_methods.MIXED and self.name.startswith("vsam")
+        self.run(30 if sampled else 6 if self.form in cost_methods.MIXED else 2)
+        jax.block_until_ready(self.params)
+
+    def run(self, steps: int) -> None:
+        """Enqueues some steps."""
+        for _ in range(steps):
+            for _ in range(self.method.calls):
+                self.params, self.opt_state = self.call(
+                    self.params,
+                    self.opt_state,
+                    self.batches[self.count % NUM_BATCHES],
+                    self.batches[(self.count - 1) % NUM_BATCHES],
+                )
+            self.count += 1
+
+    def ascents(self) -> float:
+        """Second gradients so far, in any unit that a block's share is wanted in."""
+        if self.form in cost_methods.MIXED:
+            return float(optax_sam.metrics(self.opt_state)["ascents"])
+        return 0.0 if self.form == "skipped" else float(self.count)
+
+    def block(self) -> tuple[float, float]:
+        """Seconds per step and ascents per step of one block."""
+        steps, before = self.model.steps, self.ascents()
+        jax.block_until_ready(self.params)
+        start = time.perf_counter()
+        self.run(steps)
+        jax.block_until_ready(self.params)
+        seconds = (time.perf_counter() - start) / steps
+        return seconds, (self.ascents() - before) / steps
+
+
+def timer(function: Callable[..., Any], steps: int, params: Any, batches: Any) -> Any:
+    """A function that times a block of a program without a state."""
+    program, _ = compiled(function, params, batches[0])
+
+    def block() -> float:
+        start, result = time.perf_counter(), None
+        for i in range(steps):
+            result = program(params, batches[i % NUM_BATCHES])
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / steps
+
+    block()
+    return block
+
+
+def compile_all(rows: list[Row], compiles: int, workers: int, advance: Any) -> None:
+    """Compiles all rows: one after another, each after SGD, to be timed, or at once."""
+    sgd = rows[0]
+    sgd.compile()  # the first one is slower
+    sgd.seconds.clear()
+    alone = [row for row in rows if workers == 1 or row.name in ALONE]
+    for row in alone:
+        for _ in range(compiles):
+            sgd.compile()
+            row.baseline.append(sgd.seconds[-1])
+            if row is not sgd:
+                row.compile()
+        row.warm()
+        advance()
+
+    def others(row: Row) -> None:
+        row.compile()
+        row.seconds.clear()
+        row.warm()
+        advance()
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(others, [row for row in rows if row not in alone]))
+
+
+def measure(rows: list[Row], start: Any, rounds: int, advance: Any) -> None:
+    """Times all rows in turn, each between two blocks of SGD and of one gradient."""
+    plain = rows[0]
+    model, batches = plain.model, plain.batches
+    gradient, forward = (
+        timer(function(model), model.steps, start, batches)
+        for function in (cost_methods.gradient, cost_methods.forward)
+    )
+    for _ in range(rounds):
+        of_forward = forward()
+        before = plain.block()[0], gradient()
+        for row in rows:
+            seconds, rate = row.block()
+            after = plain.block()[0], gradient()
+            sgd, of_gradient = ((x + y) / 2 for x, y in zip(before, after, strict=True))
+            needed = 1 + rate * (row.method.gradients - 1)
+            ideal = sgd + (needed - 1) * of_gradient
+            ideal += min(rate, 1) * row.method.forwards * of_forward
+            row.measured.append(
+                {
+                    "seconds": seconds,
+                    "gradients": needed,
+                    "to_sgd": seconds / sgd,
+                    "to_ideal": seconds / ideal,
+                }
+            )
+            before = after
+            advance()
+
+
+def costs(row: Row) -> dict[str, float]:
+    """What the compiler says of a row's programs, at the rate that was measured."""
+    shares = [1.0]
+    if row.form == "dispatched":
+        rate = cost_report.median([x["gradients"] - 1 for x in row.measured])
+        shares = [rate, 1 - rate]
+    total = {"flops": 0.0, "bytes": 0.0, "peak": 0.0, "temporary": 0.0}
+    for share, program in zip(shares, row.programs, strict=True):
+        counted, memory = program.cost_analysis(), program.memory_analysis()
+        total["flops"] += share * row.method.calls * counted["flops"]
+        total["bytes"] += share * row.method.calls * counted["bytes accessed"]
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        total["peak"] = max(total["peak"], peak)
+        total["temporary"] = max(total["temporary"], memory.temp_size_in_bytes)
+    if row.form == "conditional":  # counted at its dearer branch
+        del total["flops"], total["bytes"]
+    return total
+
+
+def study(name: str, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """All rows of one model."""
+    backend = jax.default_backend()
+    model = subject(name, backend, options.half, options.quick)
+    start, batches = model.init(), model.batches(NUM_BATCHES)
+    wanted = cost_methods.rows(name, backend, options.methods)
+    rows = [Row(*names, model, start, batches) for names in wanted]
+    jax.block_until_ready([row.opt_state for row in rows])
+    live = jax.devices()[0].memory_stats() or {}
+    task = progress.add_task(f"{name}, compiling", total=len(rows))
+    advance = lambda: progress.advance(task)
+    compile_all(rows, options.compiles, options.workers, advance)
+    total = options.rounds * len(rows)
+    task = progress.add_task(f"{name}, timing", total=total)
+    advance = lambda: progress.advance(task)
+    measure(rows, start, options.rounds, advance)
+    settings = {
+        "parameters": model.parameters,
+        "batch_size": model.batch_size,
+        "steps_per_block": model.steps,
+        "rounds": options.rounds,
+        "compiles": options.compiles,
+        "compute": "bfloat16" if options.half else "float32",
+        # Of all rows together; a peak cannot be set back within a process.
+        "bytes_in_use": live.get("bytes_in_use"),
+    }
+    made = cost_report.rows(rows, [costs(row) for row in rows])
+    return {"settings": settings, "rows": made}
+
+
+def main() -> None:
+    """Times, writes and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
+    parser.add_argument("--rounds", type=int, help="default: 7")
+    parser.add_argument("--compiles", type=int, default=1, help="of each program")
+    parser.add_argument("--workers", type=int, default=1, help="that compile")
+    parser.add_argument("--half", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--quick", action="store_true", help="tiny models, few methods")
+    parser.add_argument("--out", type=Path, help="JSON to write, or to add models to")
+    parser.add_argument("--report", type=Path, help="JSON to print as Markdown")
+    options = parser.parse_args()
+    if options.report:
+        print(cost_report.markdown(json.loads(options.report.read_text())))
+        return
+    options.rounds = options.rounds or (2 if options.quick else 7)
+    options.methods = options.methods or list(
+        cost_methods.QUICK if options.quick else METHODS
+    )
+    backend = jax.default_backend()
+    out = options.out or Path(str(RESULTS).format(backend))
+    if options.quick and not options.out:
+        out = Path("out/step_cost.json")
+    results = json.loads(out.read_text()) if out.exists() else {"models": {}}
+    results["settings"] = {
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "optax_sam": optax_sam.__version__,
+        "python": platform.python_version(),
+        "backend": backend,
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+    }
+    console = Console()
+    columns = *Progress.get_default_columns(), MofNCompleteColumn()
+    with Progress(*columns, console=console, refresh_per_second=1) as progress:
+        for name in options.models:
+            cost_report.merge(results, name, study(name, options, progress))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(results, indent=1) + "\n")
+            # The next model's programs want the memory, and no pauses.
+            jax.clear_caches()
+    print(cost_report.markdown(results))
+    console.print(f"Results: {out}")
+
+
+if __name__ == "__main__":
+    main()
