@@ -156,15 +156,16 @@ def train_step(name: str, subject: Subject, tx: Any) -> Callable[..., Any]:
         (_, (losses, logits)), grads, grad_fn = value_and_grad(params, batch)
         if name == "sam, quarter batch":
             _, grads, _ = value_and_grad(params, optax_sam.ascent_batch(batch, 4))
-        extra = {"logits": logits} if name == "saf" else {}
+        extra: dict[str, Any] = {"logits": logits} if name == "saf" else {}
+        if name == "esam":
+            extra["per_example_loss_fn"] = per_example_loss_fn
+            extra["per_example_losses"] = losses
         updates, opt_state = tx.update(
             grads,
             opt_state,
             params,
             grad_fn=of_shard if name.startswith("m-sam") else grad_fn,
             previous_grad_fn=value_and_grad(params, last)[2],
-            per_example_loss_fn=per_example_loss_fn,
-            per_example_losses=losses,
             indices=batch["indices"],
             ascend=ascend,
             **extra,

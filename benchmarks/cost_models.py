@@ -58,7 +58,7 @@ class Subject(NamedTuple):
       example: shape of one example's input; of a decoder, the length in tokens.
       classes: number of classes, or of words.
       batch_size: examples of a step.
-      steps: how many make a block that is timed, a multiple of ten.
+      steps: how many make a block that is timed, a multiple of five.
     """
 
     module: nn.Module
@@ -112,20 +112,20 @@ def subject(name: str, backend: str, half: bool, tiny: bool = False) -> Subject:
     if name == "MLP":
         width, batch, steps = {
             "tiny": (16, 4, 10),
-            "cpu": (512, 128, 20),
+            "cpu": (512, 128, 10),
             "accelerator": (4096, 2048, 50),
         }[size]
         return Subject(MLP(width, dtype), image, 10, batch, steps)
     if name == "CNN":
         width, strides, batch, steps = {
-            "tiny": (8, (2, 2, 2, 2), 2, 10),
-            "cpu": (64, (2, 2, 2, 1), 32, 10),
+            "tiny": (8, (2, 2, 2, 2), 4, 10),
+            "cpu": (64, (2, 2, 2, 1), 16, 5),
             "accelerator": (256, (1, 2, 2, 1), 512, 20),
         }[size]
         return Subject(CNN(width, strides, dtype), image, 10, batch, steps)
     blocks, width, heads, words, length, batch, steps = {
-        "tiny": (1, 16, 2, 32, 8, 2, 10),
-        "cpu": (4, 128, 4, 2048, 64, 8, 10),
+        "tiny": (1, 16, 2, 32, 8, 4, 10),
+        "cpu": (4, 128, 4, 2048, 64, 4, 5),
         "accelerator": (6, 768, 12, 8192, 512, 16, 20),
     }[size]
     module = Decoder(blocks, width, heads, words, dtype)

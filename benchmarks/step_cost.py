@@ -6,7 +6,7 @@ gradient (forward pass) that a method needs one program of that and nothing else
 in the same rounds. Compile times are ratios to SGD's, compiled just before.
 
     python benchmarks/step_cost.py [--models MLP CNN transformer] [--methods sam vsam]
-        [--rounds 7] [--half] [--workers 1] [--quick] [--out FILE]
+        [--rounds 9] [--half] [--workers 1] [--quick] [--out FILE]
     python benchmarks/step_cost.py --report benchmarks/results/step_cost_cpu.json
 
 On an accelerator ``--workers 16`` compiles that many programs at a time, and times the
@@ -20,7 +20,7 @@ import functools
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from rich.progress import MofNCompleteColumn, Progress
 import optax_sam
 
 RESULTS = Path(__file__).parent / "results/step_cost_{}.json"
+BETWEEN = 2  # rows between two blocks of what they are compared with
 # What is compiled alone, to be timed, where others are compiled side by side.
 ALONE = cost_methods.OPAQUE, "sam", "sam_5", "vsam", "gsam"
 
@@ -171,34 +172,39 @@ def compile_all(rows: list[Row], compiles: int, workers: int, advance: Any) -> N
         list(pool.map(others, [row for row in rows if row not in alone]))
 
 
-def measure(rows: list[Row], start: Any, rounds: int, advance: Any) -> None:
-    """Times all rows in turn, each between two blocks of SGD and of one gradient."""
+def measure(rows: list[Row], start: Any, rounds: int, advance: Any) -> Iterator[int]:
+    """Times all rows in turn, a few between two blocks of SGD and of one gradient.
+
+    Yields the number of rounds, after each.
+    """
     plain = rows[0]
     model, batches = plain.model, plain.batches
     gradient, forward = (
         timer(function(model), model.steps, start, batches)
         for function in (cost_methods.gradient, cost_methods.forward)
     )
-    for _ in range(rounds):
-        of_forward = forward()
-        before = plain.block()[0], gradient()
-        for row in rows:
-            seconds, rate = row.block()
+    for done in range(1, rounds + 1):
+        of_forward, before = forward(), (plain.block()[0], gradient())
+        for i in range(0, len(rows), BETWEEN):
+            some = rows[i : i + BETWEEN]
+            blocks = [row.block() for row in some]
             after = plain.block()[0], gradient()
             sgd, of_gradient = ((x + y) / 2 for x, y in zip(before, after, strict=True))
-            needed = 1 + rate * (row.method.gradients - 1)
-            ideal = sgd + (needed - 1) * of_gradient
-            ideal += min(rate, 1) * row.method.forwards * of_forward
-            row.measured.append(
-                {
-                    "seconds": seconds,
-                    "gradients": needed,
-                    "to_sgd": seconds / sgd,
-                    "to_ideal": seconds / ideal,
-                }
-            )
+            for row, (seconds, rate) in zip(some, blocks, strict=True):
+                needed = 1 + rate * (row.method.gradients - 1)
+                ideal = sgd + (needed - 1) * of_gradient
+                ideal += min(rate, 1) * row.method.forwards * of_forward
+                row.measured.append(
+                    {
+                        "seconds": seconds,
+                        "gradients": needed,
+                        "to_sgd": seconds / sgd,
+                        "to_ideal": seconds / ideal,
+                    }
+                )
+                advance()
             before = after
-            advance()
+        yield done
 
 
 def costs(row: Row) -> dict[str, float]:
@@ -221,8 +227,10 @@ def costs(row: Row) -> dict[str, float]:
     return total
 
 
-def study(name: str, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """All rows of one model."""
+def study(
+    name: str, options: argparse.Namespace, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """All rows of one model, after each round."""
     backend = jax.default_backend()
     model = subject(name, backend, options.half, options.quick)
     start, batches = model.init(), model.batches(NUM_BATCHES)
@@ -236,19 +244,18 @@ def study(name: str, options: argparse.Namespace, progress: Progress) -> dict[st
     total = options.rounds * len(rows)
     task = progress.add_task(f"{name}, timing", total=total)
     advance = lambda: progress.advance(task)
-    measure(rows, start, options.rounds, advance)
     settings = {
         "parameters": model.parameters,
         "batch_size": model.batch_size,
         "steps_per_block": model.steps,
-        "rounds": options.rounds,
         "compiles": options.compiles,
         "compute": "bfloat16" if options.half else "float32",
         # Of all rows together; a peak cannot be set back within a process.
         "bytes_in_use": live.get("bytes_in_use"),
     }
-    made = cost_report.rows(rows, [costs(row) for row in rows])
-    return {"settings": settings, "rows": made}
+    for done in measure(rows, start, options.rounds, advance):
+        made = cost_report.rows(rows, [costs(row) for row in rows])
+        yield {"settings": settings | {"rounds": done}, "rows": made}
 
 
 def main() -> None:
@@ -256,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
-    parser.add_argument("--rounds", type=int, help="default: 7")
+    parser.add_argument("--rounds", type=int, help="default: 3")
     parser.add_argument("--compiles", type=int, default=1, help="of each program")
     parser.add_argument("--workers", type=int, default=1, help="that compile")
     parser.add_argument("--half", action="store_true", help="compute in bfloat16")
@@ -267,7 +274,7 @@ def main() -> None:
     if options.report:
         print(cost_report.markdown(json.loads(options.report.read_text())))
         return
-    options.rounds = options.rounds or (2 if options.quick else 7)
+    options.rounds = options.rounds or (2 if options.quick else 3)
     options.methods = options.methods or list(
         cost_methods.QUICK if options.quick else METHODS
     )
@@ -289,9 +296,10 @@ def main() -> None:
     columns = *Progress.get_default_columns(), MofNCompleteColumn()
     with Progress(*columns, console=console, refresh_per_second=1) as progress:
         for name in options.models:
-            cost_report.merge(results, name, study(name, options, progress))
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(results, indent=1) + "\n")
+            for made in study(name, options, progress):
+                cost_report.merge(results, name, made)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(results, indent=1) + "\n")
             # The next model's programs want the memory, and no pauses.
             jax.clear_caches()
     print(cost_report.markdown(results))

@@ -80,8 +80,8 @@ def test_it_times_and_adds_rows(benchmark, monkeypatch, tmp_path, capsys):
     for row in rows.values():
         assert 0 < row["to_sgd"][0] <= row["to_sgd"][1] <= row["to_sgd"][2]
         assert row["peak_mib"] > 0
-    assert 1.9 < rows["sam", ""]["flops_to_sgd"] < 2.1
-    assert 1.1 < rows["sam_5", "dispatched"]["flops_to_sgd"] < 1.3
+    assert 1.9 < rows["sam", ""]["flops_to_sgd"] < 2.3
+    assert 1.1 < rows["sam_5", "dispatched"]["flops_to_sgd"] < 1.4
     assert rows["sam_5", "conditional"]["flops_to_sgd"] is None
     pair = rows["sam_5", "dispatched"]["compile_to_sgd"]
     assert pair > rows["SGD", ""]["to_sgd"][0] > 0
