@@ -119,7 +119,7 @@ def subject(name: str, backend: str, half: bool, tiny: bool = False) -> Subject:
     if name == "CNN":
         width, strides, batch, steps = {
             "tiny": (8, (2, 2, 2, 2), 4, 10),
-            "cpu": (64, (2, 2, 2, 1), 16, 5),
+            "cpu": (72, (2, 2, 2, 1), 16, 5),
             "accelerator": (256, (1, 2, 2, 1), 512, 20),
         }[size]
         return Subject(CNN(width, strides, dtype), image, 10, batch, steps)
