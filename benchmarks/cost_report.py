@@ -82,7 +82,7 @@ def markdown(results: dict[str, Any]) -> str:
 def title(model: str, study: dict[str, Any]) -> str:
     """What a model's table is of."""
     settings, plain = study["settings"], study["rows"][0]
-    millions = f"{settings['parameters'] / 1e6:.1f} million parameters"
+    millions = f"{settings['parameters'] / 1e6:.2f} million parameters"
     batch = f"batch {settings['batch_size']}"
     return (
         f"**{model}** ({millions}, {batch}, {settings['compute']}; SGD:"
