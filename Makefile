@@ -78,8 +78,9 @@ docs: .venv/main/.stamp  ## Build the documentation in docs/_build
 		-q -b html docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
-bench: .venv/main/.stamp  ## Time the three forms of a step
-	@.venv/main/bin/python benchmarks/step_forms.py $(ARGS)
+bench: .venv/main/.stamp  ## Time a step of each method, in each form (20 minutes)
+	@.venv/main/bin/python benchmarks/step_forms.py
+	@.venv/main/bin/python benchmarks/step_cost.py --out out/step_cost.json $(ARGS)
 
 bench-pods: .venv/tpu/.stamp  ## Count what large models cost on 8 to 256 chips
 	@JAX_PLATFORMS=cpu $(ON_PODS) .venv/tpu/bin/python benchmarks/pods.py $(ARGS)

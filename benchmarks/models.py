@@ -65,14 +65,15 @@ class Decoder(nn.Module):
     width: int = 1024
     heads: int = 16
     vocabulary: int = 16384
+    dtype: Any = HALF
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits of the next tokens, (batch, length, vocabulary)."""
-        embedding = nn.Embed(self.vocabulary, self.width, dtype=HALF)
-        normed = lambda x: nn.RMSNorm(dtype=HALF)(x)
+        embedding = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)
+        normed = lambda x: nn.RMSNorm(dtype=self.dtype)(x)
         dense = lambda name, shape, axis=-1: nn.DenseGeneral(
-            shape, axis=axis, use_bias=False, dtype=HALF, name=name
+            shape, axis=axis, use_bias=False, dtype=self.dtype, name=name
         )
         heads = self.heads, self.width // self.heads
         x = embedding(tokens)

@@ -1,0 +1,139 @@
+"""The step costs are timed and judged, and their table is that of the results."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/step_cost_cpu.json"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    pytest.importorskip("flax")
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
+    return importlib.import_module
+
+
+def test_the_tables_are_those_of_the_results(benchmark):
+    report = benchmark("cost_report")
+    page = (ROOT / "benchmarks/README.md").read_text()
+    assert report.markdown(json.loads(RESULTS.read_text())) in page
+
+
+def test_the_rows_of_the_results_are_those_that_are_timed(benchmark):
+    methods = benchmark("cost_methods")
+    studies = json.loads(RESULTS.read_text())["models"]
+    for name, study in studies.items():
+        found = {(row["method"], row["form"]) for row in study["rows"]}
+        timed = set(methods.rows(name, "cpu", list(methods.METHODS)))
+        # The transformer's were made for some methods so far.
+        assert found < timed if name == "transformer" else found == timed
+
+
+@pytest.mark.parametrize("model", ["MLP", "CNN", "transformer"])
+def test_every_step_is_one(benchmark, model):
+    """By tracing alone: parameters and state come out as they went in."""
+    methods, models = benchmark("cost_methods"), benchmark("cost_models")
+    subject = models.subject(model, "cpu", half=False, tiny=True)
+    params = jax.eval_shape(subject.init)
+    batch = jax.eval_shape(lambda: subject.batches(1)[0])
+    base = methods.METHODS["SGD"].build(methods.optax.sgd(0.1, momentum=0.9), None)
+    names = {name for name, _ in methods.rows(model, "cpu", list(methods.METHODS))}
+    assert len(names) > 25
+    # One model sees them all; of the others' what depends on the model.
+    some = {"SGD", "esam", "sam_on", "saf", "mesa", "m-sam, 4 shards"}
+    for name in names if model == "MLP" else names & some:
+        tx = methods.METHODS[name].build(base, subject)
+        state = jax.eval_shape(tx.init, params)
+        step = methods.train_step(name, subject, tx)
+        after = jax.eval_shape(step, params, state, batch, batch)
+        kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+        assert kinds(after) == kinds((params, state)), name
+
+
+def test_it_times_and_adds_rows(benchmark, monkeypatch, tmp_path, capsys):
+    cost = benchmark("step_cost")
+    out = tmp_path / "out.json"
+    command = ["step_cost.py", "--quick", "--models", "MLP", "--out", str(out)]
+    peer = cost.cost_methods.OPAQUE
+    monkeypatch.setattr(sys, "argv", [*command, "--methods", peer, "sam", "sam_5"])
+    cost.main()
+    results = json.loads(out.read_text())
+    rows = {(x["method"], x["form"]): x for x in results["models"]["MLP"]["rows"]}
+    assert list(rows) == [
+        ("SGD", ""),
+        (peer, ""),
+        ("sam", ""),
+        ("sam_5", "dispatched"),
+        ("sam_5", "conditional"),
+    ]
+    assert rows["SGD", ""]["gradients"] == 1
+    assert rows["sam", ""]["gradients"] == 2
+    assert rows["sam_5", "dispatched"]["gradients"] == 1.2
+    assert rows["sam_5", "conditional"]["gradients"] == 1.2
+    for row in rows.values():
+        assert 0 < row["to_sgd"][0] <= row["to_sgd"][1] <= row["to_sgd"][2]
+        assert row["peak_mib"] > 0
+    assert 1.9 < rows["sam", ""]["flops_to_sgd"] < 2.3
+    assert 1.1 < rows["sam_5", "dispatched"]["flops_to_sgd"] < 1.4
+    assert rows["sam_5", "conditional"]["flops_to_sgd"] is None
+    pair = rows["sam_5", "dispatched"]["compile_to_sgd"]
+    assert pair > rows["SGD", ""]["to_sgd"][0] > 0
+    monkeypatch.setattr(sys, "argv", [*command, "--methods", "msam", "--workers", "2"])
+    cost.main()
+    more = json.loads(out.read_text())["models"]["MLP"]["rows"]
+    assert [row["method"] for row in more][1:] == [
+        peer,
+        "sam",
+        "sam_5",
+        "sam_5",
+        "msam",
+    ]
+    assert more[2] == rows["sam", ""]
+    assert more[-1]["gradients"] == 1
+    assert more[-1]["compile_to_sgd"] is None  # beside others: not timed
+    assert cost.cost_report.markdown(json.loads(out.read_text())) in (
+        capsys.readouterr().out
+    )
+
+
+def test_targets_are_judged_by_two_decimals(benchmark):
+    report = benchmark("cost_report")
+    row = lambda name, form, ideal, compiled, **more: {
+        "method": name,
+        "form": form,
+        "gradients": 2,
+        "forwards": 0,
+        "to_ideal": [0.9, ideal, 1.2],
+        "compile_to_sgd": compiled,
+        **more,
+    }
+    rows = [
+        row("SGD", "", 1.5, None),
+        row("sam", "", 1.054, 2.1, to_opaque=[0.9, 1.01, 1.1]),
+        row("sam_5", "dispatched", 1.056, 3.21),
+        row("sam_5", "conditional", 4.0, 2.11),
+    ]
+    settings = {"parameters": 1_000_000}
+    results = {
+        "settings": {"backend": "cpu"},
+        "models": {"CNN": {"settings": settings, "rows": rows}},
+    }
+    lines = [line.split(" | ")[1:3] for line in report.targets(results).splitlines()]
+    assert lines[2:] == [
+        ["1.05", "1 of 2"],  # the cliff is not among them
+        ["1.05", "0 of 1"],
+        ["1.00", "0 of 1"],
+        ["2.10", "1 of 2"],
+        ["3.20", "0 of 1"],
+    ]
+    settings["parameters"] -= 1  # too small to ask for it
+    results["settings"]["backend"] = "gpu"
+    lines = [line.split(" | ")[1:3] for line in report.targets(results).splitlines()]
+    assert lines[2:4] == [["1.03", "0 of 1"], ["1.00", "0 of 1"]]
