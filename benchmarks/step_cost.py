@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 from collections.abc import Iterator
@@ -187,6 +188,8 @@ def main() -> None:
         "backend": backend,
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
+        # Whether the C library keeps what XLA's programs on a CPU return on each step.
+        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
     }
     console = Console()
     columns = *Progress.get_default_columns(), MofNCompleteColumn()

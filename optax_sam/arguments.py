@@ -30,13 +30,18 @@ def gradients(tree: Any) -> Any:
 
     A gradient has several uses here, its norm and the offset among them. Where the
     parameters are sharded, XLA otherwise lets each cut its part out of the whole and
-    keeps the whole on every device meanwhile, through the second gradient too.
+    keeps the whole on every device meanwhile, through the second gradient too. Not so
+    for a CPU: there the norm of a convolution's gradient would be taken of a transposed
+    copy, made for that alone.
     """
 
     def settled(x: ArrayLike) -> jax.Array:
         x = jnp.asarray(x)
-        is_traced = isinstance(x, jax.core.Tracer)
-        return jax.lax.optimization_barrier(x) if is_traced else x
+        if not isinstance(x, jax.core.Tracer):
+            return x
+        return jax.lax.platform_dependent(
+            x, cpu=lambda x: x, default=jax.lax.optimization_barrier
+        )
 
     # Leaf by leaf, so that one that nobody uses is still not computed.
     return jax.tree.map(settled, tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,9 +107,7 @@ def smoothed(
             if axis_name is not None:
                 device = jax.lax.axis_index(axis_name)
                 generator = jax.random.fold_in(generator, device)
-            noise = optax.tree.random_like(
-                generator, jax.tree.map(wide, params), jax.random.normal
-            )
+            noise = _normal(generator, jax.tree.map(wide, params), count)
         elif jax.tree.map(jnp.shape, noise) != jax.tree.map(jnp.shape, params):
             raise ValueError(
                 "noise must be a tree of standard normals, of the structure and the"
@@ -130,6 +129,26 @@ def smoothed(
         return SmoothedState(raw_key(key))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _normal(key: jax.Array, like: Any, count: ArrayLike) -> Any:
+    """A tree of standard normals, each computed once.
+
+    On a CPU XLA computes them again wherever they are used, for a bias with every
+    example, unless they come out of a branch. This one is always taken.
+    """
+    draws = lambda sampler: optax.tree.random_like(key, like, sampler)
+    normal = functools.partial(draws, jax.random.normal)
+    if not isinstance(key, jax.core.Tracer):
+        return normal()
+
+    def constant(key: jax.Array, shape: Any, dtype: Any, *, out_sharding: Any) -> Any:
+        value = jax.random.key_data(key)[0].astype(dtype)  # of the draws' type
+        return jax.lax.broadcast(value, shape, out_sharding=out_sharding)
+
+    otherwise = functools.partial(draws, constant)
+    branch = lambda: jax.lax.cond(jnp.asarray(count) >= 0, normal, otherwise)
+    return jax.lax.platform_dependent(cpu=branch, default=normal)
 
 
 def _sizes(w: jax.Array) -> jax.Array:
