@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import tables
 from cost_methods import OPAQUE, TRANSPARENT
 
 median = statistics.median
@@ -99,7 +100,7 @@ def table(study: dict[str, Any]) -> str:
     """One model's rows."""
     heads = ["method", "gradients", "time / SGD", "time / ideal", "(quartiles)"]
     heads += ["compile / SGD", "FLOPs / SGD", "peak MiB", "state MiB"]
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    lines = []
     number = lambda x: "" if x is None else f"{x:.2f}"
     for row in study["rows"]:
         low, middle, high = row["to_ideal"]
@@ -107,9 +108,8 @@ def table(study: dict[str, Any]) -> str:
         cells = [label(row), needed, number(row["to_sgd"][1]), number(middle)]
         cells += [f"{low:.2f} to {high:.2f}", number(row["compile_to_sgd"])]
         cells += [number(row["flops_to_sgd"]), f"{row['peak_mib']:.1f}"]
-        cells += [f"{row['state_mib']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{row['state_mib']:.1f}"])
+    return tables.table(heads, lines)
 
 
 def judged(results: dict[str, Any]) -> Iterator[tuple[str, float, list[Any]]]:
@@ -147,7 +147,7 @@ def judged(results: dict[str, Any]) -> Iterator[tuple[str, float, list[Any]]]:
 def targets(results: dict[str, Any]) -> str:
     """Which targets are met, by two decimals, and the worst rows where one is not."""
     heads = ["target", "at most", "met", "worst"]
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    lines = []
     for text, limit, values in judged(results):
         if not values:
             continue
@@ -155,5 +155,5 @@ def targets(results: dict[str, Any]) -> str:
         met = [value for _, value in values if round(value, 2) <= limit]
         worst = "; ".join(f"{name} {value:.2f}" for name, value in ranked[:3])
         verdict = "yes" if len(met) == len(values) else f"{len(met)} of {len(values)}"
-        lines.append(f"| {text} | {limit:.2f} | {verdict} | {worst} |")
-    return "\n".join(lines)
+        lines.append([text, f"{limit:.2f}", verdict, worst])
+    return tables.table(heads, lines)

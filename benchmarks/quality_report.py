@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import presets
+import tables
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]
@@ -137,8 +138,8 @@ def table(family: dict[str, list[Row]], times: bool = True) -> str:
     shown = [i for i in range(len(HEADER)) if published or i < len(HEADER) - 3]
     if not times:
         shown = [i for i in shown if HEADER[i] not in TIMED]
-    body = [HEADER, ["---"] * len(HEADER), *lines]
-    return "\n".join(f"| {' | '.join(line[i] for i in shown)} |" for line in body)
+    cut = lambda line: [line[i] for i in shown]
+    return tables.table(cut(HEADER), [cut(line) for line in lines])
 
 
 # Okabe and Ito's colours with four shapes each.

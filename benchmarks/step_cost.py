@@ -188,8 +188,7 @@ def main() -> None:
         "backend": backend,
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
-        # Whether the C library keeps what XLA's programs on a CPU return on each step.
-        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
+        "allocator": Path(os.environ.get("LD_PRELOAD", "the C library's")).name,
     }
     console = Console()
     columns = *Progress.get_default_columns(), MofNCompleteColumn()

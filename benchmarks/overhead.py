@@ -1,0 +1,167 @@
+"""What was tried against the overhead of a step, and what it did.
+
+Each variant is the library with one thing changed for the occasion, timed in blocks
+interleaved with SGD as in ``step_cost.py``, with what its program moves and keeps.
+
+    python benchmarks/overhead.py [--rounds 9] [--models MLP CNN] [--out FILE]
+    python benchmarks/overhead.py --report benchmarks/results/overhead_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import cost_methods
+import jax
+import optax
+from cost_models import MODELS, Subject, subject
+from cost_report import MIB, quartiles
+from cost_rows import Row
+from rich.progress import track
+from tables import table
+
+import optax_sam
+from optax_sam import arguments
+from optax_sam.ascent import noise
+
+RESULTS = Path(__file__).parent / "results/overhead_cpu.json"
+
+
+def barrier() -> Any:
+    """Each gradient passes a barrier on a CPU, too."""
+    default = lambda *args, default, cpu: default(*args)
+    return mock.patch.object(arguments.jax.lax, "platform_dependent", default)
+
+
+def no_choice() -> Any:
+    """What the second gradient gave is taken, finite or not."""
+    take_first = lambda condition, x, y: x
+    return mock.patch.object(optax.tree, "where", take_first)
+
+
+def no_branch() -> Any:
+    """R-SAM's normal numbers are computed where XLA likes."""
+    draws = lambda key, like, count: optax.tree.random_like(
+        key, like, jax.random.normal
+    )
+    return mock.patch.object(noise, "_normal", draws)
+
+
+def shards(method: str) -> Any:
+    """m-SAM, its gradients taken in another way."""
+
+    def build(base: Any, subject: Subject) -> Any:
+        del subject
+        member = optax_sam.sam(axis_name="shards")
+        count = cost_methods.SHARDS
+        return optax.chain(
+            optax_sam.micro_sharpness(member, count, method=method), base
+        )
+
+    way = cost_methods.Method(build)
+    return mock.patch.dict(cost_methods.METHODS, {"m-sam, 4 shards": way})
+
+
+ALIKE = contextlib.nullcontext
+VARIANTS = {  # name: row of step_cost.py, and what is changed
+    "SGD": ("SGD", ALIKE),
+    "`optax.contrib.sam`, opaque": (cost_methods.OPAQUE, ALIKE),
+    "SAM": ("sam", ALIKE),
+    "SAM, a barrier at each gradient": ("sam", barrier),
+    "SAM, no choice": ("sam", no_choice),
+    "R-SAM": ("random_sam", ALIKE),
+    "R-SAM, normals not in a branch": ("random_sam", no_branch),
+    "m-SAM, unrolled": ("m-sam, 4 shards", ALIKE),
+    "m-SAM, in a loop": ("m-sam, 4 shards", lambda: shards("scan")),
+    "m-SAM, vmapped": ("m-sam, 4 shards", lambda: shards("vmap")),
+}
+
+
+def built(model: Subject) -> Iterator[Row]:
+    """Every variant, compiled."""
+    start, batches = model.init(), model.batches(cost_methods.NUM_BATCHES)
+    for name, change in VARIANTS.values():
+        with change():
+            row = Row(name, "", model, start, batches)
+            row.compile()
+        row.warm()
+        yield row
+
+
+def study(name: str, rounds: int) -> list[dict[str, Any]]:
+    """All variants of a model."""
+    model = subject(name, "cpu", half=False)
+    rows = list(built(model))
+    ratios: list[list[float]] = [[] for _ in rows]
+    faults = [0] * len(rows)
+    for _ in track(range(rounds), name):
+        before = rows[0].block()[0]
+        for i, row in enumerate(rows):
+            start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            seconds = row.block()[0]
+            faults[i] += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+            after = rows[0].block()[0]
+            ratios[i].append(2 * seconds / (before + after))
+            before = after
+    made = []
+    for variant, row, values, count in zip(VARIANTS, rows, ratios, faults, strict=True):
+        program = row.programs[0]
+        moved = program.cost_analysis()["bytes accessed"]
+        kept = program.memory_analysis().temp_size_in_bytes
+        made.append(
+            {
+                "variant": variant,
+                "to_sgd": quartiles(values),
+                "moved_mib": round(moved / MIB, 1),
+                "temporary_mib": round(kept / MIB, 1),
+                "page_faults": round(count / rounds / model.steps),
+            }
+        )
+    return made
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All models in one table."""
+    lines = []
+    for name, rows in results["models"].items():
+        for row in rows:
+            low, middle, high = row["to_sgd"]
+            cells = [name, row["variant"], f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+            cells += [f"{row['moved_mib']:.0f}", f"{row['temporary_mib']:.1f}"]
+            lines.append([*cells, f"{row['page_faults']:,}"])
+    header = ["model", "variant", "time / SGD (quartiles)", "MiB moved"]
+    return table([*header, "MiB of temporaries", "page faults per step"], lines)
+
+
+def main() -> None:
+    """Times, writes and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--report", type=Path, help="JSON to print as Markdown")
+    options = parser.parse_args()
+    if options.report:
+        print(markdown(json.loads(options.report.read_text())))
+        return
+    settings = {
+        "jax": jax.__version__,
+        "rounds": options.rounds,
+        "allocator": Path(os.environ.get("LD_PRELOAD", "the C library's")).name,
+    }
+    studies = {name: study(name, options.rounds) for name in options.models}
+    results = {"settings": settings, "models": studies}
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
