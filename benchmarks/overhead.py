@@ -3,8 +3,11 @@
 Each variant is the library with one thing changed for the occasion, timed in blocks
 interleaved with SGD as in ``step_cost.py``, with what its program moves and keeps.
 
-    python benchmarks/overhead.py [--rounds 9] [--models MLP CNN] [--out FILE]
-    python benchmarks/overhead.py --report benchmarks/results/overhead_cpu.json
+    python benchmarks/overhead.py [--rounds 7] [--models MLP CNN] [--out FILE]
+    python benchmarks/overhead.py --report
+
+The report has two runs side by side: one with jemalloc told to keep what it has (see
+``docs/design/overhead.md``), and one with the C library's allocator.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ import optax_sam
 from optax_sam import arguments
 from optax_sam.ascent import noise
 
-RESULTS = Path(__file__).parent / "results/overhead_cpu.json"
+RESULTS = Path(__file__).parent / "results"
+STEADY, PLAIN = RESULTS / "overhead_cpu.json", RESULTS / "overhead_glibc_cpu.json"
 
 
 def barrier() -> Any:
@@ -128,39 +132,49 @@ def study(name: str, rounds: int) -> list[dict[str, Any]]:
     return made
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """All models in one table."""
+def markdown(steady: dict[str, Any], plain: dict[str, Any]) -> str:
+    """All models in one table, with the two allocators side by side."""
     lines = []
-    for name, rows in results["models"].items():
-        for row in rows:
+    for name, rows in steady["models"].items():
+        for row, other in zip(rows, plain["models"][name], strict=True):
             low, middle, high = row["to_sgd"]
-            cells = [name, row["variant"], f"{middle:.2f} ({low:.2f} to {high:.2f})"]
-            cells += [f"{row['moved_mib']:.0f}", f"{row['temporary_mib']:.1f}"]
-            lines.append([*cells, f"{row['page_faults']:,}"])
+            lines.append(
+                [
+                    *(name, row["variant"], f"{middle:.2f} ({low:.2f} to {high:.2f})"),
+                    f"{row['moved_mib']:.0f}",
+                    f"{row['temporary_mib']:.1f}",
+                    f"{other['to_sgd'][1]:.2f}",
+                    f"{other['page_faults']:,}",
+                ]
+            )
     header = ["model", "variant", "time / SGD (quartiles)", "MiB moved"]
-    return table([*header, "MiB of temporaries", "page faults per step"], lines)
+    header += ["MiB of temporaries", "glibc: time / SGD", "page faults per step"]
+    return table(header, lines)
 
 
 def main() -> None:
     """Times, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--report", type=Path, help="JSON to print as Markdown")
+    parser.add_argument("--rounds", type=int, default=7)
+    preloaded = os.environ.get("LD_PRELOAD")
+    default = STEADY if preloaded else PLAIN
+    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--report", action="store_true", help="print the Markdown")
     options = parser.parse_args()
+    read = lambda path: json.loads(path.read_text())
     if options.report:
-        print(markdown(json.loads(options.report.read_text())))
+        print(markdown(read(STEADY), read(PLAIN)))
         return
     settings = {
         "jax": jax.__version__,
         "rounds": options.rounds,
-        "allocator": Path(os.environ.get("LD_PRELOAD", "the C library's")).name,
+        "allocator": Path(preloaded or "the C library's").name,
     }
     studies = {name: study(name, options.rounds) for name in options.models}
     results = {"settings": settings, "models": studies}
     options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(markdown(results))
+    print(markdown(results, results))
 
 
 if __name__ == "__main__":
