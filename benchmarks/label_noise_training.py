@@ -149,7 +149,7 @@ def train(
 
 def kept(method: Method, measured: dict[str, Any], sgd: np.ndarray) -> dict[str, Any]:
     """What the file holds of a method: arrays over seeds, or seeds and epochs."""
-    rounded = lambda values, digits=2: np.round(values, digits).tolist()
+    rounded = lambda values, digits: np.round(values, digits).tolist()
     gradients = method.base_cost + method.ascent_cost * measured["ascent_rate"][:, -1]
     # All of training, each epoch by its median over the seeds.
     ratio = np.median(measured["seconds"] / sgd, axis=0).mean()
@@ -157,7 +157,7 @@ def kept(method: Method, measured: dict[str, Any], sgd: np.ndarray) -> dict[str,
         "settings": method.settings,
         "gradients_per_step": rounded(gradients, 4),
         "time_to_sgd": round(float(ratio), 3),
-        "accuracy": rounded(measured["accuracy"]),
+        "accuracy": rounded(measured["accuracy"], 4),
     }
     if "samples_per_window" in measured:
         # While it warms up, every step is sampled and the rate is not used.
