@@ -15,9 +15,12 @@ def pages(benchmark):
     return benchmark("pages")
 
 
+once = functools.cache(lambda tables: tables())
+
+
 @pytest.fixture
 def made(pages):
-    return functools.cache(pages.tables)()
+    return once(pages.tables)
 
 
 def test_every_page_has_the_tables_of_the_results(pages, made):
