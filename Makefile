@@ -2,10 +2,11 @@
 #
 # Variables: PYTHON, PYTHON_OLDEST, PYTHON_NEWEST (interpreters; found when not set),
 # WORKERS (parallel test processes), ARGS (more arguments for pytest, the demo or the
-# benchmark, as in `make test ARGS="-k vsam"`).
+# benchmark, as in `make test ARGS="-k vsam"`), DATA (Fashion-MNIST for `make bench`).
 
 WORKERS ?= 2
 ARGS ?=
+DATA ?=
 JAX_PLATFORMS ?= cpu
 PYTHON ?=
 PYTHON_OLDEST ?=
@@ -21,7 +22,7 @@ PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-all test-oldest test-newest test-pods lint format docs \
-	bench bench-pods bench-quality clean
+	tables bench bench-pods bench-quality clean
 .DEFAULT_GOAL := help
 # Two environments at a time would only fight for the same cores and network.
 .NOTPARALLEL:
@@ -78,9 +79,12 @@ docs: .venv/main/.stamp  ## Build the documentation in docs/_build
 		-q -b html docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
-bench: .venv/main/.stamp  ## Time a step of each method, in each form (20 minutes)
-	@.venv/main/bin/python benchmarks/step_forms.py
-	@.venv/main/bin/python benchmarks/step_cost.py --out out/step_cost.json $(ARGS)
+tables: .venv/main/.stamp  ## Write the tables of the pages from the committed results
+	@JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/pages.py
+
+bench: .venv/main/.stamp  ## Make all results of a CPU anew, in out/bench (half an hour)
+	@JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/bench.py \
+		$(if $(DATA),--data $(DATA)) $(ARGS)
 
 bench-pods: .venv/tpu/.stamp  ## Count what large models cost on 8 to 256 chips
 	@JAX_PLATFORMS=cpu $(ON_PODS) .venv/tpu/bin/python benchmarks/pods.py $(ARGS)

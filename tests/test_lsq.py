@@ -1,8 +1,8 @@
-"""The example of quantization-aware training: its quantizer, its network, its table."""
+"""Quantization-aware training: the quantizer, the network, the study and the layers."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -18,18 +18,21 @@ import pytest
 for package in ("flax", "rich", "sklearn"):
     pytest.importorskip(package)
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "lsq_digits.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 DATA = Path(__file__).parent / "data" / "parity"
 CASES = json.loads((DATA / "runs.json").read_text())["lsq"]["cases"]
 
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("lsq_digits", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Flax looks its modules' annotations up there
-    spec.loader.exec_module(module)
-    return module
+def layers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        return importlib.import_module("lsq_layers")
+
+
+@pytest.fixture
+def study(benchmark):
+    return benchmark("lsq")
 
 
 @pytest.fixture(scope="module")
@@ -48,85 +51,85 @@ def transcribed(x, s, upstream, q_n, q_p, gamma):
     return rounded * s, upstream * inside, grad_s
 
 
-def with_grads(example, x, s, upstream, *settings):
-    out, vjp = jax.vjp(lambda x, s: example.quantize(x, s, *settings), x, s)
+def with_grads(layers, x, s, upstream, *settings):
+    out, vjp = jax.vjp(lambda x, s: layers.quantize(x, s, *settings), x, s)
     return out, *vjp(jnp.asarray(upstream, out.dtype))
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("i", range(len(CASES)))
-def test_reproduces_the_recorded_quantizer(example, recorded, i):
+def test_reproduces_the_recorded_quantizer(layers, recorded, i):
     names = "x", "s", "upstream", "out", "grad_x", "grad_s", "s_init"
     x, s, upstream, *expected, s_init = (recorded[f"case{i}/{name}"] for name in names)
     q_n, q_p = CASES[i]["Q_N"], CASES[i]["Q_P"]
     settings = q_n, q_p, (x.size * q_p) ** -0.5
-    computed = with_grads(example, x, s, upstream, *settings)
+    computed = with_grads(layers, x, s, upstream, *settings)
     numpy_computed = transcribed(x, s, upstream, *settings)
     for a, b, c in zip(computed, numpy_computed, expected, strict=True):
         np.testing.assert_allclose(a, c, rtol=0, atol=1e-12)
         np.testing.assert_allclose(b, c, rtol=0, atol=1e-12)
 
     axis = (1, 2) if CASES[i]["per_channel"] else None
-    computed = example.initial_step(jnp.asarray(x), q_p, axis)
+    computed = layers.initial_step(jnp.asarray(x), q_p, axis)
     np.testing.assert_allclose(computed, s_init, rtol=0, atol=1e-12)
 
 
-def slopes(example, x, s, gamma, q_n=8, q_p=7):
+def slopes(layers, x, s, gamma, q_n=8, q_p=7):
     """d v_hat / d s, value by value."""
-    grad = jax.grad(lambda s, x: example.quantize(x, s, q_n, q_p, gamma))
+    grad = jax.grad(lambda s, x: layers.quantize(x, s, q_n, q_p, gamma))
     return jax.vmap(grad, (None, 0))(s, x)
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_step_feels_the_rounding_error_inside_and_the_bound_outside(example):
+def test_a_step_feels_the_rounding_error_inside_and_the_bound_outside(layers):
     gamma = 0.03
     inside = jnp.linspace(-7.99, 6.99, 301) * 0.25
-    assert jnp.abs(slopes(example, inside, 0.25, gamma)).max() <= gamma / 2
+    assert jnp.abs(slopes(layers, inside, 0.25, gamma)).max() <= gamma / 2
     below, above = jnp.array([-2.1, -50.0]), jnp.array([1.8, 50.0])
-    np.testing.assert_array_equal(slopes(example, below, 0.25, gamma), -8 * gamma)
-    np.testing.assert_array_equal(slopes(example, above, 0.25, gamma), 7 * gamma)
+    np.testing.assert_array_equal(slopes(layers, below, 0.25, gamma), -8 * gamma)
+    np.testing.assert_array_equal(slopes(layers, above, 0.25, gamma), 7 * gamma)
 
 
-def test_values_on_the_grid_stay_and_leave_the_step_alone(example):
+def test_values_on_the_grid_stay_and_leave_the_step_alone(layers):
     grid = jnp.arange(-8, 8) * 0.25
-    np.testing.assert_array_equal(example.quantize(grid, 0.25, 8, 7, 0.03), grid)
-    np.testing.assert_array_equal(slopes(example, grid, 0.25, 0.03), 0)
+    np.testing.assert_array_equal(layers.quantize(grid, 0.25, 8, 7, 0.03), grid)
+    np.testing.assert_array_equal(slopes(layers, grid, 0.25, 0.03), 0)
 
 
-def test_scales_with_its_values_and_step(example):
+def test_scales_with_its_values_and_step(layers):
     x = jax.random.normal(jax.random.key(0), (100,))
-    quantized = example.quantize(x, 0.3, 8, 7, 0.03)
-    scaled = example.quantize(4 * x, 4 * 0.3, 8, 7, 0.03)
+    quantized = layers.quantize(x, 0.3, 8, 7, 0.03)
+    scaled = layers.quantize(4 * x, 4 * 0.3, 8, 7, 0.03)
     np.testing.assert_array_equal(scaled, 4 * quantized)
 
 
-def test_the_scale_of_the_gradient_does_not_touch_the_value(example):
+def test_the_scale_of_the_gradient_does_not_touch_the_value(layers):
     # Ties would fall to either side if the step were off by one bit.
     x, step = jnp.arange(-7.5, 7) * 0.1, jnp.float32(0.1)
-    quantized = [example.quantize(x, step, 8, 7, scale) for scale in (1, 0.123, 1e-3)]
+    quantized = [layers.quantize(x, step, 8, 7, scale) for scale in (1, 0.123, 1e-3)]
     for other in quantized[1:]:
         np.testing.assert_array_equal(quantized[0], other)
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0])
-def test_a_step_that_is_not_positive_gives_finite_values(example, step):
+def test_a_step_that_is_not_positive_gives_finite_values(layers, step):
     x, upstream = jnp.array([-1.0, 0.0, 1.0]), jnp.ones(3)
-    results = with_grads(example, x, jnp.float32(step), upstream, 8, 7, 0.03)
+    results = with_grads(layers, x, jnp.float32(step), upstream, 8, 7, 0.03)
     assert all(jnp.isfinite(result).all() for result in results)
 
 
 @pytest.fixture(scope="module")
-def networks(example):
+def networks(layers):
     """Full-precision parameters, and those with steps from a first batch."""
     images = jax.random.uniform(jax.random.key(0), (32, 64))
-    plain = example.Network(None).init(jax.random.key(1), images)
-    _, quantized = example.Network(4).apply(
+    plain = layers.Network(None).init(jax.random.key(1), images)
+    _, quantized = layers.Network(4).apply(
         plain, images, mutable="params", rngs=jax.random.key(2)
     )
     return images, plain["params"], quantized["params"]
 
 
-def test_steps_start_from_the_given_weights_and_a_first_batch(example, networks):
+def test_steps_start_from_the_given_weights_and_a_first_batch(layers, networks):
     images, plain, quantized = networks
     first, last = quantized["QuantizedDense_0"], quantized["QuantizedDense_3"]
     middle = quantized["QuantizedDense_1"]
@@ -139,21 +142,21 @@ def test_steps_start_from_the_given_weights_and_a_first_batch(example, networks)
     assert first["input_step"] == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_a_layer_computes_with_integers(example, networks):
+def test_a_layer_computes_with_integers(layers, networks):
     _, _, quantized = networks
     params = quantized["QuantizedDense_1"]
     inputs = 3 * jax.random.uniform(jax.random.key(3), (5, 64))
     weights = np.round(np.clip(params["kernel"] / params["weight_step"], -8, 7))
     levels = np.round(np.clip(inputs / params["input_step"], 0, 15))
     expected = (levels @ weights) * params["input_step"] * params["weight_step"]
-    out = example.QuantizedDense(64, 4).apply({"params": params}, inputs)
+    out = layers.QuantizedDense(64, 4).apply({"params": params}, inputs)
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-def test_the_gradient_of_steps_is_scaled_by_counts(example, networks):
+def test_the_gradient_of_steps_is_scaled_by_counts(layers, networks):
     _, _, quantized = networks
     params = quantized["QuantizedDense_1"]
-    layer = example.QuantizedDense(64, 4)
+    layer = layers.QuantizedDense(64, 4)
 
     def slope(batch_size):
         inputs = jnp.full((batch_size, 64), 100.0)  # all above the upper bound
@@ -168,10 +171,10 @@ def test_the_gradient_of_steps_is_scaled_by_counts(example, networks):
     assert slope(8) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["SAM", "VSAM"])
-def test_the_ascent_leaves_the_steps_where_they_are(example, networks, method):
+@pytest.mark.parametrize("method", ["LSQ + SAM", "LSQ + vSAM"])
+def test_the_ascent_leaves_the_steps_where_they_are(study, networks, method):
     _, _, params = networks
-    tx = getattr(example, method)
+    tx = study.METHODS[method].member
     # The gradient of half the squared norm is the parameters: what comes back is w + e.
     update = jax.jit(lambda w: tx.update(w, tx.init(w), w, grad_fn=lambda w: w)[0])
     for name, moved in update(params).items():
@@ -181,9 +184,76 @@ def test_the_ascent_leaves_the_steps_where_they_are(example, networks, method):
             assert moved[step] == layer[step]
 
 
-def test_prints_a_table(tmp_path):
+def cells(table):
+    lines = [line.strip("|").split("|") for line in table.splitlines()]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_the_study_trains_adds_and_prints(study, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "new/lsq.json"
+    command = ["lsq.py", "--quick", "--bits", "4", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    study.main()
+    results = json.loads(out.read_text())
+    rows = {name.removeprefix("4 bits, "): x for name, x in results["rows"].items()}
+    methods = ["FP + SGD", "FP + SAM", "LSQ + SGD", "LSQ + SAM", "LSQ + vSAM"]
+    assert list(rows) == methods
+    gradients = {name: row["gradients_per_step"][0] for name, row in rows.items()}
+    assert gradients["FP + SGD"] == gradients["LSQ + SGD"] == 1
+    assert gradients["FP + SAM"] == gradients["LSQ + SAM"] == 2
+    assert 1 < gradients["LSQ + vSAM"] < 2
+    for name, row in rows.items():
+        assert 50 < row["accuracy"][0] <= 100
+        steps = [row[kind][0] for kind in study.STEPS if kind in row]
+        assert len(steps) == 2 * name.startswith("LSQ")
+        assert all(0.5 < step < 2 for step in steps)
+    (table,) = study.markdown(results).values()
+    assert table in capsys.readouterr().out
+    # What is there is not trained again, nor mixed with what was made otherwise.
+    monkeypatch.setattr(study, "train", lambda *_: {"2 bits, LSQ + SGD": {}})
+    monkeypatch.setattr(study, "markdown", lambda _: {})
+    monkeypatch.setattr(sys, "argv", [*command, "2"])
+    study.run([4, 2], True, out)
+    kept = json.loads(out.read_text())["rows"]
+    assert kept == results["rows"] | {"2 bits, LSQ + SGD": {}}
+    with pytest.raises(SystemExit, match="other settings or versions"):
+        study.run([4, 2], False, out)
+
+
+def test_the_table_has_differences_and_what_was_published(study):
+    row = lambda *accuracy: {
+        "settings": "",
+        "accuracy": accuracy,
+        "gradients_per_step": [1.5] * 2,
+        "weight_step": [0.9, 0.8],
+        "input_step": [1.0, 1.0],
+    }
+    named = {"LSQ + SGD": row(90.0, 92.0), "LSQ + SAM": row(91.0, 92.0)}
+    results = {"rows": {f"{b} bits, {k}": r for k, r in named.items() for b in (4, 2)}}
+    tables = study.markdown(results)
+    assert list(tables) == ["4 bits", "2 bits"]
+    four, two = cells(tables["4 bits"]), cells(tables["2 bits"])
+    assert four["LSQ + SAM"]["minus LSQ + SGD"] == "+0.5 ± 0.7"
+    assert four["LSQ + SAM"]["ahead of it on"] == "1 of 2"
+    assert four["LSQ + SGD"]["test accuracy (%), 2 seeds"] == "91.0 ± 1.4"
+    assert four["LSQ + SGD"]["ResNet-18 (%)"] == "88.47"
+    assert four["LSQ + SAM"]["MobileNets (%)"] == "83.83"
+    assert four["full precision (paper)"]["ResNet-18 (%)"] == "88.72"
+    assert "ResNet-18 (%)" not in two["LSQ + SAM"]
+
+
+def test_refuses_one_bit(study, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lsq.py", "--bits", "1"])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_example_prints_a_table(tmp_path):
     run = subprocess.run(
-        [sys.executable, SCRIPT, "--quick"],
+        [sys.executable, EXAMPLES / "lsq_digits.py", "--quick"],
         cwd=tmp_path,
         env=os.environ | {"COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
@@ -195,30 +265,8 @@ def test_prints_a_table(tmp_path):
     lines = run.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     rows = [line.strip("│ ").split("│") for line in lines if line.startswith("│")]
-    table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
-    methods = ["FP + SGD", "FP + SAM", "LSQ + SGD", "LSQ + SAM", "LSQ + vSAM"]
-    assert list(table) == methods
-    gradients = {name: float(cells[2]) for name, cells in table.items()}
-    assert gradients["FP + SGD"] == gradients["LSQ + SGD"] == 1
-    assert gradients["FP + SAM"] == gradients["LSQ + SAM"] == 2
-    assert 1 < gradients["LSQ + vSAM"] < 2
-    for name, (percent, difference, _, *steps) in table.items():
-        assert 50 < float(percent) <= 100
-        reference = float(table["LSQ + SGD"][0])
-        assert float(difference) == pytest.approx(float(percent) - reference, abs=0.11)
-        if name.startswith("FP"):
-            assert steps == ["-", "-"]
-        else:
-            assert all(0.5 < float(step) < 2 for step in steps)
-
-
-def test_refuses_empty_runs():
-    run = subprocess.run(
-        [sys.executable, SCRIPT, "--epochs", "0"],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 2
-    assert "at least 1" in run.stderr
+    table = {name.strip(): [float(x) for x in numbers] for name, *numbers in rows}
+    assert list(table) == ["SGD", "vSAM"]
+    assert all(50 < accuracy <= 100 for accuracy, _ in table.values())
+    assert table["SGD"][1] == 1 < table["vSAM"][1] < 2
+    assert "of 1 seeds" in lines[-1]

@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from pathlib import Path
 
-import harness
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -59,13 +58,6 @@ def test_what_a_program_sends(benchmark):
     }
     with pytest.raises(NotImplementedError, match="loop"):
         list(programs.collectives(PROGRAM))
-
-
-def test_the_tables_are_those_of_the_results(benchmark):
-    pods = benchmark("pods")
-    page = harness.page("pods.md")
-    results = json.loads(pods.RESULTS.read_text())["rows"]
-    assert pods.markdown(results) in page
 
 
 def test_every_row_of_the_study_is_there(benchmark):

@@ -10,7 +10,6 @@ import pickle
 import sys
 from pathlib import Path
 
-import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -552,15 +551,6 @@ def test_the_report_shows_ours_beside_the_published(tmp_path):
     assert "23579" in counted
     report.draw(rows, tmp_path / "new/figure.png")
     assert (tmp_path / "new/figure.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_tables_of_the_page_are_those_of_the_results(quality):
-    report = importlib.import_module("quality_report")
-    rows = quality.read(ROOT / "benchmarks/results/quality_cpu.jsonl")
-    page = harness.page("quality.md")
-    tables = report.markdown(rows, times=False)
-    assert tables
-    assert [title for title, table in tables.items() if table not in page] == []
 
 
 def test_choices_of_hyperparameters_are_told_apart():

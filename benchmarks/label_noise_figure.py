@@ -1,4 +1,4 @@
-"""The figure of digits_label_noise.py: learning curves or, of many methods, costs."""
+"""The figures of label_noise.py: learning curves or, of many methods, costs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ def draw_curve(axes: Axes, values: np.ndarray, color: str, label: str = "") -> N
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_costs(axes: Axes, measured: dict[str, Any]) -> None:
+def draw_costs(axes: Axes, rows: dict[str, Any]) -> None:
     """The last accuracies, a line for each method, the cheapest ones at the top."""
-    last = lambda name: np.array([v[name][:, -1] for v in measured.values()]).T
-    costs, (means, sds) = last("gradients").mean(0), average(last("accuracy"))
+    costs = np.array([np.mean(row["gradients_per_step"]) for row in rows.values()])
+    last = np.array([np.array(row["accuracy"])[:, -1] for row in rows.values()])
+    means, sds = average(last.T)
     order = np.lexsort((-means, costs.round(2)))
-    names, costs = np.array(list(measured))[order], costs[order]
+    names, costs = np.array(list(rows))[order], costs[order]
     places = np.arange(len(order))
     style: Any = {"fmt": "o", "markersize": 4, "elinewidth": 1.2, "color": PALETTE[1]}
     axes.errorbar(means[order], places, xerr=sds[order], **style)
@@ -57,24 +58,23 @@ def draw_costs(axes: Axes, measured: dict[str, Any]) -> None:
         side.tick_params(axis="y", length=0)
 
 
-def draw(measured: dict[str, Any], window: int, path: Path) -> None:
+def draw(rows: dict[str, Any], path: Path) -> None:
     """Learning curves, or costs if they are many; and how vSAM chose its rate."""
-    few = len(measured) <= len(PALETTE)
-    height = 4 if few else max(4, 0.2 * len(measured) + 0.9)
+    few = len(rows) <= len(PALETTE)
+    height = 4 if few else max(4, 0.2 * len(rows) + 0.9)
     figure = Figure(figsize=(8, height), dpi=200, layout="constrained")
     layout = "AAB;AAC" if few else "AAAB;AAAC"
-    panels = figure.subplot_mosaic(layout if "vSAM" in measured else "A")
+    panels = figure.subplot_mosaic(layout if "vSAM" in rows else "A")
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
-    colors = dict(zip(measured, PALETTE, strict=False))
-    if "vSAM" in measured:
-        vsam, color = measured["vSAM"], colors.get("vSAM", PALETTE[1])
-        # While it warms up, every step is sampled and the rate is not used.
-        warm = vsam["ascent_rate"] == 1
-        sampling = np.where(warm, np.nan, 100 * vsam["samples_per_window"] / window)
+    colors = dict(zip(rows, PALETTE, strict=False))
+    if "vSAM" in rows:
+        vsam, color = rows["vSAM"], colors.get("vSAM", PALETTE[1])
+        # Nothing is drawn of its warm-up: None becomes nan.
+        sampling = 100 * np.array(vsam["sampling_rate"], float)
         draw_curve(panels["B"], sampling, color)
         panels["B"].set(title="vSAM's sampling rate", ylabel="Steps (%)")
-        draw_curve(panels["C"], vsam["psf_norm"], color)
+        draw_curve(panels["C"], np.array(vsam["psf_norm"]), color)
         panels["C"].set(title="vSAM's PSF norm", ylabel="Nats per weight")
         for panel in "BC":
             panels[panel].set_ylim(0, None)
@@ -83,15 +83,15 @@ def draw(measured: dict[str, Any], window: int, path: Path) -> None:
     accuracy = "Test accuracy, clean labels (%)"
     if not few:
         main.set_xlabel(accuracy)
-        draw_costs(main, measured)
+        draw_costs(main, rows)
     else:
         main.set_ylabel(accuracy)
         for name, color in colors.items():
-            draw_curve(main, measured[name]["accuracy"], color, label=name)
+            draw_curve(main, np.array(rows[name]["accuracy"]), color, label=name)
         main.set_ylim(68, 100)
         figure.legend(
             frameon=False,
-            ncols=5 if len(measured) == 5 else 4,
+            ncols=4,
             loc="outside lower center",
         )
     path.parent.mkdir(parents=True, exist_ok=True)

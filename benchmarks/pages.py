@@ -1,0 +1,84 @@
+"""Writes the tables of results into their pages, from the committed results.
+
+A table stands between two comments, the first of which names it:
+
+    <!-- table lsq, 4 bits: written by make tables -->
+
+    <!-- end -->
+
+    python benchmarks/pages.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import cheap_ascent
+import correlation
+import cost_report
+import label_noise
+import lsq
+import pods
+import quality
+import quality_report
+import step_forms
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGES = sorted(ROOT.glob("docs/*.md")) + [ROOT / "benchmarks/README.md"]
+MARKED = re.compile(
+    r"(<!-- table ([^:\n]+): written by make tables -->\n).*?(<!-- end -->)", re.DOTALL
+)
+
+
+def tables() -> dict[str, str]:
+    """All tables by the name that their pages have for them."""
+    read = lambda name: json.loads((RESULTS / f"{name}.json").read_text())
+    trained = quality.read(RESULTS / "quality_cpu.jsonl")
+    found = {
+        "step_forms": step_forms.markdown(read("step_forms_cpu")["rows"]),
+        "step_cost": cost_report.markdown(read("step_cost_cpu")),
+        "pods": pods.markdown(read("pods")["rows"]),
+    }
+    for title, text in quality_report.markdown(trained, times=False).items():
+        found[f"quality, {title.split(':')[0]}"] = f"{title}:\n\n{text}"
+    for study in (label_noise, lsq, cheap_ascent, correlation):
+        name = study.__name__
+        for part, text in study.markdown(read(name)).items():
+            found[f"{name}, {part}"] = text
+    return found
+
+
+def names(text: str) -> list[str]:
+    """The tables that a page asks for."""
+    return [name for _, name, _ in MARKED.findall(text)]
+
+
+def rendered(text: str, made: dict[str, str]) -> str:
+    """A page with the tables that it asks for."""
+    if unknown := sorted({*names(text)} - made.keys()):
+        raise SystemExit(
+            f"no results have a table {unknown[0]!r}; there are {', '.join(made)}"
+        )
+    return MARKED.sub(lambda m: f"{m[1]}\n{made[m[2]]}\n\n{m[3]}", text)
+
+
+def main() -> None:
+    """Writes the pages that change."""
+    made, asked = tables(), set()
+    for page in PAGES:
+        text = page.read_text()
+        asked |= {*names(text)}
+        if (new := rendered(text, made)) != text:
+            page.write_text(new)
+            print(f"{page.relative_to(ROOT)}: written")
+    if lost := sorted(made.keys() - asked):
+        raise SystemExit(
+            f"no page shows {'; '.join(lost)}: put the two comments where it belongs"
+        )
+
+
+if __name__ == "__main__":
+    main()
