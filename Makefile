@@ -4,6 +4,8 @@
 # WORKERS (parallel test processes), ARGS (more arguments for pytest, the demo or the
 # benchmark, as in `make test ARGS="-k vsam"`), DATA (Fashion-MNIST for `make bench`).
 
+comma := ,
+
 WORKERS ?= 2
 ARGS ?=
 DATA ?=
@@ -82,8 +84,13 @@ docs: .venv/main/.stamp  ## Build the documentation in docs/_build
 tables: .venv/main/.stamp  ## Write the tables of the pages from the committed results
 	@JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/pages.py
 
+# An allocator that keeps the memory of XLA's programs: see benchmarks/README.md.
+JEMALLOC := $(firstword $(wildcard /usr/lib/*/libjemalloc.so.2))
+STEADY := $(if $(JEMALLOC),LD_PRELOAD=$(JEMALLOC) \
+	MALLOC_CONF=oversize_threshold:0$(comma)dirty_decay_ms:-1$(comma)muzzy_decay_ms:-1)
+
 bench: .venv/main/.stamp  ## Make all results of a CPU anew, in out/bench (half an hour)
-	@JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/bench.py \
+	@$(STEADY) JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/bench.py \
 		$(if $(DATA),--data $(DATA)) $(ARGS)
 
 bench-pods: .venv/tpu/.stamp  ## Count what large models cost on 8 to 256 chips

@@ -1,6 +1,6 @@
 """Makes every table that a CPU can make anew, one part after the other, and times them.
 
-    python benchmarks/bench.py [--data fashion_mnist_20k.npz] [--parts lsq step_forms]
+    python benchmarks/bench.py [--data fashion_mnist_20k.npz] [--parts lsq label_noise]
 
 Results go to out/bench, never over the committed ones. The data set is Fashion-MNIST as
 an .npz, see README.md; without it the parts that have it run on digits alone.
@@ -23,7 +23,6 @@ def commands(data: Path | None) -> dict[str, list[str]]:
     fashion = ["--data", str(data)] if data else []
     plan = ["--plan", str(HERE / "plans/cpu.json")] if data else []
     return {
-        "step_forms": ["--rounds", "5"],
         "step_cost": ["--rounds", "3"],
         "lsq": [],
         "label_noise": [],

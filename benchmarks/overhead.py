@@ -25,11 +25,11 @@ from unittest import mock
 import cost_methods
 import jax
 import optax
+import tables
 from cost_models import MODELS, Subject, subject
 from cost_report import MIB, quartiles
 from cost_rows import Row
 from rich.progress import track
-from tables import table
 
 import optax_sam
 from optax_sam import arguments
@@ -149,7 +149,7 @@ def markdown(steady: dict[str, Any], plain: dict[str, Any]) -> str:
             )
     header = ["model", "variant", "time / SGD (quartiles)", "MiB moved"]
     header += ["MiB of temporaries", "glibc: time / SGD", "page faults per step"]
-    return table(header, lines)
+    return tables.table(header, lines)
 
 
 def main() -> None:
@@ -167,7 +167,7 @@ def main() -> None:
         print(markdown(read(STEADY), read(PLAIN)))
         return
     settings = {
-        "jax": jax.__version__,
+        **tables.environment(),
         "rounds": options.rounds,
         "allocator": Path(preloaded or "the C library's").name,
     }

@@ -20,14 +20,15 @@ import correlation
 import cost_report
 import label_noise
 import lsq
+import overhead
 import pods
 import quality
 import quality_report
-import step_forms
+import torch_peers
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-PAGES = sorted(ROOT.glob("docs/*.md")) + [ROOT / "benchmarks/README.md"]
+PAGES = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "benchmarks/README.md"]
 MARKED = re.compile(
     r"(<!-- table ([^:\n]+): written by make tables -->\n).*?(<!-- end -->)", re.DOTALL
 )
@@ -37,9 +38,12 @@ def tables() -> dict[str, str]:
     """All tables by the name that their pages have for them."""
     read = lambda name: json.loads((RESULTS / f"{name}.json").read_text())
     trained = quality.read(RESULTS / "quality_cpu.jsonl")
+    steps = read("step_cost_cpu")
+    variants = read("overhead_cpu"), read("overhead_glibc_cpu")
     found = {
-        "step_forms": step_forms.markdown(read("step_forms_cpu")["rows"]),
-        "step_cost": cost_report.markdown(read("step_cost_cpu")),
+        "step_cost": cost_report.markdown(steps),
+        "overhead": overhead.markdown(*variants),
+        "torch_peers": torch_peers.markdown(read("torch_peers_cpu"), steps),
         "pods": pods.markdown(read("pods")["rows"]),
     }
     for title, text in quality_report.markdown(trained, times=False).items():

@@ -28,14 +28,12 @@ from typing import Any
 import cost_methods
 import cost_report
 import jax
-import optax
+import tables
 from cost_methods import METHODS, NUM_BATCHES
 from cost_models import MODELS, subject
 from cost_rows import Row, timer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
-
-import optax_sam
 
 RESULTS = Path(__file__).parent / "results/step_cost_{}.json"
 BETWEEN = 2  # rows between two blocks of what they are compared with
@@ -181,12 +179,8 @@ def main() -> None:
         out = Path("out/step_cost.json")
     results = json.loads(out.read_text()) if out.exists() else {"models": {}}
     results["settings"] = {
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "optax_sam": optax_sam.__version__,
-        "python": platform.python_version(),
+        **tables.environment(),
         "backend": backend,
-        "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
         "allocator": Path(os.environ.get("LD_PRELOAD", "the C library's")).name,
     }

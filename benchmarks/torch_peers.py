@@ -21,8 +21,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tables import table
-
 RESULTS = Path(__file__).parent / "results"
 # What each is called there and here.
 PEERS = {"SAM": "sam", "GSAM": "gsam", "WSAM": "wsam", "LookSAM": "looksam"}
@@ -136,6 +134,8 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 def markdown(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """Both frameworks' ratios."""
+    from tables import table  # JAX need not be where PyTorch is
+
     lines = []
     for name, study in theirs["models"].items():
         rows = ours["models"][name]["rows"]

@@ -94,6 +94,7 @@ def test_targets_are_judged_by_two_decimals(benchmark):
         "form": form,
         "gradients": 2,
         "forwards": 0,
+        "to_sgd": [1.0, 2 * ideal, 3.0],
         "to_ideal": [0.9, ideal, 1.2],
         "compile_to_sgd": compiled,
         **more,
@@ -103,6 +104,8 @@ def test_targets_are_judged_by_two_decimals(benchmark):
         row("sam", "", 1.054, 2.1, to_opaque=[0.9, 1.01, 1.1]),
         row("sam_5", "dispatched", 1.056, 3.21),
         row("sam_5", "conditional", 4.0, 2.11),
+        row("vsam", "dispatched", 0.75, None),
+        row("msam", "", 1.55, None),
     ]
     settings = {"parameters": 1_000_000}
     results = {
@@ -111,13 +114,15 @@ def test_targets_are_judged_by_two_decimals(benchmark):
     }
     lines = [line.split(" | ")[1:3] for line in report.targets(results).splitlines()]
     assert lines[2:] == [
-        ["1.05", "1 of 2"],  # the cliff is not among them
-        ["1.05", "0 of 1"],
+        ["1.05", "2 of 4"],  # the cliff is not among them
+        ["1.05", "1 of 2"],
         ["1.00", "0 of 1"],
         ["2.10", "1 of 2"],
         ["3.20", "0 of 1"],
+        ["0.71", "yes"],  # 1.5 / 2.108
+        ["1.02", "0 of 1"],  # 3.1 / 3
     ]
     settings["parameters"] -= 1  # too small to ask for it
     results["settings"]["backend"] = "gpu"
     lines = [line.split(" | ")[1:3] for line in report.targets(results).splitlines()]
-    assert lines[2:4] == [["1.03", "0 of 1"], ["1.00", "0 of 1"]]
+    assert lines[2:4] == [["1.03", "1 of 2"], ["1.00", "0 of 1"]]
