@@ -5,9 +5,8 @@ import re
 
 import pytest
 
-pytest.importorskip("flax")
-pytest.importorskip("rich")
-pytest.importorskip("sklearn")
+for package in ("flax", "matplotlib", "rich", "sklearn"):
+    pytest.importorskip(package)
 
 
 @pytest.fixture

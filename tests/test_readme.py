@@ -1,4 +1,4 @@
-"""The README's example runs as printed."""
+"""The example of the README runs as printed."""
 
 import harness
 
