@@ -64,7 +64,7 @@ def on_pages_of_methods():
 
 
 def fill_in(_app, docname, source):
-    """Replace the markers: modules in api.md, measurements on a method's page."""
+    """Replace the markers: of the modules in api.md, and of excerpts from tables."""
     if docname == "api":
         excluded = f"   :exclude-members: {', '.join(on_pages_of_methods())}\n"
         sections = [
@@ -74,9 +74,8 @@ def fill_in(_app, docname, source):
             for name in modules()
         ]
         source[0] = source[0].replace("<!-- modules -->", "\n".join(sections))
-    if docname.startswith("methods/"):
-        measured = lambda found: excerpts.excerpts(found[1].split("; "))
-        source[0] = re.sub(r"<!-- measured: (.*) -->", measured, source[0])
+    excerpt = lambda found: getattr(excerpts, found[1])(found[2].split("; "))
+    source[0] = re.sub(r"<!-- (measured|published): (.*) -->", excerpt, source[0])
 
 
 def skip_tuple_fields(_app, _what, _name, obj, skip, _options):

@@ -13,51 +13,34 @@ DOCS = Path(__file__).parent
 PUBLISHED = DOCS.parent / "benchmarks" / "published.csv"
 
 # The page of a table, the beginning of the line that it follows, and what it shows.
+BENCHMARKS = "../benchmarks/README.md"
 TABLES = [
-    ("methods.md", "## What a step costs", "**Cost**, see [all methods](../methods.md)."),
-    (
-        "methods.md",
-        "## Hyperparameters",
-        "**Hyperparameters**, see [all methods](../methods.md#hyperparameters).",
-    ),
-    (
-        "demo.md",
-        "## All methods",
-        "**[The demo](../demo.md)**: digits, 40 % of whose labels are wrong, three seeds,"
-        " tuned settings.",
-    ),
+    ("methods.md", "## What a step costs", "Cost"),
+    ("methods.md", "## Hyperparameters", "Hyperparameters"),
+    ("demo.md", "## All methods", "Digits with 40 % wrong labels, tuned"),
     (
         "quality.md",
         "## Digits with wrong labels",
-        "**[The quality benchmark](../quality.md)** on the same digits, trained for"
-        " fewer epochs at the demo's radii, three seeds.",
+        "The same digits with fewer epochs, at the radii above",
     ),
     (
         "quality.md",
         "## Few clean images",
-        "**[The quality benchmark](../quality.md#few-clean-images)** on 4,000 clean"
-        " images of Fashion-MNIST, nothing tuned: SAM gains nothing here.",
+        "4,000 clean images of Fashion-MNIST, not tuned",
     ),
-    (
-        "cheap_ascents.md",
-        "### Digits",
-        "**[The study of cheap ascents](../cheap_ascents.md)** on digits, 40 % of whose"
-        " labels are wrong, five seeds, `rho` tuned.",
-    ),
+    ("cheap_ascents.md", "### Digits", "Digits with 40 % wrong labels, another tuning"),
     (
         "cheap_ascents.md",
         "### Fashion-MNIST",
-        "**[The study of cheap ascents](../cheap_ascents.md#fashion-mnist)** on"
-        " Fashion-MNIST with the same share of wrong labels, five seeds, `rho` tuned.",
+        "4,000 images of Fashion-MNIST with 40 % wrong labels, tuned",
     ),
     (
         "cheap_ascents.md",
         "## Where SAM gains nothing",
-        "**[The same](../cheap_ascents.md#where-sam-gains-nothing)** at the learning rate"
-        " that is best for SGD.",
+        "The same at the learning rate that is best for SGD",
     ),
-    ("../benchmarks/README.md", "**MLP**", "**Time and memory of a step**, MLP on a CPU."),
-    ("../benchmarks/README.md", "**CNN**", "**Time and memory of a step**, CNN on a CPU."),
+    (BENCHMARKS, "**MLP**", "Time and memory of a step, MLP on a CPU"),
+    (BENCHMARKS, "**CNN**", "Time and memory of a step, CNN on a CPU"),
 ]
 # These rows stand beside those of the method.
 BASELINES = {"SGD", "SAM", "sam"}
@@ -107,8 +90,8 @@ def published(labels):
     for row in rows:
         if is_about(row["method"], labels) or row["method"] in BASELINES:
             of_method = cells.setdefault((row["method"], row["source"]), {})
-            accuracy = f"{row['accuracy']} ± {row['deviation'] or '?'}"
-            of_method[row["data"], row["model"]] = accuracy
+            error = row["deviation"] and f" ± {row['deviation']}"
+            of_method[row["data"], row["model"]] = f"{row['accuracy']}{error}"
     return markdown(
         ["method", *(f"{DATA[d]}, {MODELS[m]}" for d, m in columns), "source"],
         *(
@@ -118,15 +101,16 @@ def published(labels):
     )
 
 
-def excerpts(labels):
+def measured(labels):
     """All that is known about the method with these labels, as Markdown."""
     parts = []
     for page, start, caption in TABLES:
         head, _, *rows = table_behind(page, start)
         if any(is_about(row[0], labels) for row in rows):
             rows = [r for r in rows if is_about(r[0], labels) or r[0] in BASELINES]
-            parts += [caption, markdown(head, *rows)]
+            heading = start.lstrip("# ").lower().replace(" ", "-")
+            anchor = f"#{heading}" if start.startswith("#") else ""
+            parts += [f"**[{caption}](../{page}{anchor})**", markdown(head, *rows)]
     if table := published(labels):
-        caption = "**Published** test accuracies (%); a `?` where no deviation is given."
-        parts += [caption, table]
+        parts += ["**Published test accuracies (%)**", table]
     return "\n\n".join(parts)
