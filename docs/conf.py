@@ -32,10 +32,10 @@ html_title = f"optax_sam {release}"
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-# Roles without a target are warnings too, as broken links are.
+# Roles without a target are warnings too, as broken links are. Types are not roles of
+# ours, and what other packages document is not looked up.
 nitpicky = True
-# A pattern of the sidebar may wait for its page.
-suppress_warnings = ["toc.empty_glob"]
+nitpick_ignore_regex = [("py:.*", r"(jax|optax|numpy|collections)\..*")]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -64,7 +64,7 @@ def on_pages_of_methods():
 
 
 def fill_in(_app, docname, source):
-    """Replace the markers: of the modules in api.md, and of excerpts from tables."""
+    """Replace the markers: of modules, of excerpts from tables, and of a file."""
     if docname == "api":
         excluded = f"   :exclude-members: {', '.join(on_pages_of_methods())}\n"
         sections = [
@@ -76,6 +76,13 @@ def fill_in(_app, docname, source):
         source[0] = source[0].replace("<!-- modules -->", "\n".join(sections))
     excerpt = lambda found: getattr(excerpts, found[1])(found[2].split("; "))
     source[0] = re.sub(r"<!-- (measured|published): (.*) -->", excerpt, source[0])
+    if docname == "benchmarks":
+        # What it links to is no page, but for what is.
+        links = r"\]\((?!https?:|#|\.\./docs/)"
+        text = (DOCS.parent / "benchmarks/README.md").read_text()
+        source[0] = re.sub(links, "](path:../benchmarks/", text)
+    else:
+        source[0] = source[0].replace("../benchmarks/README.md", "benchmarks.md")
 
 
 def skip_tuple_fields(_app, _what, _name, obj, skip, _options):
