@@ -44,6 +44,7 @@ autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 # As fields of the class: listed apart, they would clash with the real attributes.
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_custom_sections = ["Cost", "Differs from the authors' code in"]
 
 # Each module's section lists its __all__; modules that are absent are left out.
@@ -83,6 +84,8 @@ def fill_in(_app, docname, source):
         source[0] = re.sub(links, "](path:../benchmarks/", text)
     else:
         source[0] = source[0].replace("../benchmarks/README.md", "benchmarks.md")
+    # A number and its error on one line.
+    source[0] = source[0].replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def skip_tuple_fields(_app, _what, _name, obj, skip, _options):

@@ -57,7 +57,7 @@ ELSEWHERE = {
         "test_sharpness_progress.py::test_writers_take_what_is_logged",
     ),
 }
-SLOW = {"docs/getting_started.md"}
+SLOW = {"docs/concepts.md", "docs/getting_started.md"}
 IMPORTED = {"jax": jax, "jnp": jnp, "optax": optax, "optax_sam": optax_sam}
 # What some pages take as the reader's own.
 GIVEN = {
@@ -313,6 +313,14 @@ def test_a_page_shows_its_method(page, excerpts):
         assert any(excerpts.is_about(row, [label]) for row in rows), label
     name = Path(page).stem
     assert f"autofunction:: optax_sam.{name}\n" in PAGES[page]
+
+
+def test_every_method_has_a_page():
+    documented = {Path(page).stem for page in METHOD_PAGES}
+    rows = harness.table("methods.md", "Hyperparameters")
+    assert {row[0].strip("`") for row in rows} <= documented
+    for name in documented:
+        assert f"\nmethods/{name}\n" in PAGES["docs/methods.md"]
 
 
 def test_excerpts_keep_rows_and_columns_that_say_something(excerpts):
