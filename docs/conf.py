@@ -32,10 +32,8 @@ html_title = f"optax_sam {release}"
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-# Roles without a target are warnings too, as broken links are. Types are not roles of
-# ours, and what other packages document is not looked up.
+# Roles without a target are warnings too, as broken links are.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(jax|optax|numpy|collections)\..*")]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -102,10 +100,10 @@ def public_names():
                 continue  # a submodule, or the version
             yield f"{module.__name__}.{name}"
             for attribute, value in vars(obj).items() if isinstance(obj, type) else ():
-                # Those of tuples have no module of ours.
-                if getattr(value, "__module__", None) == obj.__module__ and not (
-                    attribute.startswith("_")
-                ):
+                function = getattr(value, "fget", value)  # of a property
+                # Fields of tuples, and what is inherited, are of other modules.
+                ours = getattr(function, "__module__", None) == obj.__module__
+                if ours and not attribute.startswith("_"):
                     yield f"{module.__name__}.{name}.{attribute}"
 
 
