@@ -59,7 +59,7 @@ ELSEWHERE = {
 }
 SLOW = {"docs/concepts.md", "docs/getting_started.md"}
 IMPORTED = {"jax": jax, "jnp": jnp, "optax": optax, "optax_sam": optax_sam}
-# What some pages take as the reader's own.
+# What some pages take as the reader's own; each of their blocks stands by itself.
 GIVEN = {
     "docs/methods.md": {
         "params": jnp.zeros(3),
@@ -94,8 +94,9 @@ def test_blocks_that_other_tests_run(page):
     [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in HERE],
 )
 def test_blocks_run(page, capsys):
-    names = IMPORTED | GIVEN.get(page, {})
+    names = IMPORTED
     for number, block in enumerate(code(page), 1):
+        names = (IMPORTED if page in GIVEN else names) | GIVEN.get(page, {})
         exec(compile(block, f"{page}, block {number}", "exec"), names)
     check = CHECKS.get(page)
     if check:
@@ -132,15 +133,10 @@ def m_sharpness_by_hand(names):
     return optax.tree.scale(1 / 4, optax.tree.add(*map(of_shard, range(4))))
 
 
-def check_method_page(names, _):
-    assert harness.is_finite(names["updates"])
-
-
 CHECKS = {
     "docs/index.md": check_home,
     "docs/getting_started.md": check_getting_started,
     "docs/concepts.md": check_concepts,
-    "docs/methods.md": check_method_page,
 }
 
 
@@ -148,7 +144,7 @@ def test_blocks_are_of_kinds_that_are_looked_at():
     for page, text in PAGES.items():
         opened = re.findall(r"^ *```(\S*).*\n(?:.*\n)*?^ *```$", text, re.MULTILINE)
         kinds = {kind for kind in opened if not kind.startswith("{")}
-        assert kinds <= {"python", "console"}, page
+        assert kinds <= {"python", "console", "text"}, page
         assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(opened), page
 
 
