@@ -11,6 +11,7 @@ from sphinx.util import logging
 import optax_sam
 
 DOCS = Path(__file__).parent
+BENCHMARKS = DOCS.parent / "benchmarks"
 sys.path.append(str(DOCS))
 import excerpts  # noqa: E402
 
@@ -62,6 +63,19 @@ def on_pages_of_methods():
     return [name for page in pages for name in re.findall(directive, page.read_text())]
 
 
+def from_here(link):
+    """A link of the benchmarks' README, seen from the page that shows it."""
+    text, target = link.groups()
+    path = BENCHMARKS / target
+    if path.is_dir():
+        return text
+    # What is no page is handed out as a file.
+    is_page = path.resolve().is_relative_to(DOCS)
+    return (
+        f"[{text}]({target})" if is_page else f"[{text}](path:../benchmarks/{target})"
+    )
+
+
 def fill_in(_app, docname, source):
     """Replace the markers: of modules, of excerpts from tables, and of a file."""
     if docname == "api":
@@ -76,10 +90,8 @@ def fill_in(_app, docname, source):
     excerpt = lambda found: getattr(excerpts, found[1])(found[2].split("; "))
     source[0] = re.sub(r"<!-- (measured|published): (.*) -->", excerpt, source[0])
     if docname == "benchmarks":
-        # What it links to is no page, but for what is.
-        links = r"\]\((?!https?:|#|\.\./docs/)"
-        text = (DOCS.parent / "benchmarks/README.md").read_text()
-        source[0] = re.sub(links, "](path:../benchmarks/", text)
+        readme = BENCHMARKS / "README.md"
+        source[0] = re.sub(r"\[([^]]*)\]\(([^)#:]+)\)", from_here, readme.read_text())
     else:
         source[0] = source[0].replace("../benchmarks/README.md", "benchmarks.md")
     # A number and its error on one line.

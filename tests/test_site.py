@@ -94,9 +94,10 @@ def test_blocks_that_other_tests_run(page):
     [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in HERE],
 )
 def test_blocks_run(page, capsys):
-    names = IMPORTED
+    names = dict(IMPORTED)
     for number, block in enumerate(code(page), 1):
-        names = (IMPORTED if page in GIVEN else names) | GIVEN.get(page, {})
+        if page in GIVEN:
+            names = IMPORTED | GIVEN[page]
         exec(compile(block, f"{page}, block {number}", "exec"), names)
     check = CHECKS.get(page)
     if check:
