@@ -10,7 +10,7 @@ from sphinx.util import logging
 
 import optax_sam
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 BENCHMARKS = DOCS.parent / "benchmarks"
 sys.path.append(str(DOCS))
 import excerpts  # noqa: E402
