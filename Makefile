@@ -1,6 +1,7 @@
 # Every target makes the environment it needs under .venv/ and reuses it afterwards.
 #
 # Variables: PYTHON, PYTHON_OLDEST, PYTHON_NEWEST (interpreters; found when not set),
+# DOCS_ENV (the environment that builds the documentation: this or .venv/newest),
 # WORKERS (parallel test processes), ARGS (more arguments for pytest, the demo or the
 # benchmark, as in `make test ARGS="-k vsam"`), DATA (Fashion-MNIST for `make bench`).
 
@@ -13,6 +14,7 @@ JAX_PLATFORMS ?= cpu
 PYTHON ?=
 PYTHON_OLDEST ?=
 PYTHON_NEWEST ?=
+DOCS_ENV ?= .venv/main
 
 SETUP := pyproject.toml $(wildcard requirements/*)
 FIND_PYTHON := sh requirements/find_python.sh
@@ -76,8 +78,9 @@ format: .venv/lint/.stamp  ## Apply the formatting that lint checks
 	.venv/lint/bin/ruff check --fix
 	.venv/lint/bin/ruff format
 
-docs: .venv/main/.stamp  ## Build the documentation in docs/_build
-	JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python -m sphinx -W --keep-going \
+# -E: all pages are read again, since some show rows of others.
+docs: $(DOCS_ENV)/.stamp  ## Build the documentation in docs/_build
+	JAX_PLATFORMS=$(JAX_PLATFORMS) $(DOCS_ENV)/bin/python -m sphinx -E -W --keep-going \
 		-q -b html docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
@@ -113,7 +116,8 @@ clean:  ## Remove the environments and all that was built
 		--group test --editable .
 
 .venv/newest/.stamp: $(SETUP)
-	@$(MAKE_ENV) .venv/newest "$(PYTHON_NEWEST)" $(UPGRADE) --group test --editable .
+	@$(MAKE_ENV) .venv/newest "$(PYTHON_NEWEST)" $(UPGRADE) --group test --group docs \
+		--editable .
 
 # The compiler for TPUs, 680 MB. JAX starts it wherever it finds it, so it has an
 # environment of its own.

@@ -1,8 +1,19 @@
 """Sphinx configuration: MyST pages, and the API from the package's docstrings."""
 
+import importlib
+import re
+import sys
 from importlib.util import find_spec
+from pathlib import Path
+
+from sphinx.util import logging
 
 import optax_sam
+
+DOCS = Path(__file__).resolve().parent
+BENCHMARKS = DOCS.parent / "benchmarks"
+sys.path.append(str(DOCS))
+import excerpts  # noqa: E402
 
 project = "optax_sam"
 author = "The optax_sam maintainers"
@@ -22,8 +33,8 @@ html_title = f"optax_sam {release}"
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-# The README and CONTRIBUTING also link to files that are no part of these pages.
-suppress_warnings = ["myst.xref_missing"]
+# Roles without a target are warnings too, as broken links are.
+nitpicky = True
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -32,23 +43,59 @@ autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 # As fields of the class: listed apart, they would clash with the real attributes.
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_custom_sections = ["Cost", "Differs from the authors' code in"]
 
 # Each module's section lists its __all__; modules that are absent are left out.
 MODULES = ["", ".ascent", ".when", ".blend", ".sharpness", ".plots", ".linen", ".nnx"]
 
 
-def fill_in_modules(_app, docname, source):
-    """Replace the marker in api.md by one section for each public module."""
-    if docname != "api":
-        return
+def modules():
+    """The names of the public modules that are there."""
     names = [f"optax_sam{suffix}" for suffix in MODULES]
-    sections = [
-        f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
-        for name in names
-        if find_spec(name) is not None
-    ]
-    source[0] = source[0].replace("<!-- modules -->", "\n".join(sections))
+    return [name for name in names if find_spec(name) is not None]
+
+
+def on_pages_of_methods():
+    """The names that the pages of the methods document, so that the API does not."""
+    pages = sorted((DOCS / "methods").glob("*.md"))
+    directive = r"auto(?:function|class):: optax_sam\.(\w+)"
+    return [name for page in pages for name in re.findall(directive, page.read_text())]
+
+
+def from_here(link):
+    """A link of the benchmarks' README, seen from the page that shows it."""
+    text, target = link.groups()
+    path = BENCHMARKS / target
+    if path.is_dir():
+        return text
+    # What is no page is handed out as a file.
+    is_page = path.resolve().is_relative_to(DOCS)
+    return (
+        f"[{text}]({target})" if is_page else f"[{text}](path:../benchmarks/{target})"
+    )
+
+
+def fill_in(_app, docname, source):
+    """Replace the markers: of modules, of excerpts from tables, and of a file."""
+    if docname == "api":
+        excluded = f"   :exclude-members: {', '.join(on_pages_of_methods())}\n"
+        sections = [
+            f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n"
+            + (excluded if name == "optax_sam" else "")
+            + "```\n"
+            for name in modules()
+        ]
+        source[0] = source[0].replace("<!-- modules -->", "\n".join(sections))
+    excerpt = lambda found: getattr(excerpts, found[1])(found[2].split("; "))
+    source[0] = re.sub(r"<!-- (measured|published): (.*) -->", excerpt, source[0])
+    if docname == "benchmarks":
+        readme = BENCHMARKS / "README.md"
+        source[0] = re.sub(r"\[([^]]*)\]\(([^)#:]+)\)", from_here, readme.read_text())
+    else:
+        source[0] = source[0].replace("../benchmarks/README.md", "benchmarks.md")
+    # A number and its error on one line.
+    source[0] = source[0].replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def skip_tuple_fields(_app, _what, _name, obj, skip, _options):
@@ -56,7 +103,35 @@ def skip_tuple_fields(_app, _what, _name, obj, skip, _options):
     return skip or (getattr(obj, "__doc__", None) or "").startswith("Alias for field")
 
 
+def public_names():
+    """All names that have to be documented, with the methods of public classes."""
+    for module in map(importlib.import_module, modules()):
+        for name in module.__all__:
+            obj = getattr(module, name)
+            if not callable(obj):
+                continue  # a submodule, or the version
+            yield f"{module.__name__}.{name}"
+            for attribute, value in vars(obj).items() if isinstance(obj, type) else ():
+                function = getattr(value, "fget", value)  # of a property
+                # Fields of tuples, and what is inherited, are of other modules.
+                ours = getattr(function, "__module__", None) == obj.__module__
+                if ours and not attribute.startswith("_"):
+                    yield f"{module.__name__}.{name}.{attribute}"
+
+
+def require_documentation(_app, env):
+    """Warn, which fails the build, of a public name that no page documents."""
+    documented = env.domains.python_domain.objects
+    for name in public_names():
+        if name not in documented:
+            logging.getLogger(__name__).warning(
+                f"{name} is public and on no page: write its docstring, and name it in"
+                " the __all__ of a module of MODULES or on a page of docs/methods."
+            )
+
+
 def setup(app):
-    """Register the two functions above."""
-    app.connect("source-read", fill_in_modules)
+    """Register the functions above."""
+    app.connect("source-read", fill_in)
     app.connect("autodoc-skip-member", skip_tuple_fields)
+    app.connect("env-check-consistency", require_documentation)

@@ -126,10 +126,10 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       opt_state: state of an optimizer with at least one sharpness-aware member.
 
     Returns:
-      Scalars: ``ascents`` and ``rejected_ascents`` so far, ``ascent_rate`` (ascents
-      per step), ``gradient_norm``, ``ascended_norm`` and ``survival`` (the share of
-      the offset that rounding left over on half-precision leaves; 1 if there are
-      none) of the last ascended step, and those of the method's parts (vSAM:
+      Scalars by name. ``ascents`` and ``rejected_ascents`` so far, ``ascent_rate``
+      (ascents per step), ``gradient_norm``, ``ascended_norm`` and ``survival`` (the
+      share of the offset that rounding left over on half-precision leaves; 1 if there
+      are none) of the last ascended step, and those of the method's parts (vSAM:
       ``samples_per_window``, ``used_in_window``, ``psf_norm``; AE-SAM:
       ``squared_norm_mean``, ``squared_norm_deviation``). MSAM has
       ``perturbation_scale`` instead, SAF ``dropped_examples``, and SAMPa only the

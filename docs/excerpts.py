@@ -1,0 +1,118 @@
+"""What the tables of the pages, and of the papers, say about one method.
+
+The tables are printed from committed results and held to them by tests, so that a row
+is copied here, not computed again.
+"""
+
+import csv
+import itertools
+import re
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+PUBLISHED = DOCS.parent / "benchmarks" / "published.csv"
+
+# The page of a table, the beginning of the line that it follows, and what it shows.
+BENCHMARKS = "../benchmarks/README.md"
+TABLES = [
+    ("methods.md", "## What a step costs", "Cost"),
+    ("methods.md", "## Hyperparameters", "Hyperparameters"),
+    ("demo.md", "## All methods", "Digits with 40 % wrong labels, tuned"),
+    (
+        "quality.md",
+        "## Digits with wrong labels",
+        "The same digits with fewer epochs, at the radii above",
+    ),
+    (
+        "quality.md",
+        "## Few clean images",
+        "4,000 clean images of Fashion-MNIST, not tuned",
+    ),
+    ("cheap_ascents.md", "### Digits", "Digits with 40 % wrong labels, another tuning"),
+    (
+        "cheap_ascents.md",
+        "### Fashion-MNIST",
+        "4,000 images of Fashion-MNIST with 40 % wrong labels, tuned",
+    ),
+    (
+        "cheap_ascents.md",
+        "## Where SAM gains nothing",
+        "The same at the learning rate that is best for SGD",
+    ),
+    (BENCHMARKS, "**MLP**", "Time and memory of a step, MLP on a CPU"),
+    (BENCHMARKS, "**CNN**", "Time and memory of a step, CNN on a CPU"),
+]
+# These rows stand beside those of the method.
+BASELINES = {"SGD", "SAM", "sam"}
+DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+MODELS = {
+    "resnet18": "ResNet-18",
+    "wrn28-10": "WRN-28-10",
+    "pyramidnet110": "PyramidNet-110",
+}
+
+
+def table_behind(page, start):
+    """The first table behind a line, as lists of cells: its head, a rule, its rows."""
+    _, _, rest = (DOCS / page).read_text().partition(f"\n{start}")
+    is_row = lambda line: line.startswith("|")
+    rows = itertools.dropwhile(lambda line: not is_row(line), rest.splitlines())
+    rows = list(itertools.takewhile(is_row, rows))
+    if not rows:
+        raise ValueError(
+            f"{page} has no table behind a line that begins with {start!r}:"
+            " correct TABLES in docs/excerpts.py."
+        )
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def is_about(cell, labels):
+    """Whether a row's first cell is one of the labels, perhaps with a setting."""
+    begins = lambda label: re.match(rf"{re.escape(label)}(?!\w)", cell.strip("`"))
+    return any(map(begins, labels))
+
+
+def markdown(head, *rows):
+    """A table without the columns in which these rows have nothing."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line[i] for i in kept)} |" for line in lines)
+
+
+def published(labels):
+    """The figures of the papers, a column for each network."""
+    with PUBLISHED.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not any(is_about(row["method"], labels) for row in rows):
+        return None
+    columns = [(data, model) for model in MODELS for data in DATA]
+    cells = {}
+    for row in rows:
+        if is_about(row["method"], labels) or row["method"] in BASELINES:
+            of_method = cells.setdefault((row["method"], row["source"]), {})
+            error = row["deviation"] and f" ± {row['deviation']}"
+            of_method[row["data"], row["model"]] = f"{row['accuracy']}{error}"
+    return markdown(
+        ["method", *(f"{DATA[d]}, {MODELS[m]}" for d, m in columns), "source"],
+        *(
+            [method, *(found.get(column, "") for column in columns), source]
+            for (method, source), found in cells.items()
+        ),
+    )
+
+
+def measured(labels):
+    """All that is known about the method with these labels, as Markdown."""
+    parts = []
+    for page, start, caption in TABLES:
+        head, _, *rows = table_behind(page, start)
+        if any(is_about(row[0], labels) for row in rows):
+            # Of several rows the first, that of the method as it is.
+            beside = {row[0]: row for row in reversed(rows) if row[0] in BASELINES}
+            rows = [r for r in rows if is_about(r[0], labels) or r in beside.values()]
+            heading = start.lstrip("# ").lower().replace(" ", "-")
+            anchor = f"#{heading}" if start.startswith("#") else ""
+            parts += [f"**[{caption}](../{page}{anchor})**", markdown(head, *rows)]
+    if table := published(labels):
+        parts += ["**Published test accuracies (%)**", table]
+    return "\n\n".join(parts)
