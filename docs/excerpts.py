@@ -41,6 +41,7 @@ TABLES = [
     ),
     (BENCHMARKS, "**MLP**", "Time and memory of a step, MLP on a CPU"),
     (BENCHMARKS, "**CNN**", "Time and memory of a step, CNN on a CPU"),
+    (BENCHMARKS, "**transformer**", "Time and memory of a step, transformer on a CPU"),
 ]
 # These rows stand beside those of the method.
 BASELINES = {"SGD", "SAM", "sam"}
