@@ -1,8 +1,13 @@
 """Sphinx configuration: MyST pages, and the API from the package's docstrings."""
 
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import optax_sam
+
+sys.path.insert(0, str(Path(__file__).parent))
+import errors  # noqa: E402
 
 project = "optax_sam"
 author = "The optax_sam maintainers"
@@ -51,12 +56,19 @@ def fill_in_modules(_app, docname, source):
     source[0] = source[0].replace("<!-- modules -->", "\n".join(sections))
 
 
+def fill_in_errors(_app, docname, source):
+    """Replace the marker in troubleshooting.md by the package's own messages."""
+    if docname == "troubleshooting":
+        source[0] = source[0].replace("<!-- errors -->", errors.listing())
+
+
 def skip_tuple_fields(_app, _what, _name, obj, skip, _options):
     """Leave out NamedTuple fields: the class docstring documents them."""
     return skip or (getattr(obj, "__doc__", None) or "").startswith("Alias for field")
 
 
 def setup(app):
-    """Register the two functions above."""
+    """Register the three functions above."""
     app.connect("source-read", fill_in_modules)
+    app.connect("source-read", fill_in_errors)
     app.connect("autodoc-skip-member", skip_tuple_fields)

@@ -28,6 +28,7 @@ from optax_sam.methods.vsam import vsam
 from optax_sam.methods.wsam import WSAMState, wsam
 from optax_sam.micro_sharpness import micro_sharpness
 from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
+from optax_sam.summary import Summary, summary
 from optax_sam.trajectory.loss import trajectory_loss
 from optax_sam.trajectory.mesa import MESAState, mesa, mesa_params
 from optax_sam.trajectory.saf import SAFState, saf, saf_past_logits
@@ -39,6 +40,7 @@ __all__ = [
     "SAFState",
     "SAMPaState",
     "SharpnessAwareState",
+    "Summary",
     "WSAMState",
     "__version__",
     "ae_looksam",
@@ -77,6 +79,7 @@ __all__ = [
     "sharpness_aware",
     "stable_sam",
     "static_args",
+    "summary",
     "trajectory_loss",
     "vsam",
     "when",

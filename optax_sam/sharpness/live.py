@@ -225,7 +225,7 @@ def _check_like(name: str, tree: Any, grads: Any) -> None:
     def check(path: Any, x: ArrayLike, g: ArrayLike) -> None:
         if jnp.shape(x) != jnp.shape(g):
             raise ValueError(
-                f"{name} has shape {jnp.shape(x)} at"
+                f"{name} must be a tree like grads, but has shape {jnp.shape(x)} at"
                 f" {jax.tree_util.keystr(path) or 'the root'}, and grads"
                 f" {jnp.shape(g)}."
             )
