@@ -129,8 +129,7 @@ def summary(
     needs: list[str] = []
 
     def counted(ascend: bool) -> Counter[str]:
-        given = [stand_ins[name] for name in needs]
-        given = functools.reduce(operator.or_, given, extra)
+        given = functools.reduce(operator.or_, (stand_ins[x] for x in needs), extra)
         return _calls(lambda *x: tx.update(*x, ascend=ascend, **given), params, state)
 
     while True:  # each refusal names one argument more
@@ -146,9 +145,11 @@ def summary(
     skips = any(not isinstance(x.when, AlwaysState) for x in members(state))
     own = sum(_bytes(x) - _bytes(getattr(x, "inner", ())) for x in nodes(state, *_OWN))
     return Summary(
-        gradients=found["gradient"],
-        gradients_when_skipped=counted(ascend=False)["gradient"] if skips else None,
-        forward_passes=found["forward"] + len(nodes(state, MESAState)),
+        gradients=float(found["gradient"]),
+        gradients_when_skipped=(
+            float(counted(ascend=False)["gradient"]) if skips else None
+        ),
+        forward_passes=float(found["forward"] + len(nodes(state, MESAState))),
         state_bytes=own,
         optimizer_bytes=_bytes(state) - own,
         parameter_bytes=_bytes(params),
