@@ -1,7 +1,7 @@
 """The errors of the package, read from its source: for a page that cannot fall behind.
 
-A message is what the code says, with ``...`` where a value is filled in. Texts that
-several messages share are looked up by their names.
+A message is what the code says, with ``<name>`` or ``...`` where a value is filled in.
+Texts that several messages share are looked up by their names.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _text(node: ast.expr, names: dict) -> str:
     if name in names:
         # A name that is assigned from itself has nothing more to say.
         return _text(names[name], {x: y for x, y in names.items() if x != name})
-    return "..."
+    return f"<{node.id}>" if isinstance(node, ast.Name) else "..."
 
 
 def listing() -> str:

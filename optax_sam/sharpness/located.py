@@ -99,7 +99,7 @@ def _find(block: GLBlock, shapes: dict[str, tuple[int, ...]]) -> GLBlock:
     if block.path not in shapes:
         raise ValueError(
             f"gl_pairs names {block.path!r}, and there is no such parameter;"
-            f" {describe(shapes)}"
+            f" {describe(shapes)} Write the path of one, such as 'layer/kernel'."
         )
     own = shapes[block.path]
     try:
