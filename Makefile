@@ -27,7 +27,7 @@ PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(1)/bin/python -m pytest -q \
 .NOTPARALLEL:
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 demo: .venv/main/.stamp  ## See SAM resist label noise on a small real data set
 	@.venv/main/bin/python examples/digits_label_noise.py $(ARGS)

@@ -41,6 +41,8 @@ def errors() -> list[Error]:
             if not isinstance(call, ast.Call):
                 continue  # it was raised before
             kind = ast.unparse(call.func).rpartition(".")[2]
+            if kind == "AttributeError":
+                continue  # in Python's own words
             kind = "ValueError" if kind == "MissingArgument" else kind
             message = _text(call.args[0], shared | scope) if call.args else ""
             message = re.sub(r"(\.\.\.)+", "...", message)

@@ -1,5 +1,8 @@
 """Sharpness-aware minimization for JAX, as pure Optax gradient transformations."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from optax_sam import ascent, blend, when
 from optax_sam.ascent_batch import ascent_batch
 from optax_sam.decay import decay_after
@@ -85,3 +88,11 @@ __all__ = [
     "when",
     "wsam",
 ]
+
+if not TYPE_CHECKING:  # to a type checker every name would be there
+
+    def __getattr__(name: str) -> Any:
+        """The parts that need an extra are imported where they are first used."""
+        if name in ("linen", "nnx", "plots", "sharpness"):
+            return import_module(f"optax_sam.{name}")
+        raise AttributeError(f"module 'optax_sam' has no attribute {name!r}")

@@ -40,6 +40,12 @@ def check_schedule(
     name: str, value: optax.ScalarOrSchedule, low: float, high: float = np.inf
 ) -> None:
     """Raises unless ``value`` is a schedule, traced, or a number within the range."""
+    if isinstance(value, optax.GradientTransformation):
+        raise ValueError(
+            f"{name} must be a number or a schedule of such, but is a transformation."
+            " An optimizer goes behind the method, not into it: write"
+            " optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))."
+        )
     if not callable(value):
         check_number(name, value, low, high, what="a number (or a schedule of such)")
 

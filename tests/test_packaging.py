@@ -62,6 +62,8 @@ import optax_sam
 after = time.process_time()
 new = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
 print(json.dumps([new, (after - between) / (between - start)]))
+optax_sam.sharpness.hvp, optax_sam.plots.loss_line  # at their first use
+assert not hasattr(optax_sam, "sharp")
 """
 
 
