@@ -207,9 +207,9 @@ def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
             return None
         if jnp.shape(x) != w.shape:
             raise ValueError(
-                f"{name} must be a tree like params, but has shape {jnp.shape(x)} at"
+                f"{name} has shape {jnp.shape(x)} at"
                 f" {jax.tree_util.keystr(path) or 'the root'}, and the parameter"
-                f" {w.shape}."
+                f" {w.shape}; it must be a tree like params."
             )
         return jnp.asarray(x, w.dtype)
 
