@@ -25,14 +25,14 @@ UPGRADE := --upgrade --upgrade-strategy eager
 PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all test-oldest test-newest test-pods lint format docs \
-	tables bench bench-pods bench-quality clean
+.PHONY: help demo test test-all test-oldest test-newest test-pods test-dist dist lint \
+	format docs tables bench bench-pods bench-quality clean
 .DEFAULT_GOAL := help
 # Two environments at a time would only fight for the same cores and network.
 .NOTPARALLEL:
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 demo: .venv/main/.stamp  ## See SAM resist label noise on a small real data set
 	@.venv/main/bin/python examples/digits_label_noise.py $(ARGS)
@@ -68,6 +68,16 @@ ON_PODS := TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost \
 test-pods: .venv/tpu/.stamp  ## Compile training steps for TPU pods (no TPU needed)
 	@.venv/tpu/bin/python requirements/show.py tpu
 	$(ON_PODS) $(call PYTEST,.venv/tpu) tests/test_pods.py $(ARGS)
+
+# The sdist, and the wheel from it.
+dist: .venv/build/.stamp  ## Build the wheel and the sdist in dist/
+	@rm -rf dist
+	@log=$$(.venv/build/bin/python -m build --no-isolation 2>&1) || \
+		{ echo "$$log"; exit 1; }
+	@ls -1 dist/*
+
+test-dist: dist  ## Install the wheel alone in a new environment and use it there
+	@.venv/build/bin/python requirements/check_dist.py dist
 
 lint: .venv/lint/.stamp  ## Check style, formatting and types
 	.venv/lint/bin/ruff check
@@ -124,6 +134,10 @@ clean:  ## Remove the environments and all that was built
 .venv/tpu/.stamp: $(SETUP)
 	@python=$${PYTHON_NEWEST:-$$($(FIND_PYTHON) 3.13 3.12 || $(FIND_PYTHON) default)} && \
 	$(MAKE_ENV) .venv/tpu "$$python" $(UPGRADE) --group test "jax[tpu]" --editable .
+
+.venv/build/.stamp: $(SETUP)
+	@python=$${PYTHON:-$$($(FIND_PYTHON) default)} && \
+	$(MAKE_ENV) .venv/build "$$python" --group build
 
 # mypy sees the types of the oldest JAX and Optax: real ones, and ones that stay put.
 .venv/lint/.stamp: $(SETUP)

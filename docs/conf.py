@@ -13,6 +13,7 @@ import optax_sam
 DOCS = Path(__file__).resolve().parent
 BENCHMARKS = DOCS.parent / "benchmarks"
 sys.path.append(str(DOCS))
+import errors  # noqa: E402
 import excerpts  # noqa: E402
 
 project = "optax_sam"
@@ -77,7 +78,7 @@ def from_here(link):
 
 
 def fill_in(_app, docname, source):
-    """Replace the markers: of modules, of excerpts from tables, and of a file."""
+    """Replace the markers: of modules, errors, excerpts from tables, and a file."""
     if docname == "api":
         excluded = f"   :exclude-members: {', '.join(on_pages_of_methods())}\n"
         sections = [
@@ -87,6 +88,8 @@ def fill_in(_app, docname, source):
             for name in modules()
         ]
         source[0] = source[0].replace("<!-- modules -->", "\n".join(sections))
+    if docname == "troubleshooting":
+        source[0] = source[0].replace("<!-- errors -->", errors.listing())
     excerpt = lambda found: getattr(excerpts, found[1])(found[2].split("; "))
     source[0] = re.sub(r"<!-- (measured|published): (.*) -->", excerpt, source[0])
     if docname == "benchmarks":

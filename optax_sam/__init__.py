@@ -1,5 +1,8 @@
 """Sharpness-aware minimization for JAX, as pure Optax gradient transformations."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from optax_sam import ascent, blend, when
 from optax_sam.ascent_batch import ascent_batch
 from optax_sam.decay import decay_after
@@ -28,6 +31,7 @@ from optax_sam.methods.vsam import vsam
 from optax_sam.methods.wsam import WSAMState, wsam
 from optax_sam.micro_sharpness import micro_sharpness
 from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
+from optax_sam.summary import Summary, summary
 from optax_sam.trajectory.loss import trajectory_loss
 from optax_sam.trajectory.mesa import MESAState, mesa, mesa_params
 from optax_sam.trajectory.saf import SAFState, saf, saf_past_logits
@@ -39,6 +43,7 @@ __all__ = [
     "SAFState",
     "SAMPaState",
     "SharpnessAwareState",
+    "Summary",
     "WSAMState",
     "__version__",
     "ae_looksam",
@@ -77,8 +82,17 @@ __all__ = [
     "sharpness_aware",
     "stable_sam",
     "static_args",
+    "summary",
     "trajectory_loss",
     "vsam",
     "when",
     "wsam",
 ]
+
+if not TYPE_CHECKING:  # to a type checker every name would be there
+
+    def __getattr__(name: str) -> Any:
+        """The parts that need an extra are imported where they are first used."""
+        if name in ("linen", "nnx", "plots", "sharpness"):
+            return import_module(f"optax_sam.{name}")
+        raise AttributeError(f"module 'optax_sam' has no attribute {name!r}")

@@ -28,10 +28,24 @@ DROPPED = (
 )
 
 
+class MissingArgument(ValueError):
+    """``update`` lacks an extra argument, ``name``, that it cannot do without."""
+
+    def __init__(self, message: str, name: str):
+        super().__init__(message)
+        self.name = name
+
+
 def check_schedule(
     name: str, value: optax.ScalarOrSchedule, low: float, high: float = np.inf
 ) -> None:
     """Raises unless ``value`` is a schedule, traced, or a number within the range."""
+    if isinstance(value, optax.GradientTransformation):
+        raise ValueError(
+            f"{name} must be a number or a schedule of such, but is a transformation."
+            " An optimizer goes behind the method, not into it: write"
+            " optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))."
+        )
     if not callable(value):
         check_number(name, value, low, high, what="a number (or a schedule of such)")
 
@@ -137,10 +151,11 @@ def check_call(
         raise ValueError(f"{method} needs the parameters: {_CALL}.")
     check_not_masked(method, updates, params)
     if grad_fn is None:
-        raise ValueError(
+        raise MissingArgument(
             f"{method} needs grad_fn, a function of the parameters alone that returns"
             " the gradients on this step's batch (same dropout key; drop any aux):"
-            f" {_CALL}.{DROPPED}"
+            f" {_CALL}.{DROPPED}",
+            "grad_fn",
         )
     if not callable(grad_fn):
         raise ValueError(f"grad_fn must be a function; got {grad_fn!r}. Write {_CALL}.")
@@ -168,7 +183,8 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
         if jnp.shape(leaf) != jnp.shape(parameter):
             raise ValueError(
                 f"{at_path} has shape {jnp.shape(leaf)}, its parameter has"
-                f" {jnp.shape(parameter)}."
+                f" {jnp.shape(parameter)}. Return the gradients of one scalar, the mean"
+                " loss of the batch: jax.grad(loss_fn)(params, batch)."
             )
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(

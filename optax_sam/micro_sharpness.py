@@ -196,8 +196,9 @@ def _check_call(params: Any, grad_fn: Any, extra: dict[str, Any]) -> None:
     try:
         inspect.signature(grad_fn).bind(params, 0)
     except (TypeError, ValueError):
-        raise ValueError(
+        raise contract.MissingArgument(
             "micro_sharpness needs grad_fn, a function of the parameters and of a"
             " shard's number that returns the gradients on this shard alone; got"
-            f" {grad_fn!r}. Write {_CALL}."
+            f" {grad_fn!r}. Write {_CALL}.",
+            "grad_fn",
         ) from None

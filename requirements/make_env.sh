@@ -15,6 +15,7 @@ if [ "$(version "$folder/bin/python" || true)" != "$(version "$python")" ]; then
     "$python" -m venv --clear "$folder"
 fi
 
+echo "Installing what $folder needs (a minute or more the first time)"
 # Dependency groups need pip 25.1.
 "$folder/bin/python" -m pip install --quiet --upgrade 'pip>=25.1'
 "$folder/bin/python" -m pip install --quiet "$@"

@@ -44,5 +44,12 @@ def test_trees_of_state(name):
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_what_it_needs(name):
-    method = NAMED[name]
-    assert not method.calls or method.needs in COSTS[f"`{name}`"][2]
+    tx = optax_sam.saf(5, 2) if name == "saf" else name
+    needs = optax_sam.summary(tx, {"norm": harness.tree()}).needs
+    assert set(needs) == set(re.findall(r"`(\w+)`", COSTS[f"`{name}`"][2]))
+
+
+def test_the_summary_is_what_it_prints(capsys):
+    (block,) = [x for x in harness.code("methods.md") if "optax_sam.summary" in x]
+    exec(block, {})
+    assert f"```text\n{capsys.readouterr().out}```" in harness.page("methods.md")

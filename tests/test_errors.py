@@ -145,6 +145,13 @@ def test_numbers_out_of_range(what, bad):
         NUMBERS[what](bad)
 
 
+@pytest.mark.parametrize("what", [x for x in NUMBERS if x.endswith(" rho")])
+def test_an_optimizer_as_radius(what):
+    """As it goes into ``optax.contrib.sam``."""
+    with pytest.raises(ValueError, match=r"goes behind the method.*optax\.chain\("):
+        NUMBERS[what](optax.sgd(0.1))
+
+
 SHARES = [
     "vsam max_rate",
     "vsam reuse_decay",

@@ -101,7 +101,10 @@ def smoothed(
     ) -> tuple[OwnGradient, SmoothedState]:
         del g, extra
         if params is None or grad_fn is None:
-            raise ValueError("A smoothed ascent needs params and grad_fn.")
+            raise ValueError(
+                "A smoothed ascent needs params and grad_fn: rule.update(g, state,"
+                " params, grad_fn=grad_fn, count=count)."
+            )
         if noise is None:
             generator = draw(state.key, count)
             if axis_name is not None:

@@ -17,6 +17,11 @@ from optax_sam.contract import check_integer, check_schedule
 # entry computation, so short loops are unrolled.
 _UNROLL_LIMIT = 8
 
+_NEEDS = (
+    "An ascent of several steps needs params and grad_fn: rule.update(g, state, params,"
+    " grad_fn=grad_fn, count=count)."
+)
+
 
 def n_step(
     rho: optax.ScalarOrSchedule,
@@ -83,7 +88,7 @@ def n_step(
     ) -> tuple[Any, Any]:
         del extra
         if params is None or grad_fn is None:
-            raise ValueError("An ascent of several steps needs params and grad_fn.")
+            raise ValueError(_NEEDS)
         radius = at(rho, count)
         length = radius if step_size is None else at(step_size, count)
 
@@ -170,7 +175,7 @@ def raw_steps(
     ) -> tuple[Any, Any]:
         del extra
         if num_steps > 1 and (params is None or grad_fn is None):
-            raise ValueError("An ascent of several steps needs params and grad_fn.")
+            raise ValueError(_NEEDS)
         radius, factor = at(epsilon, count), at(step_size, count)
 
         def shortened(delta: Any) -> Any:

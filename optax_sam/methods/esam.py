@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_sam import ascent
 from optax_sam.arguments import Mask
-from optax_sam.contract import DROPPED, check_number, check_static
+from optax_sam.contract import DROPPED, MissingArgument, check_number, check_static
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import When, always
 
@@ -155,7 +155,10 @@ def esam(
         if per_example_loss_fn is not None:
             extra["grad_fn"] = selected_gradient
         elif gamma < 0.99 or extra.get("grad_fn") is None:
-            raise ValueError(f"esam needs per_example_loss_fn: {_CALL}.{DROPPED}")
+            raise MissingArgument(
+                f"esam needs per_example_loss_fn: {_CALL}.{DROPPED}",
+                "per_example_loss_fn",
+            )
         return engine.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(engine.init, update)

@@ -146,7 +146,8 @@ def sampa(
     elif predict == "gradient":
         raise ValueError(
             'predict="gradient" steps along the gradient by learning_rate= (the inner'
-            " optimizer's), which is missing."
+            " optimizer's), which is missing. Write sampa(optax.sgd(0.1),"
+            ' learning_rate=0.1, predict="gradient").'
         )
     contract.check_optimizer("sampa", inner, "sampa(optax.sgd(0.1, momentum=0.9))")
     inner = optax.with_extra_args_support(inner)
@@ -178,10 +179,11 @@ def sampa(
         if paired_grad_fn is None:
             sources = ["previous_grad_fn", "grad_fn"]
             if not callable(previous_grad_fn):
-                raise ValueError(
+                raise contract.MissingArgument(
                     "sampa needs previous_grad_fn, a function of the parameters alone"
                     " that returns the gradients on the batch of the step before (on"
-                    f" the first step, of the same one): {_CALL}.{contract.DROPPED}"
+                    f" the first step, of the same one): {_CALL}.{contract.DROPPED}",
+                    "previous_grad_fn",
                 )
 
             def paired_grad_fn(w_tilde: Any, y: Any) -> tuple[Any, Any]:

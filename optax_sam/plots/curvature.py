@@ -64,7 +64,10 @@ def spectral_density(
     check_number("floor", floor, 0.0, 1.0, open_low=True, open_high=True)
     named = {"": result} if hasattr(result, "density") else dict(result)
     if not named:
-        raise ValueError("result has no entries: there is nothing to draw.")
+        raise ValueError(
+            "result has no entries: there is nothing to draw. Pass what"
+            " sharpness.spectral_density returned, or a dict of several by name."
+        )
     lowest = floor * max(float(np.max(found.density)) for found in named.values())
     ax = axes_or_new(ax)
     ax.set_yscale("log")
@@ -137,7 +140,7 @@ def sharpness_history(
     if unknown := sorted(edges.keys() - named.keys()):
         raise ValueError(
             f"sam_edge has {', '.join(map(repr, unknown))}, which lambda_max has not;"
-            f" its names are {', '.join(map(repr, named))}."
+            f" its names are {', '.join(map(repr, named))}. Give both the same ones."
         )
     ax = axes_or_new(ax)
     ax.set_yscale("log")

@@ -132,7 +132,10 @@ def _side_by_side(ax: Any, number: int) -> np.ndarray:
         return figure.subplots(1, number, squeeze=False, sharex=True, sharey=True)[0]
     axes = np.ravel(np.asarray(ax, object))
     if len(axes) != number:
-        raise ValueError(f"{number} surfaces need as many axes; got {len(axes)}.")
+        raise ValueError(
+            f"{number} surfaces need as many axes; got {len(axes)}. Write"
+            f" ax=figure.subplots(1, {number}), or ax=None for a new figure."
+        )
     return axes
 
 

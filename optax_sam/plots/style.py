@@ -34,7 +34,10 @@ def by_name(name: str, values: Any, shape: tuple[int, ...]) -> dict[str, np.ndar
     """One or several series as arrays by name, all of this shape."""
     several = values if isinstance(values, Mapping) else {"": values}
     if not several:
-        raise ValueError(f"{name} has no entries: there is nothing to draw.")
+        raise ValueError(
+            f"{name} has no entries: there is nothing to draw. Pass an array, or a dict"
+            " of several by name."
+        )
     arrays = {key: np.asarray(value, float) for key, value in several.items()}
     for key, array in arrays.items():
         if array.shape != shape:

@@ -104,6 +104,7 @@ def _axes(filter_axis: int | tuple[int, ...], ndim: int, at_path: str) -> set[in
         if not -ndim <= axis < ndim:
             raise ValueError(
                 f"{at_path} has {ndim} axes, so none is filter_axis={axis}. Filters of"
-                " kernels of all kinds are counted along -1 in Flax and 0 in PyTorch."
+                " kernels of all kinds are counted along -1 in Flax and 0 in PyTorch:"
+                " write filter_axis=-1."
             )
     return {axis % ndim for axis in axes}

@@ -132,12 +132,13 @@ def eigenvalues_of(
     if k > operator.size:
         raise ValueError(
             f"k={k} eigenvalues were asked for, but there are only {operator.size}"
-            " parameters to look at."
+            f" parameters to look at. Write k={operator.size} or less."
         )
     if k > num_matvecs:
         raise ValueError(
             f"k={k} eigenvalues need at least as many products; num_matvecs is"
-            f" {num_matvecs}. Twenty find up to five well."
+            f" {num_matvecs}. Write num_matvecs={max(20, 4 * k)}: twenty find up to"
+            " five well."
         )
     orders = {"LA": lambda x: x, "SA": lambda x: -x, "LM": jnp.abs}
     if which not in orders:

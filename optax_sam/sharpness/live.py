@@ -227,7 +227,7 @@ def _check_like(name: str, tree: Any, grads: Any) -> None:
             raise ValueError(
                 f"{name} has shape {jnp.shape(x)} at"
                 f" {jax.tree_util.keystr(path) or 'the root'}, and grads"
-                f" {jnp.shape(g)}."
+                f" {jnp.shape(g)}; it must be a tree like grads."
             )
 
     jax.tree_util.tree_map_with_path(check, tree, grads)

@@ -99,14 +99,15 @@ def _find(block: GLBlock, shapes: dict[str, tuple[int, ...]]) -> GLBlock:
     if block.path not in shapes:
         raise ValueError(
             f"gl_pairs names {block.path!r}, and there is no such parameter;"
-            f" {describe(shapes)}"
+            f" {describe(shapes)} Write the path of one, such as 'layer/kernel'."
         )
     own = shapes[block.path]
     try:
         as_read = np.empty(own, np.bool_).reshape(block.shape or own).shape
     except ValueError:
         raise ValueError(
-            f"{block.path} has shape {own}, and cannot be read as {block.shape}."
+            f"{block.path} has shape {own}, and cannot be read as {block.shape}. Give a"
+            " shape of as many numbers: GLBlock(path, rank_axis, head_axis, shape)."
         ) from None
     axes = [x for x in (block.rank_axis, block.head_axis) if x is not None]
     inside = all(-len(as_read) <= x < len(as_read) for x in axes)

@@ -135,7 +135,12 @@ def objective(
     if not sum(x.size for x in jax.tree.leaves(w)):
         raise ValueError(
             "There is no parameter to look at: "
-            + ("params is empty." if mask is None else "the mask selects nothing.")
+            + (
+                "params is empty."
+                if mask is None
+                else "the mask selects nothing. To"
+                " look at all of them, leave out mask=."
+            )
         )
     share = _shares(_number_of_batches(batches), weights)
     total = share.sum()
@@ -204,7 +209,7 @@ def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
             raise ValueError(
                 f"{name} has shape {jnp.shape(x)} at"
                 f" {jax.tree_util.keystr(path) or 'the root'}, and the parameter"
-                f" {w.shape}."
+                f" {w.shape}; it must be a tree like params."
             )
         return jnp.asarray(x, w.dtype)
 
@@ -247,7 +252,7 @@ def _number_of_batches(batches: Any) -> int:
         if 0 in jnp.shape(x):
             raise ValueError(
                 f"batches are empty at {jax.tree_util.keystr(path) or 'the root'}: it"
-                f" has shape {jnp.shape(x)}."
+                f" has shape {jnp.shape(x)}. Give at least one batch of one example."
             )
     return lengths.pop()[0]
 

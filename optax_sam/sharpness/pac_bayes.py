@@ -226,7 +226,8 @@ def pac_bayes_bound(
     if initial is None and (magnitude_aware or reference == "init"):
         raise ValueError(
             "initial is missing, the weights before training; only"
-            ' reference="orig" with magnitude_aware=False goes without it.'
+            ' reference="orig" with magnitude_aware=False goes without it. Keep a copy'
+            " before training, and pass initial=that."
         )
     w = jax.tree.map(lambda x: wide(jnp.asarray(x)), params)
     moved = w if initial is None else jax.tree.map(lambda x, y: x - y, w, initial)

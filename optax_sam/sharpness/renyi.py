@@ -133,7 +133,8 @@ def renyi_entropy(
     if not any(is_layer):
         raise ValueError(
             "layerwise=True looks at weights with two or more dimensions, and there are"
-            " none" + ("." if mask is None else " among those that mask selects.")
+            f" none{'' if mask is None else ' among those that mask selects'}. Write"
+            " layerwise=False to look at all weights at once."
         )
     only = lambda i: jax.tree.unflatten(structure, [j == i for j in range(len(leaves))])
     results = [

@@ -77,8 +77,8 @@ def trajectory_loss(
     if z.ndim == 0 or z.shape != past.shape:
         raise ValueError(
             "trajectory_loss compares two outputs for the same examples, both (..., C);"
-            f" got logits {z.shape} and past_logits {past.shape}. For SAF the past is"
-            " past, known = optax_sam.saf_past_logits(opt_state, indices), for MESA the"
+            f" got logits {z.shape} and past_logits {past.shape}. For SAF write past,"
+            " known = optax_sam.saf_past_logits(opt_state, indices); for MESA take the"
             " model's output at optax_sam.mesa_params(opt_state)."
         )
     dtype = jnp.promote_types(jnp.result_type(z, past), jnp.float32)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_sam.contract import DROPPED, check_integer
+from optax_sam.contract import DROPPED, MissingArgument, check_integer
 from optax_sam.states import the_state
 
 _CALL = "tx.update(grads, opt_state, params, logits=logits, indices=indices)"
@@ -264,9 +264,10 @@ def _check_rows(logits: Any, indices: Any, num_examples: int, num_classes: int) 
     """Raises unless ``update`` got a row of logits and an index for each example."""
     for name, value in (("logits", logits), ("indices", indices)):
         if value is None:
-            raise ValueError(
+            raise MissingArgument(
                 f"saf needs {name}: the model's outputs (B, num_classes) and the"
-                f" examples' indices in the data set (B,). Write {_CALL}.{DROPPED}"
+                f" examples' indices in the data set (B,). Write {_CALL}.{DROPPED}",
+                name,
             )
     shape, found = jnp.shape(logits), jnp.shape(indices)
     if len(shape) != 2 or shape[1] != num_classes or found != shape[:1]:

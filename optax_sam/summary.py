@@ -1,0 +1,309 @@
+"""What an optimizer costs, counted in its traced update, before anything is trained."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_sam.contract import MissingArgument
+from optax_sam.engine import SharpnessAwareState
+from optax_sam.methods.msam import MSAMState
+from optax_sam.methods.sampa import SAMPaState
+from optax_sam.methods.wsam import WSAMState
+from optax_sam.readers import members
+from optax_sam.states import nodes
+from optax_sam.trajectory.mesa import MESAState
+from optax_sam.trajectory.saf import SAFState
+from optax_sam.when.fixed import AlwaysState
+
+_OWN = (SharpnessAwareState, WSAMState, MSAMState, SAMPaState, SAFState, MESAState)
+_FOLDERS = ("optax_sam.methods", "optax_sam.trajectory")
+_BATCH = 128  # examples in the stand-in for a batch, of which methods may take a part
+_EXAMPLE = "optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))"
+# What an optimizer is, and how long its steps are, is no part of a method's price.
+_UNPRICED = {"inner": optax.sgd(0.1, momentum=0.9), "learning_rate": 0.1}
+
+
+class Summary(NamedTuple):
+    """What :func:`summary` found; printed, it is a table.
+
+    Attributes:
+      gradients: gradients of the whole batch on an ascended step, float; that at the
+        parameters is one of them, unless nothing uses it.
+      gradients_when_skipped: those on any other step; ``None`` if all steps ascend.
+      forward_passes: forward passes beyond those of the gradients, on an ascended step.
+      state_bytes: state of the sharpness-aware methods.
+      optimizer_bytes: state of all else, such as the momentum.
+      parameter_bytes: the parameters.
+      needs: the extra arguments that ``update`` cannot do without.
+    """
+
+    gradients: float
+    gradients_when_skipped: float | None
+    forward_passes: float
+    state_bytes: int
+    optimizer_bytes: int
+    parameter_bytes: int
+    needs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The table, in less than 80 columns."""
+
+        def size(count: int) -> str:
+            trees = count / max(self.parameter_bytes, 1)
+            ratio = f", {trees:.2f} x the parameters" if trees > 0.005 else ""
+            return f"{count:,} bytes{ratio}"
+
+        each = "per step" if self.gradients_when_skipped is None else "when it ascends"
+        rows = [(f"gradients {each}", f"{self.gradients:.3g}")]
+        if self.gradients_when_skipped is not None:
+            rows += [("gradients otherwise", f"{self.gradients_when_skipped:.3g}")]
+        rows += [
+            ("extra forward passes", f"{self.forward_passes:.3g}"),
+            ("state of the method", size(self.state_bytes)),
+            ("state of the optimizer", size(self.optimizer_bytes)),
+            ("update needs", ", ".join(self.needs) or "no extra arguments"),
+        ]
+        return "\n".join(f"{name:<26}{value}" for name, value in rows)
+
+
+def summary(
+    method: str | Callable[..., Any] | optax.GradientTransformation,
+    params: optax.Params,
+    **extra: Any,
+) -> Summary:
+    """The price of a method or of a whole optimizer, before it is trained with.
+
+    Nothing is looked up: ``update`` is traced on the shapes of the parameters with
+    stand-ins for the functions that it needs, and their calls are counted in the
+    program. Nothing is computed or allocated.
+
+    How many steps ascend is known once it trains, as ``ascent_rate`` of
+    :func:`optax_sam.metrics`. ESAM is counted with ``per_example_losses`` given, and
+    MESA with the forward pass that its term in the loss takes.
+
+    Args:
+      method: the name of a method, such as ``"vsam"``; a function that makes one, such
+        as ``optax_sam.vsam``, which is called with its defaults; or what it made, alone
+        or in a whole optimizer.
+      params: the parameters, or ``jax.ShapeDtypeStruct`` in their place, as
+        ``jax.eval_shape(model.init, ...)`` gives them.
+      **extra: further extra arguments that other parts of the optimizer need, such as
+        ``value=0.0`` for ``optax.contrib.reduce_on_plateau``.
+
+    Returns:
+      A :class:`Summary`.
+
+    Raises:
+      ValueError: if there is no method of this name, ``method`` makes no optimizer or
+        has arguments without a default, or the gradients are those of devices or
+        shards, each at a point of its own.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
+      >>> tx = optax.chain(optax_sam.looksam(0.05, k=5), optax.adam(1e-3))
+      >>> print(optax_sam.summary(tx, params))
+      gradients when it ascends 2
+      gradients otherwise       1
+      extra forward passes      0
+      state of the method       4,000,033 bytes, 1.00 x the parameters
+      state of the optimizer    8,000,004 bytes, 2.00 x the parameters
+      update needs              grad_fn
+      >>> optax_sam.summary("random_sam", params).gradients
+      2.0
+    """
+    tx = _built(method)
+    params = jax.eval_shape(lambda tree: tree, params)
+    state = jax.eval_shape(tx.init, params)
+    stand_ins = _stand_ins(state)
+    needs: list[str] = []
+
+    def counted(ascend: bool) -> Counter[str]:
+        given = functools.reduce(operator.or_, (stand_ins[x] for x in needs), extra)
+        return _calls(lambda *x: tx.update(*x, ascend=ascend, **given), params, state)
+
+    while True:  # each refusal names one argument more
+        try:
+            found = counted(ascend=True)
+            break
+        except MissingArgument as error:
+            if error.name not in stand_ins or error.name in needs:
+                raise
+            needs.append(error.name)
+        except NameError as error:  # a mapped axis that is not there
+            raise ValueError(f"summary found an axis_name. {_ONE_POINT}") from error
+    skips = any(not isinstance(x.when, AlwaysState) for x in members(state))
+    own = sum(_bytes(x) - _bytes(getattr(x, "inner", ())) for x in nodes(state, *_OWN))
+    return Summary(
+        gradients=float(found["gradient"]),
+        gradients_when_skipped=(
+            float(counted(ascend=False)["gradient"]) if skips else None
+        ),
+        forward_passes=float(found["forward"] + len(nodes(state, MESAState))),
+        state_bytes=own,
+        optimizer_bytes=_bytes(state) - own,
+        parameter_bytes=_bytes(params),
+        needs=tuple(needs),
+    )
+
+
+_ONE_POINT = (
+    "Devices and shards, in micro_sharpness or with axis_name=, take gradients of their"
+    " own. Together they pay what the method pays without: summarize it built without"
+    " axis_name, optax_sam.summary(optax_sam.sam(0.05), params)."
+)
+
+
+def _built(method: Any) -> Any:
+    """The transformation that is named, made or given."""
+    if isinstance(method, str):
+        method = _named(method)
+    if callable(method):
+        arguments = inspect.signature(method).parameters.values()
+        missing = [
+            x.name
+            for x in arguments
+            if x.default is x.empty and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+        ]
+        unknown = [name for name in missing if name not in _UNPRICED]
+        if unknown:
+            raise ValueError(
+                f"{getattr(method, '__name__', method)} has no default for"
+                f" {', '.join(unknown)}. Give summary what it makes, for instance"
+                " optax_sam.summary(optax_sam.saf(50_000, 10), params)."
+            )
+        method = method(**{name: _UNPRICED[name] for name in missing})
+    if not (hasattr(method, "init") and hasattr(method, "update")):
+        raise ValueError(
+            "summary needs the name of a method, such as 'vsam', a function that makes"
+            f" one, or an optimizer, such as {_EXAMPLE}; got {method!r}."
+        )
+    # optax.MultiSteps takes extra arguments, though by its type nothing says so.
+    taken = inspect.signature(method.update).parameters.values()
+    takes_any = any(x.kind is x.VAR_KEYWORD for x in taken)
+    return method if takes_any else optax.with_extra_args_support(method)
+
+
+def _named(name: str) -> Callable[..., Any]:
+    """The method of this name: a public function that makes a transformation."""
+    import optax_sam  # its names are all there only after this module
+
+    def is_method(x: Any) -> bool:
+        makes = getattr(x, "__annotations__", {}).get("return", "")
+        folder = getattr(x, "__module__", "").rpartition(".")[0]
+        return folder in _FOLDERS and makes.startswith("optax.GradientTransformation")
+
+    public = {each: getattr(optax_sam, each) for each in optax_sam.__all__}
+    methods = {each: x for each, x in public.items() if is_method(x)}
+    if name not in methods:
+        raise ValueError(
+            f"There is no method called {name!r}; write one of {', '.join(methods)}."
+        )
+    return methods[name]
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+# Stand-ins for what users hand to ``update``. Each call is one equation of the traced
+# program, which has the name of the function.
+
+
+@jax.jit
+def _gradient(point: Any) -> Any:
+    return jax.tree.map(lambda x: x + 1, point)
+
+
+@jax.jit
+def _forward(point: Any, losses: jax.Array) -> jax.Array:
+    return losses + sum(jnp.sum(x) for x in jax.tree.leaves(point))
+
+
+@jax.jit
+def _forward_and_gradient(point: Any, losses: jax.Array) -> tuple[jax.Array, Any]:
+    return _forward(point, losses), _gradient(point)
+
+
+@jax.custom_vjp
+def _losses(point: Any, like: jax.Array) -> jax.Array:
+    return _forward(point, like)
+
+
+_losses.defvjp(
+    _forward_and_gradient,
+    lambda grads, out: (jax.tree.map(lambda x: jnp.sum(out) * x, grads), out),
+)
+
+
+def _grad_fn(point: Any, *shard: Any) -> Any:
+    if shard:
+        raise ValueError(f"summary found micro_sharpness. {_ONE_POINT}")
+    return _gradient(point)
+
+
+def _per_example_loss_fn(point: Any, indices: Any = None) -> jax.Array:
+    examples = jnp.arange(_BATCH) if indices is None else indices
+    return _losses(point, examples.astype(float))
+
+
+def _stand_ins(state: Any) -> dict[str, dict[str, Any]]:
+    """What to hand to ``update``, by the argument that it refuses to do without."""
+    classes = [saf.logits.shape[-1] for saf in nodes(state, SAFState)]
+    return {
+        "grad_fn": {"grad_fn": _grad_fn},
+        "previous_grad_fn": {"previous_grad_fn": _grad_fn},
+        "per_example_loss_fn": {
+            "per_example_loss_fn": _per_example_loss_fn,
+            "per_example_losses": np.zeros(_BATCH, np.float32),
+        },
+        "logits": {"logits": np.zeros((_BATCH, *classes[:1]), np.float32)},
+        "indices": {"indices": np.zeros(_BATCH, np.int32)},
+    }
+
+
+def _calls(update: Callable[..., Any], params: Any, state: Any) -> Counter[str]:
+    """How often a step takes gradients and forward passes of a batch."""
+    program = jax.make_jaxpr(update)(params, state, params).jaxpr
+    counts, used = _live(program)
+    incoming = program.invars[: len(jax.tree.leaves(params))]
+    counts["gradient"] += any(id(x) in used for x in incoming)
+    return counts
+
+
+def _live(program: Any) -> tuple[Counter[str], set[int]]:
+    """The calls whose results a program uses, and the variables it needs for them."""
+    counts: Counter[str] = Counter()
+    used = {id(x) for x in program.outvars}
+    for equation in reversed(program.eqns):
+        if not used.isdisjoint(map(id, equation.outvars)):
+            used.update(map(id, equation.invars))
+            counts.update(_calls_in(equation))
+    return counts, used
+
+
+def _calls_in(equation: Any) -> Counter[str]:
+    """The calls in one equation, with those of the programs that it runs."""
+    called = equation.params.get("name")
+    if called == "_gradient":
+        return Counter(gradient=1)
+    if called in ("_forward", "_forward_and_gradient"):
+        kind = called.split("_")[-1]
+        return Counter({kind: equation.outvars[0].aval.size / _BATCH})  # type: ignore[dict-item]
+    is_program = lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
+    found = jax.tree.leaves(list(equation.params.values()), is_leaf=is_program)
+    inside = [_live(getattr(x, "jaxpr", x))[0] for x in found if is_program(x)]
+    if equation.primitive.name == "cond":  # one of them runs, the dearest at worst
+        return functools.reduce(operator.or_, inside)
+    repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
+    return sum(inside * repeats, Counter())

@@ -1,0 +1,176 @@
+"""The page on what goes wrong: its claims, and the errors that it lists."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import harness
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import optax_sam
+
+PAGE = harness.page("troubleshooting.md")
+DOCS = Path(__file__).parents[1] / "docs"
+
+_spec = importlib.util.spec_from_file_location("errors", DOCS / "errors.py")
+errors = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(errors)
+ERRORS, LISTING = errors.errors(), errors.listing()
+
+# A remedy is an instruction, a range, or the call to write.
+REMEDY = re.compile(
+    r"\b(must|needs|wraps|write|pass|give|put|leave|take|choose|use|make|build|mark|map"
+    r"|drop|describe|say|select|return|merge|keep|look|needed|pip install)\b"
+    r"|\b(tx|rule)\.update\(",
+    re.IGNORECASE,
+)
+
+
+def test_every_raise_is_read():
+    """Those with a message of ours; the rest hand on what was raised before."""
+    source = "".join(path.read_text() for path in errors.ROOT.rglob("*.py"))
+    raised = re.findall(r"\n\s+raise (?:\w+\.)*(\w+)\(", source)
+    assert len(ERRORS) == len(raised) - raised.count("AttributeError") > 140
+
+
+@pytest.mark.parametrize(
+    "error", ERRORS, ids=lambda error: f"{error.module}:{error.line}"
+)
+def test_each_says_what_to_do(error):
+    assert error.kind in ("ValueError", "ImportError")
+    words = re.findall(r"\w+", error.message)
+    assert len(words) >= 5, error
+    assert REMEDY.search(error.message), error
+    assert "`" not in error.message  # the page shows it as code
+    assert f"- `{error.message}`" in LISTING
+
+
+def test_a_message_is_read_as_it_is_raised():
+    """Nested texts, names of texts in other modules and filled in values."""
+    (listed,) = [x for x in ERRORS if x.message.startswith("esam needs per_example")]
+    method, params = optax_sam.esam(), harness.tree()
+    with pytest.raises(ValueError, match="esam needs") as raised:
+        method.update(params, method.init(params), params)
+    assert str(raised.value) == listed.message
+    with pytest.raises(ValueError, match="method called") as raised:
+        optax_sam.summary("vsm", params)
+    (listed,) = [x for x in ERRORS if x.message.startswith("There is no method")]
+    shown = map(re.escape, re.split(r"\.\.\.|<\w+>", listed.message))
+    assert re.fullmatch(".*".join(shown), str(raised.value))
+
+
+def test_the_first_lines_run(capsys):
+    (block,) = harness.code("troubleshooting.md")
+    exec(block, {})
+    assert "gradients when it ascends 2" in capsys.readouterr().out
+
+
+def test_the_metrics_are_named_as_they_are():
+    named = set(re.findall(r"^\| `(\w+)` \| ", PAGE, re.M)) - {"deleted"}
+    params = harness.tree()
+    known = set()
+    for tx in (optax_sam.sam(), optax_sam.msam(optax.sgd(0.1, momentum=0.9))):
+        known |= optax_sam.metrics(tx.init(params)).keys()
+    assert named <= known
+    assert len(named) >= 5
+
+
+def loss_fn(p):
+    return jnp.sum(p["w"] ** 2)
+
+
+def test_behind_the_optimizer_the_loss_rises():
+    params = {"w": jnp.ones(3)}
+    tx = optax.chain(optax.sgd(0.1), optax_sam.sam(0.05))
+    grad_fn = jax.grad(loss_fn)
+    updates, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+    assert loss_fn(optax.apply_updates(params, updates)) > loss_fn(params)
+
+
+def test_equal_norms_show_a_constant_grad_fn():
+    params = {"w": jnp.ones(3)}
+    tx, grads = optax_sam.sam(0.05), jax.grad(loss_fn)(params)
+    _, state = tx.update(grads, tx.init(params), params, grad_fn=lambda p: grads)
+    found = optax_sam.metrics(state)
+    assert found["ascended_norm"] == found["gradient_norm"]
+    _, state = tx.update(grads, tx.init(params), params, grad_fn=jax.grad(loss_fn))
+    assert optax_sam.metrics(state)["ascended_norm"] > found["gradient_norm"]
+
+
+# Errors that are raised elsewhere, by what provokes them.
+
+PARAMS = {"w": jnp.ones(2)}
+
+
+def updated(tx, compile=lambda update: update, **extra):
+    extra = {"grad_fn": jax.grad(loss_fn), **extra}
+    grads = jax.grad(loss_fn)(PARAMS)
+    return compile(tx.update)(grads, tx.init(PARAMS), PARAMS, **extra)
+
+
+def with_line_search(**extra):
+    search = optax.scale_by_backtracking_linesearch(5)
+    return updated(optax.chain(optax_sam.sam(), search), **extra)
+
+
+def donated_twice():
+    step = jax.jit(lambda p: optax.tree.scale(2.0, p), donate_argnums=0)
+    params = {"w": jnp.ones(2)}
+    return step(params), step(params)
+
+
+def live_module():
+    module = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    tx = optax.chain(optax_sam.sam(), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(module, optimizer):
+        loss = lambda module: jnp.sum(module(jnp.ones((3, 2))) ** 2)
+
+        def grad_fn(params):
+            def at(params):
+                nnx.update(module, params)
+                return loss(module)
+
+            return jax.grad(at)(params)
+
+        optimizer.update(module, nnx.grad(loss)(module), grad_fn=grad_fn)
+
+    step(module, optimizer)
+
+
+ELSEWHERE = {
+    "keyword argument 'grad_fn'": lambda: updated(optax.scale(-0.1)),
+    "extra_args['grad_fn']": lambda: updated(
+        optax.chain(optax_sam.sam(), optax.sgd(0.1)), jax.jit
+    ),
+    "'value', 'grad', and 'value_fn'": with_line_search,
+    "unbound axis name": lambda: updated(optax_sam.sam(axis_name="i")),
+    "Cannot mutate Param": live_module,
+    "deleted": donated_twice,
+}
+
+
+@pytest.mark.parametrize("part", ELSEWHERE)
+def test_errors_that_are_raised_elsewhere(part):
+    rows = harness.table("troubleshooting.md", "Errors of JAX, Optax and Flax")
+    (row,) = [row[0].strip("`") for row in rows if part in row[0]]
+    with pytest.raises(Exception, match=re.escape(row)):
+        ELSEWHERE[part]()
+
+
+def test_every_error_raised_elsewhere_is_tried():
+    rows = harness.table("troubleshooting.md", "Errors of JAX, Optax and Flax")
+    assert len(rows) == len(ELSEWHERE)
+
+
+def test_the_remedy_for_line_searches():
+    value, grad = jax.value_and_grad(loss_fn)(PARAMS)
+    value_fn = lambda p, grad_fn: loss_fn(p)
+    updates, _ = with_line_search(value=value, grad=grad, value_fn=value_fn)
+    assert harness.is_finite(updates)
