@@ -109,7 +109,10 @@ def test_one_price_in_all_forms():
         ),
         (optax.chain(optax_sam.sam(), optax_sam.gam(), optax.sgd(0.1)), 5, None),
     ],
-    ids=str,
+    ids=[
+        *("adam", "factory", "msam", "wsam", "12 steps", "after", "esam", "random_sam"),
+        *("guarded", "micro-steps", "injected", "two members"),
+    ],
 )
 def test_whole_optimizers(tx, gradients, skipped):
     price = optax_sam.summary(tx, harness.tree())
