@@ -26,7 +26,7 @@ def commands(data: Path | None) -> dict[str, list[str]]:
         "step_cost": ["--rounds", "3"],
         "lsq": [],
         "label_noise": [],
-        "quality": [*plan, *fashion, "--no-times"],
+        "quality": [*plan, *fashion],
         "correlation": fashion,
         "cheap_ascent": ["--sets", "digits"],  # Fashion-MNIST takes 25 minutes more
     }

@@ -46,7 +46,7 @@ def tables() -> dict[str, str]:
         "torch_peers": torch_peers.markdown(read("torch_peers_cpu"), steps),
         "pods": pods.markdown(read("pods")["rows"]),
     }
-    for title, text in quality_report.markdown(trained, times=False).items():
+    for title, text in quality_report.markdown(trained).items():
         found[f"quality, {title.split(':')[0]}"] = f"{title}:\n\n{text}"
     for study in (label_noise, lsq, cheap_ascent, correlation):
         name = study.__name__
