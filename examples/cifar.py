@@ -93,14 +93,15 @@ def main():
     if first:
         state = manager.restore(first, args=ocp.args.StandardRestore(state))
     with Progress() as progress, SummaryWriter(str(args.out)) as writer:
-        bar = progress.add_task("Training", total=args.epochs, completed=first)
+        bar = progress.add_task("Training", total=args.epochs * steps)
+        progress.advance(bar, first * steps)
         for epoch in range(first, args.epochs):
             rng, seen = np.random.default_rng(epoch), []
             for i in rng.permutation(len(x))[: steps * BATCH_SIZE].reshape(steps, -1):
                 batch = normalized(augmented(rng, x[i], flips=args.data is not None))
                 state, logged = step(state, batch, y[i])
                 seen.append(logged)
-                progress.advance(bar, 1 / steps)
+                progress.advance(bar)
             row = {"loss": np.mean([loss for loss, *_ in seen])}
             if gaps := [gap for _, *gaps in seen for gap in gaps]:
                 row["sharpness_gap"] = np.mean(gaps)
@@ -112,6 +113,9 @@ def main():
             shown = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
             progress.console.print(f"Epoch {epoch + 1}: {shown}")
     manager.close()  # waits for the last checkpoint
+    print(
+        "Expected on digits: above 80 % accuracy, ascents on less than 40 % of steps."
+    )
 
 
 if __name__ == "__main__":
