@@ -86,7 +86,7 @@ def main():
     less = 1 - min(memory.values()) / max(memory.values())
     print(
         f"The weights are {apart:.0e} of their way apart, for {less:.0%} less memory."
-        " Expected: below 1e-2, the order of summation; and more than 50 %."
+        "\nExpected: below 1e-2, the order of summation; and more than 50 %."
     )
 
 

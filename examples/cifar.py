@@ -10,8 +10,7 @@ scikit-learn and tensorboardX too.
     python examples/cifar.py    # on digits as 32x32x3 images, so that it runs anywhere
     python examples/cifar.py --data cifar-10-batches-py --width 64 --epochs 100
 
---data is the folder of the Python archive, or an .npz with train_x, train_y, test_x and
-test_y.
+--data is the Python archive's folder, or an .npz with train_x, train_y, test_x, test_y.
 """
 
 import argparse
@@ -72,7 +71,7 @@ def main():
     args = parser.parse_args()
 
     x, y, test_x, test_y = load(args.data)
-    steps = len(x) // BATCH_SIZE
+    steps = len(x) // BATCH_SIZE  # in an epoch
     rate = optax.cosine_decay_schedule(0.1, args.epochs * steps)
     tx = optax.chain(
         optax_sam.vsam(rho=0.1, window=20),
@@ -89,12 +88,10 @@ def main():
     )
     step = optax_sam.dispatch(train_step, donate_argnums=0)
     manager = ocp.CheckpointManager(args.out.resolve() / "checkpoints")
-    first = manager.latest_step() or 0
-    if first:
+    if first := manager.latest_step() or 0:
         state = manager.restore(first, args=ocp.args.StandardRestore(state))
     with Progress() as progress, SummaryWriter(str(args.out)) as writer:
-        bar = progress.add_task("Training", total=args.epochs * steps)
-        progress.advance(bar, first * steps)
+        bar = progress.add_task("Training", total=(args.epochs - first) * steps)
         for epoch in range(first, args.epochs):
             rng, seen = np.random.default_rng(epoch), []
             for i in rng.permutation(len(x))[: steps * BATCH_SIZE].reshape(steps, -1):

@@ -49,7 +49,7 @@ def test_the_page_has_every_example() -> None:
     assert set(linked) == files
     lines = {name: len((EXAMPLES / name).read_text().splitlines()) for name in files}
     assert {name: count for name, count in lines.items() if count >= 120} == {}
-    headings = re.findall(r"^## .*`(\w+\.py)`$", page, re.MULTILINE)
+    headings = re.findall(r"^### `(\w+\.py)`$", page, re.MULTILINE)
     assert set(headings) == files - PARTS
 
 
@@ -68,9 +68,9 @@ def test_cifar_trains_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert float(accuracy) > 15
     # 21 steps per epoch, of which the first 40 and few more ascend: the count goes on.
     assert 40 / 63 <= float(rate) + 1e-3 < 1
-    (events, *_) = (tmp_path / "run").glob("events*")
+    written = b"".join(x.read_bytes() for x in (tmp_path / "run").glob("events*"))
     for tag in (b"test_accuracy", b"ascent_rate", b"sharpness_gap"):
-        assert tag in events.read_bytes()
+        assert written.count(tag) >= 2
 
 
 def test_cifar_reads_the_archive_and_arrays(tmp_path: Path, monkeypatch) -> None:
@@ -108,20 +108,22 @@ def test_cifar_reads_the_archive_and_arrays(tmp_path: Path, monkeypatch) -> None
 def test_vit_is_fine_tuned(tmp_path: Path) -> None:
     for package in ("flax", "rich", "sklearn"):
         pytest.importorskip(package)
-    last = run(tmp_path, "vit_finetune.py", "--quick")[-1]
+    found, expected = run(tmp_path, "vit_finetune.py", "--quick")[-2:]
     numbers = r"Test accuracy ([\d.]+) % by AdamW, ([\d.]+) % by SAM"
-    assert all(float(x) > 40 for x in re.search(numbers, last).groups())
-    assert "of 2 seeds" in last
+    assert all(float(x) > 40 for x in re.search(numbers, found).groups())
+    assert "of 2 seeds" in found
+    assert expected.startswith("Expected: ")
 
 
 @pytest.mark.slow
 def test_accumulated_gradients_train_the_large_batch(tmp_path: Path) -> None:
     for package in ("flax", "rich", "sklearn"):
         pytest.importorskip(package)
-    *_, last = lines = run(tmp_path, "accumulate.py")
-    ascents = re.findall(r"(\d+) of them ascents", "\n".join(lines))
+    printed = "\n".join(run(tmp_path, "accumulate.py"))
+    ascents = re.findall(r"(\d+) of them ascents", printed)
     assert ascents == ["20", "20"]
-    apart, less = re.search(r"are (\S+) of their way apart, for (\d+)%", last).groups()
+    numbers = r"are (\S+) of their way apart, for (\d+)%"
+    apart, less = re.search(numbers, printed).groups()
     assert float(apart) < 1e-2
     assert int(less) > 50
 
@@ -132,7 +134,7 @@ def test_a_sharded_transformer_trains_as_on_one_device(tmp_path: Path) -> None:
         pytest.importorskip(package)
     lines = run(tmp_path, "sharded_transformer.py", XLA_FLAGS="")
     numbers = r"(\d+) ascents .* device, (\d+) on eight, weights (\S+) apart"
-    one, eight, apart = re.search(numbers, lines[-1]).groups()
+    one, eight, apart = re.search(numbers, "\n".join(lines)).groups()
     assert one == eight
     assert 20 <= int(one) < 60  # two windows of ten, and then not all
     assert float(apart) < 1e-8
