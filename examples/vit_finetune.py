@@ -111,7 +111,7 @@ def main():
     print(
         f"Test accuracy {adamw:.1f} % by AdamW, {sam:.1f} % by SAM, which gains"
         f" {gain.mean():.1f} +- {gain.std():.1f} and is ahead on {(gain > 0).sum()} of"
-        f" {seeds} seeds.\nExpected: some two points, not on all seeds."
+        f" {seeds} seeds.\nExpected without --quick: some two points, not on all seeds."
     )
 
 
