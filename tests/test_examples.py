@@ -3,14 +3,144 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import harness
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+# Parts of other examples, which are no programs.
+PARTS = {
+    "cifar_parts.py",
+    "gallery_training.py",
+    "lsq_layers.py",
+    "multihost_launch.py",
+}
+
+
+def run(folder: Path, name: str, *arguments: str, **env: str) -> list[str]:
+    """The lines that an example prints, progress bars among them."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments],
+        cwd=folder,
+        env=os.environ
+        | {"PYTHONPATH": str(EXAMPLES.parent), "PYTHONIOENCODING": "utf-8"}
+        | {"COLUMNS": "100"}
+        | env,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_page_has_every_example() -> None:
+    page = harness.page("examples.md")
+    linked = re.findall(r"\]\(\.\./examples/(\w+\.py)\)", page)
+    files = {path.name for path in EXAMPLES.glob("*.py")}
+    assert len(linked) == len(set(linked))
+    assert set(linked) == files
+    lines = {name: len((EXAMPLES / name).read_text().splitlines()) for name in files}
+    assert {name: count for name, count in lines.items() if count >= 120} == {}
+    headings = re.findall(r"^### `(\w+\.py)`$", page, re.MULTILINE)
+    assert set(headings) == files - PARTS
+
+
+@pytest.mark.slow
+def test_cifar_trains_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    for package in ("flax", "orbax.checkpoint", "rich", "sklearn", "tensorboardX"):
+        pytest.importorskip(package)
+    numbers = r"Epoch (\d+): loss ([\d.]+), .*ascent_rate ([\d.]+), .*accuracy ([\d.]+)"
+    read = lambda lines: re.findall(numbers, "\n".join(lines))
+    command = "cifar.py", "--width", "4", "--out", "run"
+    (first, *_), (second, *_) = read(run(tmp_path, *command, "--epochs", "2"))
+    assert (first, second) == ("1", "2")
+    ((third, loss, rate, accuracy),) = read(run(tmp_path, *command, "--epochs", "3"))
+    assert third == "3"
+    assert float(loss) < 2.3
+    assert float(accuracy) > 15
+    # 21 steps per epoch, of which the first 40 and few more ascend: the count goes on.
+    assert 40 / 63 <= float(rate) + 1e-3 < 1
+    written = b"".join(x.read_bytes() for x in (tmp_path / "run").glob("events*"))
+    for tag in (b"test_accuracy", b"ascent_rate", b"sharpness_gap"):
+        assert written.count(tag) >= 2
+
+
+def test_cifar_reads_the_archive_and_arrays(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("flax")
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import cifar_parts
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 32, 32, 3), np.uint8)
+    labels = rng.integers(0, 10, 12)
+    rows = images.transpose(0, 3, 1, 2).reshape(12, -1)  # red, green, blue
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for name, part in zip(names, np.split(np.arange(12), 6), strict=True):
+        content = {b"data": rows[part], b"labels": labels[part].tolist()}
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    archive = cifar_parts.load(tmp_path)
+    wanted = images[:10], labels[:10], images[10:], labels[10:]
+    keys = "train_x", "train_y", "test_x", "test_y"
+    np.savez(tmp_path / "cifar.npz", **dict(zip(keys, wanted, strict=True)))
+    for read in (archive, cifar_parts.load(tmp_path / "cifar.npz")):
+        for found, expected in zip(read, wanted, strict=True):
+            np.testing.assert_array_equal(found, expected)
+    # A crop of a constant image is constant but for the margin, which is zero.
+    crops = cifar_parts.augmented(rng, np.ones((64, 32, 32, 3)), flips=False)
+    assert np.all(crops[:, 4:28, 4:28] == 1)
+    assert 0.5 < crops.mean() < 1
+    # In the middle of the columns, half of the images are the other way round.
+    ramp = np.broadcast_to(np.arange(32.0)[None, None, :, None], (64, 32, 32, 3))
+    slopes = np.diff(cifar_parts.augmented(rng, ramp, flips=True)[:, 16, 14:16, 0])
+    assert set(np.unique(slopes)) == {-1, 1}
+
+
+@pytest.mark.slow
+def test_vit_is_fine_tuned(tmp_path: Path) -> None:
+    for package in ("flax", "rich", "sklearn"):
+        pytest.importorskip(package)
+    found, expected = run(tmp_path, "vit_finetune.py", "--quick")[-2:]
+    numbers = r"Test accuracy ([\d.]+) % by AdamW, ([\d.]+) % by SAM"
+    assert all(float(x) > 40 for x in re.search(numbers, found).groups())
+    assert "of 2 seeds" in found
+    assert expected.startswith("Expected without --quick: ")
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_train_the_large_batch(tmp_path: Path) -> None:
+    for package in ("flax", "rich", "sklearn"):
+        pytest.importorskip(package)
+    printed = "\n".join(run(tmp_path, "accumulate.py"))
+    ascents = re.findall(r"(\d+) of them ascents", printed)
+    assert ascents == ["20", "20"]
+    numbers = r"are (\S+) of their way apart, for (\d+)%"
+    apart, less = re.search(numbers, printed).groups()
+    assert float(apart) < 1e-2
+    assert int(less) > 50
+
+
+@pytest.mark.slow
+def test_a_sharded_transformer_trains_as_on_one_device(tmp_path: Path) -> None:
+    for package in ("flax", "rich"):
+        pytest.importorskip(package)
+    lines = run(tmp_path, "sharded_transformer.py", XLA_FLAGS="")
+    numbers = r"(\d+) ascents .* device, (\d+) on eight, weights (\S+) apart"
+    one, eight, apart = re.search(numbers, "\n".join(lines)).groups()
+    assert one == eight
+    assert 20 <= int(one) < 60  # two windows of ten, and then not all
+    assert float(apart) < 1e-8
+    # FSDP over two devices and tensor parallel over four.
+    assert "query (32, 4, 8)  of which a device has (16, 1, 8)" in lines
+    assert "down  (128, 32)   of which a device has (32, 16)" in lines
 
 
 def test_own_method_trains(tmp_path: Path) -> None:
