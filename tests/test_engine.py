@@ -172,3 +172,32 @@ def test_a_mask_holds_for_rules_that_ignore_the_gradient():
     e, _ = rule.update(g, rule.init(g), g)
     np.testing.assert_array_equal(e["moves"], 1)
     np.testing.assert_array_equal(e["stays"], 0)
+
+
+def lowered(tx, platform):
+    loss_fn = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
+
+    def step(params, state):
+        grads = jax.grad(loss_fn)(params)
+        return tx.update(grads, state, params, grad_fn=jax.grad(loss_fn))
+
+    params = harness.tree()
+    traced = jax.jit(step).trace(params, tx.init(params))
+    return traced.lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_gradients_pass_a_barrier_but_on_a_cpu(platform):
+    program = lowered(optax_sam.sam(), platform).as_text()
+    num_leaves = len(jax.tree.leaves(harness.tree()))
+    barriers = program.count("stablehlo.optimization_barrier")
+    assert barriers == (0 if platform == "cpu" else 2 * num_leaves)
+
+
+@pytest.mark.parametrize(
+    ("method", "branches"), [(optax_sam.sam, 0), (optax_sam.random_sam, 1)]
+)
+def test_random_numbers_come_out_of_a_branch_on_a_cpu(method, branches):
+    """Nothing else does: what depends on the platform is settled when compiled."""
+    program = lowered(method(), "cpu").compile().as_text()
+    assert program.count(" conditional(") == branches
