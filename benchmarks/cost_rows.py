@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cost_methods
@@ -24,6 +26,11 @@ def compiled(function: Callable[..., Any], *args: Any, **jit_options: Any) -> An
     fresh = jax.jit(lambda *args: function(*args), **jit_options)
     program = fresh.lower(*args).compile()
     return program, time.perf_counter() - start
+
+
+def allocator() -> str:
+    """Of the memory: what was loaded in place of the C library's, if anything."""
+    return Path(os.environ.get("LD_PRELOAD") or "the C library's").name
 
 
 def size(tree: Any) -> int:

@@ -28,7 +28,7 @@ import optax
 import tables
 from cost_models import MODELS, Subject, subject
 from cost_report import MIB, quartiles
-from cost_rows import Row
+from cost_rows import Row, allocator
 from rich.progress import track
 
 import optax_sam
@@ -157,8 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=7)
-    preloaded = os.environ.get("LD_PRELOAD")
-    default = STEADY if preloaded else PLAIN
+    default = STEADY if os.environ.get("LD_PRELOAD") else PLAIN
     parser.add_argument("--out", type=Path, default=default)
     parser.add_argument("--report", action="store_true", help="print the Markdown")
     options = parser.parse_args()
@@ -169,7 +168,7 @@ def main() -> None:
     settings = {
         **tables.environment(),
         "rounds": options.rounds,
-        "allocator": Path(preloaded or "the C library's").name,
+        "allocator": allocator(),
     }
     studies = {name: study(name, options.rounds) for name in options.models}
     results = {"settings": settings, "models": studies}

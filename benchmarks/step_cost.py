@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ import jax
 import tables
 from cost_methods import METHODS, NUM_BATCHES
 from cost_models import MODELS, subject
-from cost_rows import Row, timer
+from cost_rows import Row, allocator, timer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
@@ -182,7 +181,7 @@ def main() -> None:
         **tables.environment(),
         "backend": backend,
         "machine": platform.machine(),
-        "allocator": Path(os.environ.get("LD_PRELOAD", "the C library's")).name,
+        "allocator": allocator(),
     }
     console = Console()
     columns = *Progress.get_default_columns(), MofNCompleteColumn()
