@@ -54,13 +54,10 @@ def on_device(tree: Any, axes: Axes, known: bool = False) -> Any:
     return jax.tree.map(cast, tree)
 
 
-def mean(x: Any, axes: Axes, names: tuple[Any, ...] | None = None) -> Any:
+def mean(x: Any, axes: Axes) -> Any:
     """The mean over the axes, those along which ``x`` may vary."""
-    names = axes.names if names is None else names
-    if not names:
-        return x
-    known = varying(jnp.asarray(x))
-    over = tuple(n for n in names if n not in axes.tracked or n in known)
+    known = varying(jnp.asarray(x)) if axes.tracked else ()
+    over = tuple(n for n in axes.names if n not in axes.tracked or n in known)
     return jax.lax.pmean(x, over) if over else x
 
 

@@ -94,7 +94,7 @@ def value_and_grad(
         perturbed = _gradients(loss_fn, model, args, kwargs, has_aux, axes, loss_scale)
         params = jax.tree.map(lambda x: x, nnx.state(model, wrt))  # not the live ones
         check_parameters(params, axes)
-        objective = to_differentiate(loss_fn, has_aux, axes, loss_scale)
+        objective = to_differentiate(loss_fn, has_aux, loss_scale)
 
         def of_model(model: Any, args: Any, kwargs: Any) -> Any:
             if axes.tracked:
@@ -114,7 +114,7 @@ def value_and_grad(
             nnx.update(model, jax.tree.map(average, statistics))
         if has_aux:
             value = value, mean_of_aux(aux, [*args, *kwargs.values()], axes, list)
-        return value, averaged(grads, axes, loss_scale), perturbed
+        return value, averaged(grads, loss, axes, loss_scale), perturbed
 
     return value_and_grads
 
@@ -190,7 +190,7 @@ def _gradients(
     graphdef, state = nnx.split((model, args, kwargs))
     # New variables, in case those in the state are the live ones.
     state = jax.tree.map(lambda x: x, state)
-    objective = to_differentiate(loss_fn, has_aux, axes, loss_scale)
+    objective = to_differentiate(loss_fn, has_aux, loss_scale)
 
     def of_params(params: Any) -> Any:
         model, args, kwargs = nnx.merge(graphdef, state, copy=True)
@@ -199,7 +199,7 @@ def _gradients(
 
     def grads_at(params: Any) -> Any:
         check_parameters(params, axes)
-        grads, _ = jax.grad(of_params, has_aux=True)(params)
-        return averaged(grads, axes, loss_scale)
+        grads, (loss, _) = jax.grad(of_params, has_aux=True)(params)
+        return averaged(grads, loss, axes, loss_scale)
 
     return grads_at

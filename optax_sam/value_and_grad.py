@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -137,7 +138,7 @@ def with_arguments(
     loss_scale: Any,
 ) -> tuple[Callable[[Any], Any], Callable[[Any], tuple[Any, Any]]]:
     """What is differentiated, and its finished gradients, of the parameters alone."""
-    objective = to_differentiate(loss_fn, has_aux, axes, loss_scale)
+    objective = to_differentiate(loss_fn, has_aux, loss_scale)
 
     def of_params(params: Any) -> Any:
         return objective(on_device(params, axes), *args, **kwargs)
@@ -145,19 +146,15 @@ def with_arguments(
     def gradients(params: Any) -> tuple[Any, Any]:
         check_parameters(params, axes)
         grads, value = jax.grad(of_params, has_aux=True)(params)
-        return averaged(grads, axes, loss_scale), value
+        return averaged(grads, value[0], axes, loss_scale), value
 
     return of_params, gradients
 
 
 def to_differentiate(
-    loss_fn: Callable[..., Any], has_aux: bool, axes: Axes, loss_scale: Any
+    loss_fn: Callable[..., Any], has_aux: bool, loss_scale: Any
 ) -> Callable[..., tuple[jax.Array, tuple[jax.Array, Any]]]:
-    """The scaled loss, and beside it the loss and ``aux``.
-
-    Where JAX tracks what varies, the mean over the devices belongs in here: the
-    transpose of the cast in ``on_device`` sums over them.
-    """
+    """The scaled loss of this device, and beside it the loss and ``aux``."""
 
     def objective(*args: Any, **kwargs: Any) -> Any:
         value = check_loss(loss_fn(*args, **kwargs), has_aux)
@@ -168,22 +165,27 @@ def to_differentiate(
                 f" {jnp.shape(loss)}. Return the mean over the examples:"
                 " jnp.mean(loss)."
             )
-        scaled = mean(loss, axes, axes.tracked)
-        if loss_scale is not None:
-            scaled = in_single(scaled)
-            scaled = scaled * scale_of(loss_scale).astype(scaled.dtype)
-        return scaled, (loss, aux)
+        if loss_scale is None:
+            return loss, (loss, aux)
+        scaled = in_single(loss)
+        return scaled * scale_of(loss_scale).astype(scaled.dtype), (loss, aux)
 
     return objective
 
 
-def averaged(grads: Any, axes: Axes, loss_scale: Any) -> Any:
-    """The mean over the devices of gradients, without the scale."""
+def averaged(grads: Any, loss: jax.Array, axes: Axes, loss_scale: Any) -> Any:
+    """The mean over the devices of gradients, without the scale.
+
+    Where JAX tracks what varies, the transpose of the cast in ``on_device`` has summed
+    over the devices, once for each that has a loss of itself.
+    """
+    summed = [n for n in axes.tracked if n in varying(jnp.asarray(loss))]
+    count = math.prod(jax.lax.axis_size(n) for n in summed)
 
     def one(g: jax.Array) -> jax.Array:
         if loss_scale is not None:
             g = in_single(g)
             g = g / scale_of(loss_scale).astype(g.dtype)
-        return mean(g, axes)
+        return mean(g / count if summed else g, axes)
 
     return jax.tree.map(one, grads)

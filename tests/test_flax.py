@@ -4,7 +4,9 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import flax
 import flax.linen as nn
 import flax.serialization
 import harness
@@ -17,6 +19,7 @@ import pytest
 from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
+from flax.training.dynamic_scale import DynamicScale
 
 import optax_sam
 import optax_sam.linen
@@ -298,6 +301,118 @@ def test_linen_advises_on_forgotten_collections(keywords, message):
     state = started(sgd())
     with pytest.raises(ValueError, match=message):
         state.apply_gradients(grads=state.params, **keywords)
+
+
+class WithStatistics(optax_sam.linen.TrainState):
+    """The usual subclass."""
+
+    batch_stats: Any
+
+
+class WithMore(optax_sam.linen.TrainState):
+    """Fields that a step need not name."""
+
+    batch_stats: Any
+    dropout_key: Any
+    ema_params: Any
+    ema_batch_stats: Any
+    dynamic_scale: Any = None
+    metrics: Any = None
+    best: dict = flax.struct.field(default_factory=dict)
+
+
+class Renamed(optax_sam.linen.TrainState):
+    """Other names for the same."""
+
+    running: Any = None
+    mutable: Any = None
+
+
+STATISTICS = {"BatchNorm_0": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
+GRADS = {"w": jnp.ones(2)}
+
+
+def created(kind, **fields):
+    return kind.create(apply_fn=None, params=GRADS, tx=sgd(), **fields)
+
+
+def test_linen_subclasses_have_fields_without_a_default():
+    state = created(WithStatistics, batch_stats={})
+    assert (state.batch_stats, state.model_state) == ({}, {})
+    assert state.apply_gradients(grads=GRADS).step == 1  # nothing to forget
+    state = created(WithStatistics, batch_stats=STATISTICS)
+    new = jax.tree.map(lambda x: x + 1, STATISTICS)
+    after = jax.jit(lambda s: s.apply_gradients(grads=GRADS, batch_stats=new))(state)
+    harness.assert_equal(after.batch_stats, new)
+    with pytest.raises(TypeError, match="batch_stats"):
+        created(WithStatistics)
+    own = created(WithStatistics, batch_stats=STATISTICS, model_state={"a": {}})
+    assert own.model_state == {"a": {}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "keywords", "message"),
+    [
+        (
+            WithStatistics,
+            {"batch_stats": STATISTICS},
+            {},
+            "statistics batch_stats, but",
+        ),
+        (
+            WithStatistics,
+            {"batch_stats": flax.core.freeze(STATISTICS)},
+            {},
+            r'batch_stats=updates\["batch_stats"\].*batch_stats=state.batch_stats',
+        ),
+        (
+            WithStatistics,
+            {"batch_stats": {"custom": {"ema": jnp.ones(3)}}},
+            {},
+            "keep the old ones for ever",
+        ),
+        (
+            WithStatistics,
+            {"batch_stats": STATISTICS},
+            {"batch_stats": {}},
+            r"batch_stats holds \['BatchNorm_0'\].*got batch_stats with \[\]",
+        ),
+        (
+            WithStatistics,
+            {"batch_stats": STATISTICS},
+            {"batch_stats": {"batch_stats": STATISTICS}},
+            r"got batch_stats with \['batch_stats'\]",
+        ),
+        (Renamed, {"running": STATISTICS}, {}, "statistics running, but"),
+        (Renamed, {"mutable": {"batch_stats": STATISTICS}}, {}, "mutable=updates"),
+    ],
+)
+def test_linen_advises_on_forgotten_fields_of_subclasses(
+    kind, fields, keywords, message
+):
+    state = created(kind, **fields)
+    with pytest.raises(ValueError, match=message):
+        state.apply_gradients(grads=GRADS, **keywords)
+    kept = {name: getattr(state, name) for name in fields}
+    assert state.apply_gradients(grads=GRADS, **kept).step == 1
+
+
+def test_linen_lets_ordinary_fields_be():
+    fields = {
+        "batch_stats": STATISTICS,
+        "dropout_key": jax.random.key(0),
+        "ema_params": {"w": jnp.ones(2), "layer": {"mean_head": jnp.ones(3)}},
+        "ema_batch_stats": STATISTICS,
+        "dynamic_scale": DynamicScale(),
+        "metrics": {"loss": jnp.zeros(()), "count": jnp.zeros((), int)},
+        "best": {"params": GRADS, "accuracy": jnp.zeros(())},
+    }
+    state = created(WithMore, **fields)
+    after = state.apply_gradients(grads=GRADS, batch_stats=STATISTICS)
+    harness.assert_equal(after.ema_batch_stats, STATISTICS)
+    fields["batch_stats"] = {}
+    fields["ema_batch_stats"] = None
+    assert created(WithMore, **fields).apply_gradients(grads=GRADS).step == 1
 
 
 def test_losses_with_and_without_aux_are_told_apart():
