@@ -732,3 +732,15 @@ def test_the_page_runs():
     assert optax_sam.metrics(names["optimizer"].opt_state)["ascents"] == 6
     assert names["module"].dropout.rngs.count[...] == 6
     assert harness.is_finite((names["logits"], names["averaged"], names["loss"]))
+    scaled = names["scaled_state"]
+    for x in jax.tree.leaves(scaled):
+        np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))
+    # The scale fell until both gradients were finite.
+    scale, finite = (
+        getattr(scaled.dynamic_scale, name)[0] for name in ("scale", "fin_steps")
+    )
+    assert 2.0**8 < scale < 2.0**24
+    assert optax_sam.metrics(jax.tree.map(lambda x: x[0], scaled))["ascents"] == finite
+    assert 3 < finite < 20
+    assert names["logged"]["loss"][0] < np.log(10)
+    assert np.all(scaled.step == 20)

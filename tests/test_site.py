@@ -41,14 +41,15 @@ ELSEWHERE = {
         2,
         "test_cheap_ascent.py::test_the_steps_of_the_page_run",
     ),
-    "docs/devices.md": (5, "test_devices_page.py::test_the_page_runs"),
-    "docs/flax.md": (6, "test_flax.py::test_the_page_runs"),
+    "docs/devices.md": (8, "test_devices_page.py::test_the_page_runs"),
+    "docs/flax.md": (7, "test_flax.py::test_the_page_runs"),
     # One of them is PyTorch's.
     "docs/migrating.md": (5, "test_migrating.py::test_the_code_of_the_page_runs"),
     "docs/precision.md": (
-        2,
+        3,
         "test_precision.py::test_a_first_gradient_at_a_float32_copy",
         "test_precision.py::test_loss_scaling",
+        "test_precision.py::test_a_dynamic_scale",
     ),
     "docs/sharpness.md": (3, "test_sharpness_page.py::test_the_page_runs"),
     "docs/tracking.md": (
