@@ -155,9 +155,9 @@ def _of_params(
     params, rest = eqx.partition(model, wrt)
     if not jax.tree.leaves(params):
         raise ValueError(
-            "wrt leaves no leaf of the model that has a gradient. The model is the"
-            " first argument, loss_fn(model, batch), and wrt is eqx.is_inexact_array"
-            f" or a pytree of bools like the model; got {type(model).__name__} and"
+            "wrt leaves no leaf of the model that has a gradient. Give the model as the"
+            " first argument, loss_fn(model, batch), and wrt=eqx.is_inexact_array or a"
+            f" pytree of bools like the model; got {type(model).__name__} and"
             f" wrt={wrt!r}."
         )
 

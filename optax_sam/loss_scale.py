@@ -70,8 +70,8 @@ def update_loss_scale(
     """
     if not hasattr(loss_scale, "value_and_grad"):
         raise ValueError(
-            "update_loss_scale moves an object by its own rule, such as"
-            " flax.training.dynamic_scale.DynamicScale(); a number stays as it is. Got"
+            "update_loss_scale moves an object by its own rule: give it a"
+            " flax.training.dynamic_scale.DynamicScale(). A number stays as it is; got"
             f" {loss_scale!r}."
         )
     check_loss_scale(loss_scale)

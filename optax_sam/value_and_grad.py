@@ -95,8 +95,9 @@ def check_arguments(loss_fn: Any, loss_scale: Any) -> None:
     """Raises unless there are a function and a scale."""
     if not callable(loss_fn):
         raise ValueError(
-            "value_and_grad takes the loss function, loss_fn(params, *args) -> loss,"
-            f" and returns a function to call with its arguments; got {loss_fn!r}."
+            "value_and_grad takes the loss function and returns a function: write"
+            " value_and_grad(loss_fn)(params, batch), where loss_fn(params, batch) is"
+            f" the loss; got {loss_fn!r}."
         )
     if loss_scale is not None:
         check_loss_scale(loss_scale)

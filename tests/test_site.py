@@ -44,6 +44,12 @@ ELSEWHERE = {
     "docs/devices.md": (8, "test_devices_page.py::test_the_page_runs"),
     "docs/flax.md": (7, "test_flax.py::test_the_page_runs"),
     # One of them is PyTorch's.
+    "docs/frameworks.md": (
+        4,
+        "test_frameworks.py::test_equinox",
+        "test_frameworks.py::test_haiku",
+        "test_frameworks.py::test_keras",
+    ),
     "docs/migrating.md": (5, "test_migrating.py::test_the_code_of_the_page_runs"),
     "docs/precision.md": (
         3,
@@ -146,7 +152,7 @@ def test_blocks_are_of_kinds_that_are_looked_at():
     for page, text in PAGES.items():
         opened = re.findall(r"^ *```(\S*).*\n(?:.*\n)*?^ *```$", text, re.MULTILINE)
         kinds = {kind for kind in opened if not kind.startswith("{")}
-        assert kinds <= {"python", "console", "text"}, page
+        assert kinds <= {"python", "console", "text", "diff"}, page
         assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(opened), page
 
 
