@@ -348,6 +348,19 @@ def test_numbers_are_those_of_the_pages_that_are_quoted():
     assert len(numbers(PAGES["docs/choosing.md"])) > 10
 
 
+# Code by authors of papers with which no docstring compares ours.
+NOT_COMPARED = {
+    "eepperly/XTrace",
+    "fra31/auto-attack",
+    "google-deepmind/sam_edge",
+    "google/spectral-density",
+    "keskarnitish/large-batch-training",
+    "locuslab/edge-of-stability",
+    "tml-epfl/sharpness-vs-generalization",
+    "tml-epfl/understanding-sam",
+}
+
+
 def test_the_bibliography_has_all_that_is_cited():
     """Papers of the package and of the pages, and the authors' code."""
     page = PAGES["docs/bibliography.md"]
@@ -358,4 +371,4 @@ def test_the_bibliography_has_all_that_is_cited():
     name = r"[\w-]+/[\w-]+"
     cited = re.findall(rf"\bcode:\s+({name}(?:,\s+{name})*)", package)
     listed = set(re.findall(rf"\[({name})\]", page))
-    assert listed == set(re.findall(name, " ".join(cited)))
+    assert listed == set(re.findall(name, " ".join(cited))) | NOT_COMPARED
