@@ -88,7 +88,8 @@ def mean_of_aux(
     both = {_key(*leaf) for leaf in given} & {_key(*leaf) for leaf in returned}
 
     def is_statistic(path: Any, x: Any) -> bool:
-        if is_object(x) or not getattr(x, "ndim", 0) or "batch_stats" in names(path):
+        # An object has no axes, as a scalar.
+        if not getattr(x, "ndim", 0) or "batch_stats" in names(path):
             return True
         return len(names(path)) > 1 and _key(path, x) in both
 

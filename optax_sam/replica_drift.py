@@ -28,10 +28,10 @@ def replica_drift(tree: Any, axis_name: Any) -> jax.Array:
       axis_name: name, or tuple of names, of the mapped axis.
 
     Returns:
-      () float32, the same on all devices: 0 if all copies are equal to the bit (an
-      undetected difference has a chance of 2e-10), else the largest difference of a
-      sum, at least 1e-30; infinity where some device holds a number that is not finite
-      and others do not.
+      The drift, () float32, the same on all devices. It is 0 if all copies are equal to
+      the bit (a difference stays unseen with a chance of 2e-10), else the largest
+      difference of a sum, at least 1e-30, or infinity if some devices hold a number
+      that is not finite.
 
     Raises:
       ValueError: if ``axis_name`` is no mapped axis.

@@ -122,6 +122,34 @@ def test_without_jit_the_given_state_stays_valid():
     assert (grads.activation, grads.order, grads.name) == (None, None, None)
 
 
+class Counter(eqx.Module):
+    """It sets its state outside of any transformation."""
+
+    weight: jax.Array
+    index: eqx.nn.StateIndex
+
+    def __init__(self):
+        self.weight, self.index = jnp.ones(2), eqx.nn.StateIndex(jnp.zeros(()))
+
+    def __call__(self, x, state):
+        count = state.get(self.index)
+        return jnp.sum((1 + count) * self.weight * x), state.set(self.index, count + 1)
+
+
+def test_a_state_may_be_set_once_and_each_pass_has_a_copy():
+    model, state = eqx.nn.make_with_state(Counter)()
+    call = lambda model, x, state: model(x, state)
+    value_and_grad = optax_sam.equinox.value_and_grad(call, has_aux=True)
+    again = optax_sam.equinox.grad_fn(call, model, X[0, :2], state, has_aux=True)
+    (_, after), grads, grad_fn = value_and_grad(model, X[0, :2], state)
+    for gradient in (grad_fn, again, grad_fn):
+        np.testing.assert_array_equal(gradient(model).weight, grads.weight)
+    np.testing.assert_allclose(grads.weight, X[0, :2], rtol=1e-6)
+    assert (state.get(model.index), after.get(model.index)) == (0, 1)
+    model(X[0, :2], state)  # by hand, after grad_fn has captured it
+    np.testing.assert_array_equal(again(model).weight, grads.weight)
+
+
 @pytest.mark.parametrize("given", ["filtered", "whole"])
 def test_grad_fn_takes_a_model_or_its_floats(given):
     model, state, _ = started(optax.identity())

@@ -282,6 +282,30 @@ def test_what_is_averaged_of_aux(mapped):
     assert (found.count, found.count.dtype, found.constant) == (3, np.int32, None)
 
 
+@on_each_map
+def test_names_of_an_argument_are_state(mapped):
+    """As in Haiku: named as what was given, even where it is as long as a batch."""
+    state = {"norm/mean_ema": {"average": jnp.zeros(4), "counter": jnp.zeros((), int)}}
+
+    def loss_fn(params, state, x):
+        old, rows = state["norm/mean_ema"], x @ jnp.ones(3, x.dtype)
+        new = {"average": rows, "counter": old["counter"] + 1}
+        return jnp.mean(x @ params["w"]), ({"norm/mean_ema": new}, {"of": {"x": rows}})
+
+    def step(held, x):
+        params, state = held
+        both = optax_sam.value_and_grad(loss_fn, True, axis_name="data")
+        return both(params, state, x)[0][1]
+
+    out = P(), P("data")
+    state, rows = mapped(step, (PARAMS, state), (X,), out)
+    expected = X.sum(-1).reshape(DEVICES, 4)
+    found = state["norm/mean_ema"]
+    np.testing.assert_allclose(found["average"], expected.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(rows["of"]["x"], expected.ravel(), rtol=1e-4)
+    assert (found["counter"], found["counter"].dtype) == (1, np.int32)
+
+
 def test_objects_of_an_argument_are_state(x64):
     """An ``nnx.State``, for instance, is one even where it is as long as a batch."""
     state = nnx.State({"mean": nnx.BatchStat(jnp.zeros(4))})
