@@ -6,8 +6,9 @@ concrete numbers, and adds nothing to the compiled program.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,52 @@ class MissingArgument(ValueError):
         self.name = name
 
 
+class _Range(NamedTuple):
+    """The numbers that an argument may have."""
+
+    low: float
+    high: float
+    open_low: bool
+    open_high: bool
+
+    def __str__(self) -> str:
+        left, right = "(["[not self.open_low], ")]"[not self.open_high]
+        return f"{left}{self.low}, {self.high}{right}"
+
+    def holds(self, number: float) -> bool:
+        above = self.low < number if self.open_low else self.low <= number
+        below = number < self.high if self.open_high else number <= self.high
+        return above and below  # a number that is none lies in no range
+
+    def nearest(self, value: jax.Array) -> jax.Array:
+        """The value, or the last one inside that its dtype has."""
+        limits = jnp.finfo(jnp.promote_types(value.dtype, jnp.bfloat16))
+        low = self.low + self.open_low * max(limits.tiny, limits.eps * abs(self.low))
+        high = self.high - (self.open_high and limits.epsneg * abs(self.high))
+        # Half precision is used in float32. Not jnp.clip: it halves a derivative at a
+        # bound, such as rho = 0.
+        value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        value = jnp.where(value < low, low, value) if np.isfinite(low) else value
+        return jnp.where(value > high, high, value) if np.isfinite(high) else value
+
+
 def check_schedule(
-    name: str, value: optax.ScalarOrSchedule, low: float, high: float = np.inf
-) -> None:
-    """Raises unless ``value`` is a schedule, traced, or a number within the range."""
+    name: str,
+    value: optax.ScalarOrSchedule,
+    low: float,
+    high: float = np.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    finite: bool = True,
+) -> Any:
+    """A number that was checked, or a schedule that is checked where it is read.
+
+    A schedule's first value is held against the range, as a number is, when the
+    schedule is first read. Later values cannot be refused in a compiled step: those
+    outside the range are replaced by the nearest one inside, so that the overshoot of
+    a schedule makes no NaN.
+    """
     if isinstance(value, optax.GradientTransformation):
         raise ValueError(
             f"{name} must be a number or a schedule of such, but is a transformation."
@@ -47,12 +90,61 @@ def check_schedule(
             " optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))."
         )
     if not callable(value):
-        check_number(name, value, low, high, what="a number (or a schedule of such)")
+        return check_number(
+            name,
+            value,
+            low,
+            high,
+            open_low=open_low,
+            open_high=open_high,
+            what="a number (or a schedule of such)",
+            finite=finite,
+        )
+    allowed = _Range(low, high, open_low, open_high | (finite and high == np.inf))
+    unread = True
+
+    def checked(count: Any) -> jax.Array:
+        nonlocal unread
+        if unread:
+            _check_first(name, value, allowed)
+            unread = False
+        return allowed.nearest(jnp.asarray(_scalar(name, value(count), "its schedule")))
+
+    return checked
+
+
+def _check_first(name: str, schedule: Callable[[Any], Any], allowed: _Range) -> None:
+    """Refuses a schedule that starts outside the range."""
+    with jax.ensure_compile_time_eval():
+        first = schedule(jnp.zeros((), jnp.int32))
+    first = _scalar(name, first, "its schedule")
+    # One that depends on what is traced, as inside optax.inject_hyperparams, cannot be
+    # read yet.
+    if not isinstance(first, jax.core.Tracer) and not allowed.holds(float(first)):
+        raise ValueError(
+            f"{name} must be in {allowed}, but its schedule gives {float(first)} at"
+            " step 0."
+        )
+
+
+def _scalar(name: str, value: Any, source: str) -> Any:
+    """Raises unless ``value`` is one real number, known or traced."""
+    try:
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a number; {source} gave {value!r}.") from None
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if shape != () or not real:
+        raise ValueError(
+            f"{name} must be one real number, but {source} gave an array of shape"
+            f" {shape} and dtype {dtype}."
+        )
+    return value
 
 
 def check_number(
     name: str,
-    value: ArrayLike,
+    value: Any,
     low: float,
     high: float = np.inf,
     *,
@@ -60,22 +152,41 @@ def check_number(
     open_high: bool = False,
     what: str = "a number",
     finite: bool = True,
-) -> None:
-    """Raises unless ``value`` is traced or a number within the range."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    open_high |= finite and high == np.inf
-    allowed = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+) -> Any:
+    """The number, if it is one within the range.
+
+    A traced one cannot be refused; outside the range it becomes the nearest one inside.
+    A number in half precision is used in float32.
+    """
+    allowed = _Range(low, high, open_low, open_high | (finite and high == np.inf))
     advice = f"{name} must be {what} in {allowed}"
+    if isinstance(value, (str, bytes, bool, np.bool_)):
+        raise ValueError(f"{advice}; got {value!r}.")
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        value = _scalar(name, value, "the argument")
+        if jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize < 4:
+            _warn_of_half_precision(name, value)
+            # A bound that is excluded may be what rounding made of a number inside.
+            return allowed.nearest(jnp.asarray(value))
+        if isinstance(value, jax.core.Tracer):
+            return allowed.nearest(jnp.asarray(value))
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{advice}; got {value!r}.") from None
-    inside = (low < number if open_low else low <= number) and (
-        number < high if open_high else number <= high
-    )
-    if not inside:  # a number that is none lies in no range
+    if not allowed.holds(number):
         raise ValueError(f"{advice}; got {number}.")
+    return value
+
+
+def _warn_of_half_precision(name: str, value: Any) -> None:
+    known = "" if isinstance(value, jax.core.Tracer) else f" ({float(value)})"
+    warnings.warn(
+        f"{name} arrived in {value.dtype}{known}, which rounds it: 0.999 becomes 1."
+        " optax.inject_hyperparams takes the dtype of the parameters for its numbers."
+        " Write optax.inject_hyperparams(factory, hyperparam_dtype=jnp.float32, ...).",
+        stacklevel=4,
+    )
 
 
 def check_static(name: str, value: Any, what: str) -> None:

@@ -24,7 +24,8 @@ from optax_sam import contract
 from optax_sam.arguments import Mask, gradients
 from optax_sam.ascent import OwnGradient, norm, restrict
 from optax_sam.blend import Blend, take_ascended
-from optax_sam.when import Step, When, always
+from optax_sam.step import Step
+from optax_sam.when import When, always
 
 
 class SharpnessAwareState(NamedTuple):
@@ -182,7 +183,7 @@ def sharpness_aware(
             contract.check_varies(name, "the incoming gradient", updates, axis_name)
         # Python and NumPy numbers among the leaves become arrays, as in Optax.
         g, params = gradients(updates), jax.tree.map(jnp.asarray, params)
-        step = Step(state.count, mean)
+        step = Step(state.count, mean, axis_name)
 
         def rounded(point: Any) -> Any:
             # float32 offsets make float32 points of half-precision parameters.
@@ -204,6 +205,7 @@ def sharpness_aware(
                 state.ascent,
                 params,
                 grad_fn=gradient,
+                step=step,
                 count=state.count,
                 **extra,
             )

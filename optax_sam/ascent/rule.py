@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
+
+from optax_sam.step import Step
 
 # Added to a norm before dividing, outside the square root. The authors' codes have
 # none, 1e-16, 1e-12 or 1e-7; at 1e-12 a float32 gradient never notices.
@@ -26,6 +30,29 @@ class OwnGradient(NamedTuple):
 
     offset: Any
     gradient: Any
+
+
+def ascent_rule(
+    update: Callable[..., tuple[Any, Any]],
+    init: Callable[[Any], Any] = optax.init_empty_state,
+) -> optax.GradientTransformationExtraArgs:
+    """A rule from ``update(g, state, params, step, **extra) -> (e, state)``.
+
+    The engine hands it its ``step``. A rule that is used alone can do with ``count``.
+    """
+
+    def transform(
+        g: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        step: Step | None = None,
+        count: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, Any]:
+        return update(g, state, params, step or Step(count), **extra)
+
+    return optax.GradientTransformationExtraArgs(init, transform)
 
 
 def wide(x: jax.Array) -> jax.Array:

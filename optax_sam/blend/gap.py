@@ -12,7 +12,7 @@ from optax_sam.arguments import at
 from optax_sam.ascent.rule import inner
 from optax_sam.blend.rule import Blend, along
 from optax_sam.contract import check_schedule
-from optax_sam.when import Step
+from optax_sam.step import Step
 
 
 def surrogate_gap(
@@ -53,7 +53,7 @@ def surrogate_gap(
       <https://arxiv.org/abs/2203.08065>`_, 2022; code: google-research/big_vision,
       juntang-zhuang/GSAM
     """
-    check_schedule("alpha", alpha, 0.0)
+    alpha = check_schedule("alpha", alpha, 0.0)
     if minimize not in ("perturbed", "clean"):
         raise ValueError(f'minimize must be "perturbed" or "clean"; got {minimize!r}.')
 

@@ -10,7 +10,7 @@ from optax_sam.arguments import at
 from optax_sam.ascent.rule import norm, rescale, weighted
 from optax_sam.blend.rule import Blend, take_ascended
 from optax_sam.contract import check_schedule
-from optax_sam.when import Step
+from optax_sam.step import Step
 
 
 def interpolate(
@@ -45,7 +45,7 @@ def interpolate(
       Generalization in Deep Learning <https://arxiv.org/abs/2202.03599>`_, 2022; code:
       zhaoyang-0204/gnp
     """
-    check_schedule("alpha", alpha, 0.0)
+    alpha = check_schedule("alpha", alpha, 0.0)
 
     def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
         share = at(alpha, step.count)

@@ -13,7 +13,7 @@ from optax_sam.arguments import at
 from optax_sam.ascent.rule import cache, inner, norm, rescale
 from optax_sam.blend.rule import Blend, along
 from optax_sam.contract import check_integer, check_number, check_schedule
-from optax_sam.when import Step
+from optax_sam.step import Step
 
 # Added to the squared norm that LookSAM divides by, as the port does that we follow.
 _EPS = 1e-12
@@ -61,7 +61,7 @@ def reuse_difference(decay: ArrayLike = 0.8, max_reuse: int | None = 6) -> Blend
       Accelerating Sharpness aware Minimization <https://arxiv.org/abs/2403.08821>`_,
       2024, equations 16 and 17; code: ajiaaa/vSAM
     """
-    check_number("decay", decay, 0.0, 1.0)
+    decay = check_number("decay", decay, 0.0, 1.0)
     if max_reuse is not None:
         check_integer("max_reuse", max_reuse, 0)
 
@@ -139,7 +139,7 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
       <https://arxiv.org/abs/2203.02714>`_, 2022
     """
-    check_schedule("alpha", alpha, 0.0)
+    alpha = check_schedule("alpha", alpha, 0.0)
 
     def init(params: Any) -> ReuseNormalState:
         return ReuseNormalState(cache(params))

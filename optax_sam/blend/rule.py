@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.ascent.rule import inner
-from optax_sam.when import Step
+from optax_sam.step import Step
 
 
 class Blend(NamedTuple):

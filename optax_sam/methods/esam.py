@@ -118,7 +118,7 @@ def esam(
       Neural Networks <https://arxiv.org/abs/2110.03141>`_, 2022; code:
       dydjw9/Efficient_SAM
     """
-    check_number("gamma", gamma, 0.0, 1.0, open_low=True)
+    gamma = check_number("gamma", gamma, 0.0, 1.0, open_low=True)
     check_static("gamma", gamma, "a Python number")
     engine = sharpness_aware(
         ascent.random_leaves(rho, beta, key),

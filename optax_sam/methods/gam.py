@@ -101,10 +101,10 @@ def gam(
       Improves Generalization <https://arxiv.org/abs/2303.03108>`_, 2023; code:
       xxgege/GAM
     """
-    check_schedule("norm_rho", norm_rho, 0.0)
-    check_schedule("beta0", beta0, 0.0, 1.0)
-    check_schedule("beta1", beta1, 0.0, 1.0)
-    check_schedule("gamma", gamma, 0.0)
+    norm_rho = check_schedule("norm_rho", norm_rho, 0.0)
+    beta0 = check_schedule("beta0", beta0, 0.0, 1.0)
+    beta1 = check_schedule("beta1", beta1, 0.0, 1.0)
+    gamma = check_schedule("gamma", gamma, 0.0)
     if h_minus not in ("paper", "code"):
         raise ValueError(f'h_minus must be "paper" or "code"; got {h_minus!r}.')
     engine = sharpness_aware(

@@ -145,8 +145,8 @@ def rho_from_lr(
       Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
       <https://arxiv.org/abs/2203.08065>`_, 2022; code: google-research/big_vision
     """
-    check_number("rho_min", rho_min, 0.0)
-    check_number("rho_max", rho_max, 0.0)
+    rho_min = check_number("rho_min", rho_min, 0.0)
+    rho_max = check_number("rho_max", rho_max, 0.0)
     if rho_max < rho_min:
         raise ValueError(
             f"rho_max must be at least rho_min = {rho_min}; got {rho_max}."

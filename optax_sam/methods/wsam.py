@@ -108,11 +108,11 @@ def wsam(
       Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023; code:
       intelligent-machine-learning/atorch
     """
-    contract.check_schedule("learning_rate", learning_rate, 0.0)
+    learning_rate = contract.check_schedule("learning_rate", learning_rate, 0.0)
     if not callable(gamma):
-        contract.check_number("gamma", gamma, 0.0, 1.0, open_high=True)
+        gamma = contract.check_number("gamma", gamma, 0.0, 1.0, open_high=True)
     if max_norm is not None and not callable(max_norm):
-        contract.check_number("max_norm", max_norm, 0.0, open_low=True)
+        max_norm = contract.check_number("max_norm", max_norm, 0.0, open_low=True)
     contract.check_optimizer(
         "wsam", inner, "wsam(optax.sgd(lr, momentum=0.9), learning_rate=lr)"
     )

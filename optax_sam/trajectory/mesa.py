@@ -96,7 +96,7 @@ def mesa(
       <https://arxiv.org/abs/2205.14083>`_, 2022; code: AngusDujw/SAF. In the paper's
       algorithm the average is updated before the loss; here as in the code, after.
     """
-    check_schedule("decay", decay, 0.0, 1.0)
+    decay = check_schedule("decay", decay, 0.0, 1.0)
 
     def init(params: Any) -> MESAState:
         _check_whole(params)

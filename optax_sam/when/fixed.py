@@ -161,7 +161,7 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
     References:
       Zhao et al., `SS-SAM <https://arxiv.org/abs/2203.09962>`_, 2022
     """
-    check_schedule("p", p, 0.0, 1.0)
+    p = check_schedule("p", p, 0.0, 1.0)
     check_key(key)
 
     def decide(state: BernoulliState) -> BernoulliState:

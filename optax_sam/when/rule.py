@@ -7,17 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-
-class Step(NamedTuple):
-    """What a part may ask about the current step.
-
-    Attributes:
-      count: number of steps taken before this one, () int32; schedules are read here.
-      mean: averages a tree over the devices of ``axis_name``; else the identity.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
-    mean: Callable[[Any], Any]
+from optax_sam.step import Step
 
 
 class When(NamedTuple):

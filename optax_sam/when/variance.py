@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from optax_sam.arguments import Mask, raw_key, resolve_mask, uniform
 from optax_sam.ascent import norm
 from optax_sam.contract import check_integer, check_key, check_number
-from optax_sam.when.rule import Step, When, kept
+from optax_sam.step import Step
+from optax_sam.when.rule import When, kept
 
 
 class VarianceControlledState(NamedTuple):
@@ -166,8 +167,8 @@ def variance_controlled(
             "window must be divisible by num_slices, with at least two values per"
             f" slice; got window={window} and num_slices={num_slices}."
         )
-    check_number("sensitivity", sensitivity, 0.0)
-    check_number("max_rate", max_rate, 0.0, 1.0, open_low=True)
+    sensitivity = check_number("sensitivity", sensitivity, 0.0)
+    max_rate = check_number("max_rate", max_rate, 0.0, 1.0, open_low=True)
     largest: ArrayLike
     if isinstance(max_rate, jax.core.Tracer):
         largest = jnp.maximum(jnp.floor(window * max_rate), 1)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from optax_sam.contract import check_integer
+from optax_sam.step import Step
 from optax_sam.when.fixed import always
-from optax_sam.when.rule import Step, When
+from optax_sam.when.rule import When
 
 
 class AfterState(NamedTuple):
