@@ -57,8 +57,11 @@ class _Range(NamedTuple):
     def nearest(self, value: jax.Array) -> jax.Array:
         """The value, or the last one inside that its dtype has."""
         limits = jnp.finfo(jnp.promote_types(value.dtype, jnp.bfloat16))
-        low = self.low + self.open_low * max(limits.tiny, limits.eps * abs(self.low))
-        high = self.high - (self.open_high and limits.epsneg * abs(self.high))
+        low, high = self.low, self.high
+        if self.open_low:
+            low += max(float(limits.tiny), float(limits.eps) * abs(low))
+        if self.open_high:
+            high *= 1 - float(limits.epsneg)
         # Half precision is used in float32. Not jnp.clip: it halves a derivative at a
         # bound, such as rho = 0.
         value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
