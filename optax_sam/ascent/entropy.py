@@ -71,14 +71,13 @@ def renyi(
       QiaozheZhang/RSAM
     """
     rho = check_schedule("rho", rho, 0.0)
-    alpha = check_schedule("alpha", alpha, 0.0)
-    if not callable(alpha) and not isinstance(alpha, jax.core.Tracer):
-        alpha = check_number("alpha", alpha, 0.0, open_low=True)
-        if float(np.asarray(alpha)) == 1:
-            raise ValueError(
-                "alpha must not be 1, where the regularizer is constant: alpha > 1"
-                " (such as 1.2) climbs towards the sharp side, alpha < 1 descends."
-            )
+    alpha = check_schedule("alpha", alpha, 0.0, open_low=True)
+    known = not callable(alpha) and not isinstance(alpha, jax.core.Tracer)
+    if known and float(np.asarray(alpha)) == 1:
+        raise ValueError(
+            "alpha must not be 1, where the regularizer is constant: alpha > 1"
+            " (such as 1.2) climbs towards the sharp side, alpha < 1 descends."
+        )
     if max_offset_norm is not None:
         max_offset_norm = check_number(
             "max_offset_norm", max_offset_norm, 0.0, open_low=True

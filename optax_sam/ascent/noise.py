@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.arguments import Mask, at, raw_key, resolve_mask
+from optax_sam.arguments import Mask, at, raw_key, resolve_nonempty_mask
 from optax_sam.ascent.masks import keep
 from optax_sam.ascent.rule import OwnGradient, ascent_rule, norm, rescale, wide
 from optax_sam.contract import check_key, check_schedule
@@ -115,7 +115,7 @@ def smoothed(
                 " jax.random.normal)."
             )
         sigma_now = at(sigma, step.count)
-        chosen = resolve_mask(mask, params)
+        chosen = resolve_nonempty_mask(mask, params, name="mask")
         delta = keep(
             jax.tree.map(lambda w, z: sigma_now * _sizes(w) * z, params, noise), chosen
         )

@@ -173,7 +173,9 @@ def sampa(
         **extra: Any,
     ) -> tuple[Any, SAMPaState]:
         contract.check_not_masked("sampa", updates, params, advice=_OUTSIDE)
-        contract.check_call("sampa", updates, params, grad_fn or paired_grad_fn)
+        alone = (grad_fn, 1) if grad_fn is not None else (paired_grad_fn, 2)
+        contract.check_call("sampa", updates, params, *alone)
+        contract.check_state("sampa", SAMPaState, state)
         extra |= {} if grad_fn is None else {"grad_fn": grad_fn}
         sources = ["paired_grad_fn"] * 2
         if paired_grad_fn is None:

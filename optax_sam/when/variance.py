@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.arguments import Mask, raw_key, resolve_mask, uniform
+from optax_sam.arguments import Mask, raw_key, resolve_nonempty_mask, uniform
 from optax_sam.ascent import norm
 from optax_sam.contract import check_integer, check_key, check_number
 from optax_sam.step import Step
@@ -206,7 +206,7 @@ def variance_controlled(
     def observe(
         state: VarianceControlledState, g: Any, g_s: Any, step: Step
     ) -> VarianceControlledState:
-        watched = jax.tree.leaves(resolve_mask(norm_mask, g, name="norm_mask"))
+        watched = jax.tree.leaves(resolve_nonempty_mask(norm_mask, g, name="norm_mask"))
         tail = lambda tree: [
             leaf
             for leaf, kept in zip(jax.tree.leaves(tree), watched, strict=True)
