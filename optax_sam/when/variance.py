@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from optax_sam.arguments import Mask, raw_key, resolve_nonempty_mask, uniform
 from optax_sam.ascent import norm
+from optax_sam.ascent.rule import add
 from optax_sam.contract import check_integer, check_key, check_number
 from optax_sam.step import Step
 from optax_sam.when.rule import When, kept
@@ -56,7 +57,7 @@ class VarianceControlledState(NamedTuple):
         window = self.psf_norms.shape[-1]
         warm = self.warmup_left > 0
         position = jnp.where(warm, self.position, (self.position + 1) % window)
-        used = jnp.where(warm, 1, self.used + ascended)
+        used = jnp.where(warm, 1, self.used + ascended.astype(jnp.int32))
         return self._replace(
             count=optax.safe_increment(self.count),
             warmup_left=jnp.maximum(self.warmup_left - 1, 0),
@@ -67,7 +68,7 @@ class VarianceControlledState(NamedTuple):
     def decided(self) -> VarianceControlledState:
         """With the next step's decision: warm-up, a draw below s/K, or catch-up."""
         window = self.psf_norms.shape[-1]
-        quota = jnp.floor(self.rate)
+        quota = jnp.floor(self.rate).astype(jnp.int32)
         drawn = uniform(self.key, self.count) < self.rate / window
         forced = self.catch_up & (window - self.position <= quota - self.used)
         take = ((self.used < quota) & drawn) | forced
@@ -217,7 +218,7 @@ def variance_controlled(
             for leaf, kept in zip(jax.tree.leaves(tree), watched, strict=True)
             if kept
         ]
-        psf = optax.tree.sub(tail(g_s), tail(g))
+        psf = add(tail(g_s), jax.tree.map(jnp.negative, tail(g)))
         dtype = state.rate.dtype
         x, size = step.mean((norm(psf).astype(dtype), norm(tail(g)).astype(dtype)))
         r = jnp.where(size > 0, x / size, 0)
