@@ -102,6 +102,7 @@ def variance_controlled(
     sensitivity: ArrayLike = 0.13,
     max_rate: ArrayLike = 0.8,
     warmup_steps: int | None = None,
+    initial_rate: ArrayLike | None = None,
     norm_mask: Mask = None,
     force_quota: bool = True,
     key: ArrayLike = 0,
@@ -136,6 +137,10 @@ def variance_controlled(
       warmup_steps: steps at the start that all ascend and fill the rings; ``None``
         means two windows. Below ``2 * window - 1`` the rings are not full when the
         first window ends; changes across unfilled entries then count as zero.
+      initial_rate: the share of ascended steps with which the windows after the
+        warm-up start, in ``(0, max_rate]``. ``None`` is the authors' start, one ascent
+        per window. The share grows by a factor of at most ``1 + 2 a`` per window, so a
+        short run that starts there never reaches the shares of the paper.
       norm_mask: the leaves whose norms are watched, for instance the last layers; a
         tree of bools like the parameters or a prefix of it, or a function from the
         parameters to one. ``None`` means all.
@@ -186,10 +191,27 @@ def variance_controlled(
                 "max_rate must allow at least one ascent per window of"
                 f" {window} steps (max_rate >= {1 / window:.3g}); got {max_rate}."
             )
+    if initial_rate is not None:
+        initial_rate = check_number(
+            "initial_rate", initial_rate, 0.0, 1.0, open_low=True
+        )
+        known = not any(
+            isinstance(x, jax.core.Tracer) for x in (initial_rate, max_rate)
+        )
+        if known and np.asarray(initial_rate) > np.asarray(max_rate):
+            raise ValueError(
+                f"initial_rate must be at most max_rate = {max_rate}; got"
+                f" {initial_rate}."
+            )
     if warmup_steps is None:
         warmup_steps = 2 * window
     check_integer("warmup_steps", warmup_steps, 0)
     check_key(key)
+
+    def first_rate() -> jax.Array:
+        if initial_rate is None:
+            return jnp.ones((), float)
+        return jnp.clip(jnp.asarray(window * initial_rate, float), 1, largest)
 
     def init(params: Any) -> VarianceControlledState:
         del params
@@ -201,7 +223,7 @@ def variance_controlled(
             # first window after the warm-up takes no sample.
             position=jnp.ones((), jnp.int32),
             used=jnp.ones((), jnp.int32),
-            rate=jnp.ones((), float),
+            rate=first_rate(),
             catch_up=jnp.array(force_quota),
             key=raw_key(key),
             psf_norms=jnp.zeros((window,), float),
