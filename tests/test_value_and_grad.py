@@ -306,19 +306,34 @@ def test_names_of_an_argument_are_state(mapped):
     assert (found["counter"], found["counter"].dtype) == (1, np.int32)
 
 
+@jax.tree_util.register_pytree_node_class
+class Statistics:
+    """Without names of its leaves, as ``eqx.nn.State``."""
+
+    def __init__(self, mean):
+        self.mean = mean
+
+    def tree_flatten(self):
+        return (self.mean,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+
 def test_objects_of_an_argument_are_state(x64):
-    """An ``nnx.State``, for instance, is one even where it is as long as a batch."""
-    state = nnx.State({"mean": nnx.BatchStat(jnp.zeros(4))})
+    """Even where they are as long as a batch."""
+    state = Statistics(jnp.zeros(4))
 
     def loss_fn(params, state, x, y):
-        new = nnx.State({"mean": nnx.BatchStat(x @ jnp.ones(3))})
+        new = Statistics(x @ jnp.ones(3))
         return jnp.mean(x @ params["w"]), (new, y)
 
     def step(held, x, y):
         params, state = held
         both = optax_sam.value_and_grad(loss_fn, True, axis_name="data")
         (_, (state, y)), *_ = both(params, state, x, y)
-        return nnx.to_pure_dict(state)["mean"], y
+        return state.mean, y
 
     for mapped in MAPS.values():
         mean, y = mapped(step, (PARAMS, state), (X, Y), (P(), P("data")))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
+
+from optax_sam.step import Step
 
 # Added to a norm before dividing, outside the square root. The authors' codes have
 # none, 1e-16, 1e-12 or 1e-7; at 1e-12 a float32 gradient never notices.
@@ -28,24 +32,102 @@ class OwnGradient(NamedTuple):
     gradient: Any
 
 
+def ascent_rule(
+    update: Callable[..., tuple[Any, Any]],
+    init: Callable[[Any], Any] = optax.init_empty_state,
+) -> optax.GradientTransformationExtraArgs:
+    """A rule from ``update(g, state, params, step, **extra) -> (e, state)``.
+
+    The engine hands it its ``step``. A rule that is used alone can do with ``count``.
+    """
+
+    def transform(
+        g: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        step: Step | None = None,
+        count: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, Any]:
+        return update(g, state, params, step or Step(count), **extra)
+
+    return optax.GradientTransformationExtraArgs(init, transform)
+
+
+def widest(*values: Any) -> Any:
+    """float64 if a value has it, else float32.
+
+    Not ``jnp.promote_types``, which refuses to mix dtypes where users ask it to.
+    """
+    bits = [jnp.finfo(jnp.result_type(x)).bits for x in values]
+    return jnp.dtype(jnp.float64 if max(bits, default=0) > 32 else jnp.float32)
+
+
 def wide(x: jax.Array) -> jax.Array:
     """The array in float32 or better."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(widest(x))
+
+
+def add(a: Any, b: Any) -> Any:
+    """The sum of two trees, in float32 or better."""
+
+    def both(x: jax.Array, y: jax.Array) -> jax.Array:
+        dtype = widest(x, y)
+        return x.astype(dtype) + y.astype(dtype)
+
+    return jax.tree.map(both, a, b)
+
+
+def _total(values: list[jax.Array]) -> jax.Array:
+    """The sum of scalars in the widest of their dtypes."""
+    dtype = widest(*values)
+    return sum((x.astype(dtype) for x in values), start=jnp.zeros((), dtype))
 
 
 def inner(a: Any, b: Any) -> jax.Array:
     """The inner product over all leaves together, in float32 or better."""
-    products = [
-        jnp.sum(wide(x) * wide(y))
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    ]
-    return sum(products, start=jnp.zeros((), jnp.float32))
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        dtype = widest(x, y)
+        return jnp.sum(x.astype(dtype) * y.astype(dtype))
+
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return _total([product(x, y) for x, y in pairs])
 
 
 def norm(tree: Any) -> jax.Array:
     """The l2 norm over all leaves together, accumulated in float32 or better."""
-    squares = [jnp.sum(jnp.square(wide(x))) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+    return root(_total([jnp.sum(jnp.square(wide(x))) for x in jax.tree.leaves(tree)]))
+
+
+def root(square: jax.Array) -> jax.Array:
+    """The square root, with the derivative 0 at 0, where a step must have one."""
+    positive = square > 0
+    value = jnp.sqrt(jnp.where(positive, square, 1))
+    return jnp.where(positive, value, jnp.where(jnp.isnan(square), square, 0))
+
+
+def unit(tree: Any) -> jax.Array:
+    """A power of two that brings the largest entry to about 1.
+
+    Squares of entries below 1e-19 vanish in float32. Multiplied by this first, they do
+    not, and ratios of other numbers stay the same to the bit.
+    """
+    largest = jnp.zeros((), jnp.float32)
+    for x in jax.tree.leaves(tree):
+        size = jnp.max(jnp.abs(wide(x)), initial=0)
+        dtype = widest(largest, size)
+        largest = jnp.maximum(largest.astype(dtype), size.astype(dtype))
+    largest = jax.lax.stop_gradient(largest)
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
+    return jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -120, 120))
+
+
+def tiny_norm(tree: Any) -> jax.Array:
+    """The norm, also of entries whose squares vanish, for one pass more over them."""
+    factor = unit(tree)
+    return norm(scaled(tree, factor)) / factor
 
 
 def rescale(tree: Any, length: jax.Array, radius: ArrayLike, eps: float = EPS) -> Any:
@@ -70,23 +152,21 @@ def beyond_rounding(length: jax.Array, reference: jax.Array) -> jax.Array:
 
 def cache(params: Any) -> Any:
     """Zeros like the parameters, in float32 or better."""
-    zeros = lambda p: jnp.zeros_like(
-        p, dtype=jnp.promote_types(jnp.result_type(p), jnp.float32)
-    )
-    return jax.tree.map(zeros, params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=widest(p)), params)
 
 
 def scaled(tree: Any, scale: jax.Array) -> Any:
     """``scale * tree``, each leaf in its own precision, float32 at least."""
-    return jax.tree.map(lambda x: scale.astype(wide(x).dtype) * x, tree)
+    return jax.tree.map(lambda x: scale.astype(widest(x)) * wide(x), tree)
 
 
 def weighted(a: jax.Array, x: Any, b: jax.Array, y: Any) -> Any:
     """The sum ``a x + b y`` of two trees, in float32 or better."""
 
     def add(x: jax.Array, y: jax.Array) -> jax.Array:
-        x, y = wide(x), wide(y)
-        return a.astype(x.dtype) * x + b.astype(y.dtype) * y
+        dtype = widest(x, y)
+        x, y = x.astype(dtype), y.astype(dtype)
+        return a.astype(dtype) * x + b.astype(dtype) * y
 
     return jax.tree.map(add, x, y)
 

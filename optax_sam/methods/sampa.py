@@ -10,7 +10,7 @@ import optax
 
 from optax_sam import contract
 from optax_sam.arguments import at, gradients
-from optax_sam.ascent.rule import cache, norm, rescale, weighted, wide
+from optax_sam.ascent.rule import add, cache, norm, rescale, weighted, wide
 
 _CALL = (
     "tx.update(grads, opt_state, params, grad_fn=grad_fn,"
@@ -137,12 +137,12 @@ def sampa(
       Xie, Pethick and Cevher, `SAMPa: Sharpness-aware Minimization Parallelized
       <https://arxiv.org/abs/2410.10683>`_, 2024; code: LIONS-EPFL/SAMPa
     """
-    contract.check_schedule("rho", rho, 0.0)
-    contract.check_schedule("interpolation", interpolation, 0.0, 1.0)
+    rho = contract.check_schedule("rho", rho, 0.0)
+    interpolation = contract.check_schedule("interpolation", interpolation, 0.0, 1.0)
     if predict not in ("optimizer", "gradient"):
         raise ValueError(f'predict must be "optimizer" or "gradient"; got {predict!r}.')
     if learning_rate is not None:
-        contract.check_schedule("learning_rate", learning_rate, 0.0)
+        learning_rate = contract.check_schedule("learning_rate", learning_rate, 0.0)
     elif predict == "gradient":
         raise ValueError(
             'predict="gradient" steps along the gradient by learning_rate= (the inner'
@@ -173,7 +173,9 @@ def sampa(
         **extra: Any,
     ) -> tuple[Any, SAMPaState]:
         contract.check_not_masked("sampa", updates, params, advice=_OUTSIDE)
-        contract.check_call("sampa", updates, params, grad_fn or paired_grad_fn)
+        alone = (grad_fn, 1) if grad_fn is not None else (paired_grad_fn, 2)
+        contract.check_call("sampa", updates, params, *alone)
+        contract.check_state("sampa", SAMPaState, state)
         extra |= {} if grad_fn is None else {"grad_fn": grad_fn}
         sources = ["paired_grad_fn"] * 2
         if paired_grad_fn is None:
@@ -191,7 +193,7 @@ def sampa(
 
         w = jax.tree.map(jnp.asarray, params)
         g_y, count = state.gradient, state.count
-        w_tilde = optax.tree.add(w, rescale(g_y, norm(g_y), at(rho, count)))
+        w_tilde = add(w, rescale(g_y, norm(g_y), at(rho, count)))
         both = paired_grad_fn(w_tilde, predicted(g_y, state, w, extra))
         if len(both) != 2:
             raise ValueError(
@@ -214,7 +216,7 @@ def sampa(
         )
         return u, SAMPaState(
             count=optax.safe_increment(count),
-            num_rejected=state.num_rejected + ~accepted,
+            num_rejected=state.num_rejected + (~accepted).astype(jnp.int32),
             perturbed_norm=jnp.where(
                 accepted,
                 perturbed_norm.astype(state.perturbed_norm.dtype),
