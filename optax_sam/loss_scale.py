@@ -88,7 +88,7 @@ def update_loss_scale(
     finite = ~jnp.any(jnp.stack(failed)) if failed else jnp.array(True)
     axes = mapped_axes(axis_name)
     if axes.names:
-        flag = on_device(finite.astype(jnp.int32), axes, known=True)
+        flag = on_device(finite.astype(jnp.int32), axes)
         finite = jax.lax.pmin(flag, axes.names).astype(bool)
     # The object looks at a gradient of its own making: 1 or not a number.
     factor = jnp.where(finite, 1.0, jnp.nan)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam.contract import varying
+from optax_sam.contract import vary, varying
 
 
 class Axes(NamedTuple):
@@ -40,18 +40,9 @@ def mapped_axes(axis_name: Any) -> Axes:
     return Axes(names, tuple(filter(is_tracked, names)))
 
 
-def on_device(tree: Any, axes: Axes, known: bool = False) -> Any:
-    """The tree as one of this device, where JAX tracks what varies.
-
-    With ``known``, leaves that vary already are left as they are.
-    """
-
-    def cast(x: Any) -> jax.Array:
-        x = jnp.asarray(x)
-        over = [n for n in axes.tracked if not (known and n in varying(x))]
-        return jax.lax.pcast(x, tuple(over), to="varying") if over else x
-
-    return jax.tree.map(cast, tree)
+def on_device(tree: Any, axes: Axes) -> Any:
+    """The tree as one of this device, where JAX tracks what varies."""
+    return vary(jax.tree.map(jnp.asarray, tree), axes.tracked)
 
 
 def mean(x: Any, axes: Axes) -> Any:

@@ -48,7 +48,7 @@ def replica_drift(tree: Any, axis_name: Any) -> jax.Array:
     if not arrays:
         return jnp.zeros((), jnp.float32)
     # Cast, so that what JAX believes to be the same is looked at too.
-    arrays = on_device(arrays, axes, known=True)
+    arrays = on_device(arrays, axes)
     bits = sum(_checksum(x) * jnp.uint32(2 * i + 1) for i, x in enumerate(arrays))
     sums = jnp.stack([_sum(x) for x in arrays])
     largest = jax.lax.pmax(jnp.stack([bits, ~bits]), axes.names)
