@@ -20,7 +20,7 @@ class _NoSingleStep(Exception):
 
 
 def dispatch(
-    train_step: Callable[..., Any],
+    train_step: Callable[..., Any] | None = None,
     *,
     jit: Callable[..., Any] = jax.jit,
     **jit_options: Any,
@@ -48,9 +48,9 @@ def dispatch(
 
     Args:
       train_step: the step to compile: among its arguments is the state of an optimizer
-        with one sharpness-aware method, which it returns or updates in place, and it
-        has a keyword ``ascend`` which it passes on to ``tx.update(...,
-        ascend=ascend)``.
+        with one sharpness-aware method, which it returns or updates in place. It may
+        have a keyword ``ascend`` for ``tx.update(..., ascend=ascend)``. Left out, the
+        arguments of ``jit`` go to a decorator: ``@optax_sam.dispatch(jit=nnx.jit)``.
       jit: what compiles: ``jax.jit``, ``nnx.jit`` for a step that updates NNX objects
         in place, ``eqx.filter_jit`` for Equinox's models, or ``jax.pmap``.
       **jit_options: its options, such as ``donate_argnums``.
@@ -59,20 +59,18 @@ def dispatch(
       A function with the arguments and results of ``train_step``, less ``ascend``.
 
     Raises:
-      ValueError: if ``train_step`` has no keyword ``ascend``; on the first call, if
-        its arguments hold no such state, or several, or if it changes NNX objects in
-        place and ``jit`` does not see that.
+      ValueError: on the first call, if its arguments hold no such state, or several, or
+        if it changes NNX objects in place and ``jit`` does not see that.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
       >>> tx = optax.chain(
       ...     optax_sam.sam(0.05, when=optax_sam.when.every_k(5)), optax.sgd(0.1))
-      >>> def train_step(w, opt_state, x, ascend=None):
+      >>> @optax_sam.dispatch(donate_argnums=(0, 1))
+      ... def step(w, opt_state, x):
       ...     grad_fn = jax.grad(lambda w: jnp.sum((w - x) ** 2))
-      ...     updates, opt_state = tx.update(
-      ...         grad_fn(w), opt_state, w, grad_fn=grad_fn, ascend=ascend)
+      ...     updates, opt_state = tx.update(grad_fn(w), opt_state, w, grad_fn=grad_fn)
       ...     return optax.apply_updates(w, updates), opt_state
-      >>> step = optax_sam.dispatch(train_step, donate_argnums=(0, 1))
       >>> w = jnp.zeros(2)
       >>> opt_state = tx.init(w)
       >>> for _ in range(10):
@@ -80,14 +78,9 @@ def dispatch(
       >>> int(optax_sam.metrics(opt_state)["ascents"])
       2
     """
-    parameters = inspect.signature(train_step).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if "ascend" not in parameters and not takes_any:
-        raise ValueError(
-            "The train step needs a keyword to choose its variant: def"
-            " train_step(..., ascend=None), passed on as tx.update(grads, opt_state,"
-            " params, grad_fn=grad_fn, ascend=ascend)."
-        )
+    if train_step is None:
+        return functools.partial(dispatch, jit=jit, **jit_options)
+    keyword = _has_keyword(train_step)
     runs_ahead = True  # until a trace shows that something may hold a step back
     single = False  # whether only the program with the conditional will do
     plan: list[bool | None] = []  # decisions read ahead and not used yet ...
@@ -99,8 +92,9 @@ def dispatch(
             nonlocal runs_ahead
             given = (args, kwargs)
             before, objects = _counter(given), _nnx_objects(given)
-            with recorded_steps() as steps:
-                result = train_step(*args, ascend=ascend, **kwargs)
+            extra = {"ascend": ascend} if keyword else {}
+            with recorded_steps(before, ascend) as steps:
+                result = train_step(*args, **extra, **kwargs)
             if not _knows_nnx(jit):
                 _check_nothing_is_lost(objects, result)
             if ascend is not None:
@@ -133,6 +127,13 @@ def dispatch(
         return result
 
     return functools.wraps(train_step)(step)
+
+
+def _has_keyword(train_step: Callable[..., Any]) -> bool:
+    """Whether it can be called with ``ascend=``."""
+    parameters = inspect.signature(train_step).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_any or "ascend" in parameters
 
 
 def _decides_late(tree: Any) -> bool:

@@ -282,7 +282,7 @@ def sharpness_aware(
             d, blend_state = blend.stale(g, state.blend, step)
             return mean(emitted(d)), state._replace(blend=blend_state)
 
-        forced = _static(ascend)
+        forced = _decided(_static(ascend), state.count)
         decision, moved = when.now(state.when, g, step)
         decision, state = (
             decision if forced is None else forced,
@@ -293,8 +293,8 @@ def sharpness_aware(
         else:  # known while tracing, or nothing is traced: a cond would be compiled
             d, state = (ascended if decision else skipped)(state)
         after = optax.safe_increment(state.count)
-        if (steps := _recorded.get()) is not None:
-            steps.append((state.count, after))
+        if (recorded := _recorded.get()) is not None:
+            recorded.steps.append((state.count, after))
         return d, state._replace(
             count=after, when=when.advance(state.when, jnp.asarray(decision))
         )
@@ -302,25 +302,43 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-_recorded: ContextVar[list[tuple[Any, Any]] | None] = ContextVar(
-    "_recorded", default=None
-)
+class _Recorded(NamedTuple):
+    """What a caller decided for the step from ``count``, and the steps it sees."""
+
+    start: Any
+    ascend: bool | None
+    steps: list[tuple[Any, Any]]
+
+
+_recorded: ContextVar[_Recorded | None] = ContextVar("_recorded", default=None)
 
 
 @contextlib.contextmanager
-def recorded_steps() -> Iterator[list[tuple[Any, Any]]]:
+def recorded_steps(start: Any, ascend: bool | None) -> Iterator[list[tuple[Any, Any]]]:
     """Records the counts before and after each step that is traced inside.
 
     A caller that finds these very arrays in the state that goes in, and in the one that
     comes out, knows that nothing around the engine holds a step back, repeats it or
     rolls it back.
+
+    The step whose count is the very array ``start`` is taken as ``ascend`` says. In a
+    function that is traced inside, such as a branch or a jitted one, the count is
+    another, so that no trace with a decision is kept in the cache of that function.
     """
     steps: list[tuple[Any, Any]] = []
-    token = _recorded.set(steps)
+    token = _recorded.set(_Recorded(start, ascend, steps))
     try:
         yield steps
     finally:
         _recorded.reset(token)
+
+
+def _decided(forced: bool | None, count: Any) -> bool | None:
+    """What the argument says, or else the caller for the step from ``count``."""
+    recorded = _recorded.get()
+    if forced is None and recorded is not None and recorded.start is count:
+        return recorded.ascend
+    return forced
 
 
 def _static(ascend: Any) -> bool | None:

@@ -1,5 +1,7 @@
 """The dispatched pair of programs: the numbers of one program, and few waits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,9 +146,110 @@ def test_a_forced_decision_is_recorded():
     assert int(state.num_ascents) == 30
 
 
-def test_a_step_without_ascend_is_refused():
-    with pytest.raises(ValueError, match="ascend=None"):
-        optax_sam.dispatch(lambda w, opt_state: (w, opt_state))
+def make_bare_step(tx, inner=lambda update: update):
+    """A step without the keyword; ``inner`` is around what updates."""
+
+    def apply(w, opt_state, x):
+        grad_fn = lambda w: jax.grad(loss_fn)(w, x)
+        updates, opt_state = tx.update(grad_fn(w), opt_state, w, grad_fn=grad_fn)
+        return optax.apply_updates(w, updates), opt_state
+
+    update = inner(apply)
+    return lambda w, opt_state, x: update(w, opt_state, x)
+
+
+def branched(update):
+    def both(*args):
+        return jax.lax.cond(
+            jnp.sum(args[-1]) > -1e9, update, lambda w, s, x: (w, s), *args
+        )
+
+    return both
+
+
+def mapped(update):
+    def one(*args):
+        stacked = jax.tree.map(lambda x: x[None], args)
+        return jax.tree.map(lambda x: x[0], jax.vmap(update)(*stacked))
+
+    return one
+
+
+def check_equal_to_jit(step, dispatched, tx, steps=70):
+    one = jax.jit(step)
+    w = jnp.linspace(-1.0, 1.0, 6)
+    a, b = (w, tx.init(w)), (w, tx.init(w))
+    for x in batches(steps):
+        a, b = one(*a, x), dispatched(*b, x)
+        assert optax_sam.metrics(a[1])["ascents"] == optax_sam.metrics(b[1])["ascents"]
+    np.testing.assert_allclose(a[0], b[0], atol=1e-5)
+    return int(optax_sam.metrics(b[1])["ascents"])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_without_the_keyword(rule):
+    tx = optax.chain(member(rule), optax.sgd(0.05, momentum=0.9))
+    step = make_bare_step(tx)
+    ascents = check_equal_to_jit(step, optax_sam.dispatch(step), tx)
+    assert ascents == 70 if rule == "always" else 0 < ascents < 70
+
+
+def test_the_programs_are_those_with_the_keyword():
+    compiled = []
+
+    def jit(run, **options):
+        compiled.append(run)
+        return jax.jit(run, **options)
+
+    tx = optax.chain(member("every_k"), optax.sgd(0.05))
+    optax_sam.dispatch(make_bare_step(tx), jit=jit)
+    w = jnp.ones(6)
+    args = w, tx.init(w), w
+    program = lambda step: str(jax.make_jaxpr(step)(*args))
+    keyword = lambda ascend: functools.partial(make_step(tx), ascend=ascend)
+    expected = [program(keyword(ascend)) for ascend in (None, True, False)]
+    assert [program(run) for run in compiled] == expected
+    assert len(set(expected)) == 3
+
+
+@pytest.mark.parametrize("inner", [jax.jit, jax.checkpoint, branched, mapped])
+@pytest.mark.parametrize("rule", ["every_k", "vsam"])
+def test_no_decision_is_kept_in_a_function_within_the_step(rule, inner):
+    """A jitted function has a cache of traces, and a branch runs at times."""
+    tx = optax.chain(member(rule), optax.sgd(0.05))
+    within, alone = make_bare_step(tx, inner), make_bare_step(tx)
+    # The pair of programs is first to trace the inner function; then it is used alone.
+    assert 0 < check_equal_to_jit(alone, optax_sam.dispatch(within), tx) < 70
+    check_equal_to_jit(alone, within, tx)
+
+
+def test_a_decorator_with_options():
+    tx = optax.chain(member("every_k"), optax.sgd(0.05))
+
+    @optax_sam.dispatch(donate_argnums=(0, 1))
+    def step(w, opt_state, x):
+        return make_bare_step(tx)(w, opt_state, x)
+
+    assert step.__name__ == "step"
+    assert check_equal_to_jit(make_bare_step(tx), step, tx, 12) == 4
+    w = jnp.ones(6)
+    step(w, tx.init(jnp.ones(6)), jnp.zeros(6))
+    assert w.is_deleted()
+
+
+def test_an_argument_overrules_the_decision_of_dispatch():
+    tx = optax.chain(member("every_k"), optax.sgd(0.05))
+
+    @optax_sam.dispatch
+    def step(w, opt_state):
+        _, opt_state = tx.update(w, opt_state, w, grad_fn=jnp.sin, ascend=True)
+        return opt_state
+
+    w = jnp.ones(6)
+    opt_state = tx.init(w)
+    for _ in range(7):
+        opt_state = step(w, opt_state)
+    assert optax_sam.metrics(opt_state)["ascents"] == 7
 
 
 def test_a_traced_ascend_is_refused():

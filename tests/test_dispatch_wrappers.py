@@ -36,6 +36,14 @@ def make_step(tx, finish=lambda old, new: new):
     return step
 
 
+def without_keyword(step):
+    """The step without ``ascend``, which dispatch then decides from outside."""
+    return lambda w, state, x: step(w, state, x)
+
+
+FORMS = {"keyword": lambda step: step, "no_keyword": without_keyword}
+
+
 def inputs(steps, bad=()):
     return [np.float32(np.nan if t in bad else np.sin(t)) for t in range(steps)]
 
@@ -67,11 +75,13 @@ def test_wrappers(wrapper):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_rules_in_wrappers(rule, wrapper):
+def test_rules_in_wrappers(rule, wrapper, form):
     tx = built(rule, wrapper)
-    check(make_step(tx), tx.init(W), inputs(24, bad=(4, 9)))
+    step = FORMS[form](make_step(tx))
+    check(step, tx.init(W), inputs(24, bad=(4, 9)))
 
 
 def state_rolled_back(old, new):
@@ -89,7 +99,8 @@ def test_a_step_that_rolls_back(rule, finish):
     check(step, tx.init(W), xs)
 
 
-def test_lookahead():
+@pytest.mark.parametrize("form", FORMS)
+def test_lookahead(form):
     """It drops extra arguments, so the fast optimizer is bound to them in the step."""
     fast = sam(when.every_k(3))
 
@@ -105,6 +116,7 @@ def test_lookahead():
         return optax.apply_updates(w, updates), state
 
     w = optax.LookaheadParams.init_synced(W)
+    step = FORMS[form](step)
     assert check(step, bound().init(w), inputs(24), w) == 8
 
 
@@ -254,14 +266,15 @@ def reads(monkeypatch):
     return count
 
 
-def run_plain(tx, jit=jax.jit, **options):
-    step = optax_sam.dispatch(make_step(tx), jit=jit, **options)
+def run_plain(tx, jit=jax.jit, form="keyword", **options):
+    step = optax_sam.dispatch(FORMS[form](make_step(tx)), jit=jit, **options)
     w, state = W + 0, tx.init(W)  # a buffer that may be donated
     for x in inputs(130):
         w, state = step(w, state, x)
     return w, state
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "behind",
     [
@@ -271,9 +284,9 @@ def run_plain(tx, jit=jax.jit, **options):
     ],
     ids=["alone", "clip", "guard"],
 )
-def test_it_runs_ahead_in_a_chain(reads, behind):
+def test_it_runs_ahead_in_a_chain(reads, behind, form):
     tx = optax.chain(optax_sam.sam(0.1, when=when.every_k(3)), behind, optax.sgd(0.05))
-    _, state = run_plain(tx, donate_argnums=(0, 1))
+    _, state = run_plain(tx, form=form, donate_argnums=(0, 1))
     assert ascents(state) == 44
     assert len(reads) <= 4  # 64 steps each, and one for a state that is not known yet
 
@@ -427,14 +440,15 @@ def test_returned_nnx_objects_need_no_other_compiler():
     rule=st.sampled_from(sorted(RULES)),
     wrapper=st.sampled_from(sorted(WRAPPERS)),
     finish=st.sampled_from([None, rolled_back]),
+    form=st.sampled_from(sorted(FORMS)),
     bad=st.sets(st.integers(0, 29), max_size=4),
     restored=st.sets(st.integers(0, 29), max_size=3),
     raising=st.sets(st.integers(0, 29), max_size=3),
 )
-def test_any_program(rule, wrapper, finish, bad, restored, raising):
+def test_any_program(rule, wrapper, finish, form, bad, restored, raising):
     """Chains, wrappers, rules, faults and restores drawn at random."""
     tx = built(rule, wrapper)
-    step = make_step(tx, finish or (lambda old, new: new))
+    step = FORMS[form](make_step(tx, finish or (lambda old, new: new)))
     plain, dispatched = jax.jit(step), optax_sam.dispatch(step)
     a = b = (W, tx.init(W))
     history = [a]

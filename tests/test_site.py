@@ -42,7 +42,7 @@ ELSEWHERE = {
         "test_cheap_ascent.py::test_the_steps_of_the_page_run",
     ),
     "docs/devices.md": (8, "test_devices_page.py::test_the_page_runs"),
-    "docs/flax.md": (7, "test_flax.py::test_the_page_runs"),
+    "docs/flax.md": (6, "test_flax.py::test_the_page_runs"),
     # One of them is PyTorch's.
     "docs/frameworks.md": (
         4,
@@ -58,6 +58,7 @@ ELSEWHERE = {
         "test_precision.py::test_a_dynamic_scale",
     ),
     "docs/sharpness.md": (3, "test_sharpness_page.py::test_the_page_runs"),
+    "docs/trainers.md": (1, "test_trainers.py::test_a_program_before_and_after"),
     "docs/tracking.md": (
         6,
         "test_sharpness_progress.py::test_the_page_runs",
