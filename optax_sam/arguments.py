@@ -72,6 +72,19 @@ def resolve_mask(mask: Mask, tree: optax.Params, *, name: str = "mask") -> Any:
         ) from error
 
 
+def resolve_nonempty_mask(mask: Mask, tree: optax.Params, *, name: str) -> Any:
+    """As :func:`resolve_mask`, for a mask that must include some leaf."""
+    chosen = resolve_mask(mask, tree, name=name)
+    leaves = jax.tree.leaves(chosen)
+    if leaves and not any(leaves):
+        raise ValueError(
+            f"{name} includes none of the {len(leaves)} leaves of the parameters, so"
+            " the method would do nothing. True includes a leaf: for instance"
+            f" {name}=lambda params: jax.tree.map(lambda w: w.ndim > 1, params)."
+        )
+    return chosen
+
+
 def raw_key(key: ArrayLike) -> jax.Array:
     """Two uint32 words from an int, raw key data or a typed key.
 

@@ -53,7 +53,7 @@ def decay_after(
       >>> print(optax.apply_updates(w, updates))  # 0.9 * (3 - 0.5 * 2)
       [1.8]
     """
-    check_schedule("rate", rate, 0.0, 1.0)
+    rate = check_schedule("rate", rate, 0.0, 1.0)
 
     def init(params: Any) -> DecayAfterState:
         del params

@@ -11,7 +11,10 @@ conditional that skips the second gradient is here and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +27,8 @@ from optax_sam import contract
 from optax_sam.arguments import Mask, gradients
 from optax_sam.ascent import OwnGradient, norm, restrict
 from optax_sam.blend import Blend, take_ascended
-from optax_sam.when import Step, When, always
+from optax_sam.step import Step
+from optax_sam.when import When, always
 
 
 class SharpnessAwareState(NamedTuple):
@@ -148,6 +152,12 @@ def sharpness_aware(
                 f" {'when.every_k(5)' if kind is When else 'blend.take_ascended()'};"
                 f" got {part!r}."
             )
+    if not (hasattr(ascent, "init") and hasattr(ascent, "update")):
+        raise ValueError(
+            f"{name}: ascent must be a transformation from a gradient to an offset,"
+            f" such as ascent.l2(0.05); got {ascent!r}."
+        )
+    contract.check_float_dtype("ascent_dtype", ascent_dtype)
     ascent = restrict(ascent, mask)
 
     def mean(tree: Any) -> Any:
@@ -155,6 +165,10 @@ def sharpness_aware(
 
     def init(params: Any) -> SharpnessAwareState:
         contract.check_not_masked(name, params)
+        # Leaves that are no real floats, as in Equinox's models, have no gradient.
+        params = jax.tree.map(
+            lambda x: x if contract.is_perturbable(x) else None, params
+        )
         # Every leaf is a buffer of its own, so that the state can be donated.
         return SharpnessAwareState(
             count=jnp.zeros((), jnp.int32),
@@ -168,6 +182,16 @@ def sharpness_aware(
             blend=blend.init(params),
         )
 
+    @functools.lru_cache(maxsize=2)
+    def shapes_for(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+        return jax.eval_shape(init, jax.tree.unflatten(structure, leaves))
+
+    def made_for(params: Any) -> Any:
+        """The shapes of the state that ``init`` makes for these parameters."""
+        leaves, structure = jax.tree.flatten(params)
+        kinds = (jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        return shapes_for(structure, tuple(kinds))
+
     def update(
         updates: Any,
         state: SharpnessAwareState,
@@ -177,12 +201,15 @@ def sharpness_aware(
         ascend: bool | None = None,
         **extra: Any,
     ) -> tuple[Any, SharpnessAwareState]:
+        params, whole = contract.with_gradients(updates, params)
         contract.check_call(name, updates, params, grad_fn)
+        contract.check_state(name, SharpnessAwareState, state, made_for(params))
         if axis_name is not None:
-            contract.check_varies(name, "the incoming gradient", updates, axis_name)
+            contract.check_varies(name, contract.INCOMING, updates, axis_name)
         # Python and NumPy numbers among the leaves become arrays, as in Optax.
         g, params = gradients(updates), jax.tree.map(jnp.asarray, params)
-        step = Step(state.count, mean)
+        params = contract.vary(params, axis_name)
+        step = Step(state.count, mean, axis_name)
 
         def rounded(point: Any) -> Any:
             # float32 offsets make float32 points of half-precision parameters.
@@ -191,7 +218,7 @@ def sharpness_aware(
             )
 
         def gradient(point: Any) -> Any:
-            grads = grad_fn(rounded(point))
+            grads = grad_fn(whole(rounded(point)))
             contract.check_returned(name, grads, params, axis_name)
             return gradients(grads)
 
@@ -204,6 +231,7 @@ def sharpness_aware(
                 state.ascent,
                 params,
                 grad_fn=gradient,
+                step=step,
                 count=state.count,
                 **extra,
             )
@@ -262,12 +290,35 @@ def sharpness_aware(
             d, state = jax.lax.cond(decision, ascended, skipped, state)
         else:  # known while tracing, or nothing is traced: a cond would be compiled
             d, state = (ascended if decision else skipped)(state)
+        after = optax.safe_increment(state.count)
+        if (steps := _recorded.get()) is not None:
+            steps.append((state.count, after))
         return d, state._replace(
-            count=optax.safe_increment(state.count),
-            when=when.advance(state.when, jnp.asarray(decision)),
+            count=after, when=when.advance(state.when, jnp.asarray(decision))
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+_recorded: ContextVar[list[tuple[Any, Any]] | None] = ContextVar(
+    "_recorded", default=None
+)
+
+
+@contextlib.contextmanager
+def recorded_steps() -> Iterator[list[tuple[Any, Any]]]:
+    """Records the counts before and after each step that is traced inside.
+
+    A caller that finds these very arrays in the state that goes in, and in the one that
+    comes out, knows that nothing around the engine holds a step back, repeats it or
+    rolls it back.
+    """
+    steps: list[tuple[Any, Any]] = []
+    token = _recorded.set(steps)
+    try:
+        yield steps
+    finally:
+        _recorded.reset(token)
 
 
 def _static(ascend: Any) -> bool | None:

@@ -202,3 +202,11 @@ def _check_call(params: Any, grad_fn: Any, extra: dict[str, Any]) -> None:
             f" {grad_fn!r}. Write {_CALL}.",
             "grad_fn",
         ) from None
+    shard = list(inspect.signature(grad_fn).parameters.values())[1:2]
+    default = shard[0].default if shard else None
+    if default is not inspect.Parameter.empty and not isinstance(default, int | None):
+        raise ValueError(
+            "micro_sharpness passes the number of the shard as the second argument of"
+            f" grad_fn, but there {shard[0].name} has a default, probably a batch,"
+            f" which the number would replace. Write {_CALL}."
+        )

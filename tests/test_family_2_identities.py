@@ -233,12 +233,15 @@ def row(tree, i):
 
 def test_devices_have_one_average_and_noises_of_their_own(x64):
     """The average of the mean gradient; and each ascends against it by itself."""
-    rule = ascent.friendly(RHO, 1.0, 0.6, axis_name="shards")
+    rule = ascent.friendly(RHO, 1.0, 0.6)
+    mean = lambda tree: jax.lax.pmean(tree, "shards")
+    step = optax_sam.when.Step(0, mean, "shards")
+    averaging = lambda g, state, w: rule.update(g, state, w, step=step)
     gradients = [
         jnp.asarray(np.random.default_rng(seed).normal(size=(4, 5)))
         for seed in range(3)
     ]
-    update = jax.vmap(rule.update, (0, None, None), (0, 0), axis_name="shards")
+    update = jax.vmap(averaging, (0, None, None), (0, 0), axis_name="shards")
     alone = ascent.friendly(RHO, 1.0, 0.6)
     state = wanted = rule.init(gradients[0][0])
     for t, g in enumerate(gradients):

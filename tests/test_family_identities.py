@@ -742,7 +742,8 @@ def test_noise_differs_between_devices(x64):
     """Each device smooths by itself; what is emitted is one mean for all."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     params = harness.tree()
-    rule = ascent.smoothed(RHO, 0.5, key=3, axis_name="d")
+    rule = ascent.smoothed(RHO, 0.5, key=3)
+    step = optax_sam.when.Step(jnp.zeros((), jnp.int32), axis_name="d")
     member = optax_sam.random_sam(RHO, sigma=0.5, key=3, axis_name="d")
 
     grad_fn = lambda p: jax.tree.map(jnp.sin, p)
@@ -751,7 +752,7 @@ def test_noise_differs_between_devices(x64):
         local = jax.lax.pcast(params, "d", to="varying")
         points = []
         seen = lambda p: points.append(p) or grad_fn(p)
-        rule.update(local, rule.init(params), local, grad_fn=seen, count=0)
+        rule.update(local, rule.init(params), local, grad_fn=seen, step=step)
         d, _ = member.update(local, member.init(params), local, grad_fn=grad_fn)
         return jax.tree.map(lambda x: x[None], points[0]), d
 

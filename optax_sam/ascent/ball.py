@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import Mask, at, resolve_mask
-from optax_sam.ascent.rule import check_params, norm, rescale, scaled, wide
+from optax_sam.ascent.rule import ascent_rule, check_params, norm, rescale, scaled, wide
 from optax_sam.contract import check_schedule
+from optax_sam.step import Step
 
 
 def l2(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -40,15 +41,15 @@ def l2(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
       Foret et al., `Sharpness-Aware Minimization
       <https://arxiv.org/abs/2010.01412>`_, 2021
     """
-    check_schedule("rho", rho, 0.0)
+    rho = check_schedule("rho", rho, 0.0)
 
     def update(
-        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+        g: Any, state: Any, params: Any, step: Step, **extra: Any
     ) -> tuple[Any, Any]:
         del params, extra
-        return rescale(g, norm(g), at(rho, count)), state
+        return rescale(g, norm(g), at(rho, step.count)), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return ascent_rule(update)
 
 
 def weight_scaled(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -79,17 +80,17 @@ def weight_scaled(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationEx
       Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
       <https://arxiv.org/abs/2203.08065>`_, 2022; code: google-research/big_vision
     """
-    check_schedule("rho", rho, 0.0)
+    rho = check_schedule("rho", rho, 0.0)
 
     def update(
-        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+        g: Any, state: Any, params: Any, step: Step, **extra: Any
     ) -> tuple[Any, Any]:
         del extra
         check_params("A weight-scaled ascent", params)
-        e = rescale(g, norm(g), at(rho, count))
+        e = rescale(g, norm(g), at(rho, step.count))
         return jax.tree.map(lambda x, w: jnp.abs(w) * x, e, params), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return ascent_rule(update)
 
 
 def trust_ratio(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -122,14 +123,14 @@ def trust_ratio(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtr
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
       <https://arxiv.org/abs/2203.02714>`_, 2022
     """
-    check_schedule("rho", rho, 0.0)
+    rho = check_schedule("rho", rho, 0.0)
 
     def update(
-        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+        g: Any, state: Any, params: Any, step: Step, **extra: Any
     ) -> tuple[Any, Any]:
         del extra
         check_params("A layer-wise ascent", params)
-        radius = at(rho, count)
+        radius = at(rho, step.count)
 
         def offset(x: jax.Array, w: jax.Array) -> jax.Array:
             size, weights = norm(x), norm(w)
@@ -139,7 +140,7 @@ def trust_ratio(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtr
 
         return jax.tree.map(offset, g, params), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return ascent_rule(update)
 
 
 def adaptive(
@@ -179,16 +180,16 @@ def adaptive(
     References:
       Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
     """
-    check_schedule("rho", rho, 0.0)
-    check_schedule("eta", eta, 0.0)
+    rho = check_schedule("rho", rho, 0.0)
+    eta = check_schedule("eta", eta, 0.0)
     chosen = _weights_and_gains if adapt is None else adapt
 
     def update(
-        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+        g: Any, state: Any, params: Any, step: Step, **extra: Any
     ) -> tuple[Any, Any]:
         del extra
         check_params("An adaptive ascent", params)
-        radius, eta_now = at(rho, count), at(eta, count)
+        radius, eta_now = at(rho, step.count), at(eta, step.count)
         adapted = resolve_mask(chosen, params, name="adapt")
 
         def times_t(x: jax.Array, w: jax.Array, is_adapted: bool) -> jax.Array:
@@ -198,7 +199,7 @@ def adaptive(
         t2_g = jax.tree.map(times_t, t_g, params, adapted)
         return rescale(t2_g, norm(t_g), radius), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return ascent_rule(update)
 
 
 def _weights_and_gains(params: Any) -> Any:

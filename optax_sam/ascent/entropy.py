@@ -11,8 +11,9 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import norm, scaled, wide
+from optax_sam.ascent.rule import ascent_rule, norm, scaled, wide
 from optax_sam.contract import check_number, check_schedule
+from optax_sam.step import Step
 
 # Added to the sum and to the squared norm, as the authors do.
 _EPS = 1e-16
@@ -69,23 +70,24 @@ def renyi(
       Zhang et al., `Rényi Sharpness <https://arxiv.org/abs/2510.07758>`_, 2025; code:
       QiaozheZhang/RSAM
     """
-    check_schedule("rho", rho, 0.0)
-    check_schedule("alpha", alpha, 0.0)
-    if not callable(alpha) and not isinstance(alpha, jax.core.Tracer):
-        check_number("alpha", alpha, 0.0, open_low=True)
-        if float(np.asarray(alpha)) == 1:
-            raise ValueError(
-                "alpha must not be 1, where the regularizer is constant: alpha > 1"
-                " (such as 1.2) climbs towards the sharp side, alpha < 1 descends."
-            )
+    rho = check_schedule("rho", rho, 0.0)
+    alpha = check_schedule("alpha", alpha, 0.0, open_low=True)
+    known = not callable(alpha) and not isinstance(alpha, jax.core.Tracer)
+    if known and float(np.asarray(alpha)) == 1:
+        raise ValueError(
+            "alpha must not be 1, where the regularizer is constant: alpha > 1"
+            " (such as 1.2) climbs towards the sharp side, alpha < 1 descends."
+        )
     if max_offset_norm is not None:
-        check_number("max_offset_norm", max_offset_norm, 0.0, open_low=True)
+        max_offset_norm = check_number(
+            "max_offset_norm", max_offset_norm, 0.0, open_low=True
+        )
 
     def update(
-        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+        g: Any, state: Any, params: Any, step: Step, **extra: Any
     ) -> tuple[Any, Any]:
         del params, extra
-        n, a = norm(g), at(alpha, count)
+        n, a = norm(g), at(alpha, step.count)
         square = jnp.square(n) + _EPS
         length = jnp.sqrt(square)
 
@@ -93,16 +95,18 @@ def renyi(
             # Divided before the power is taken, which float32 could not hold; and with
             # a logarithm, since XLA's power takes six times as long on a CPU.
             sizes = norm(x) if layerwise else jnp.abs(wide(x))
-            return jnp.sum(jnp.exp(2 * a * jnp.log(sizes / length)))
+            # Nothing has the logarithm of zero, and no derivative of it either.
+            share = jnp.where(sizes > 0, sizes / length, 1)
+            return jnp.sum(jnp.where(sizes > 0, jnp.exp(2 * a * jnp.log(share)), 0))
 
         s = sum(map(powers, jax.tree.leaves(g))) + _EPS / length ** (2 * a)
         # Shares to a power above 1 add up to 1 at most; with the epsilon those of a
         # small gradient would to anything.
         s = jnp.where(a > 1, jnp.minimum(s, 1), s)
-        c = at(rho, count) * s / square
+        c = at(rho, step.count) * s / square
         if max_offset_norm is not None:
             c = jnp.minimum(c, max_offset_norm / jnp.where(n > 0, n, 1))
         c = jnp.where(n > 0, -jnp.sign(1 - a) * c, 0)
         return scaled(g, c), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return ascent_rule(update)

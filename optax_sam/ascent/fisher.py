@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import inner, rescale, wide
+from optax_sam.ascent.rule import ascent_rule, inner, rescale, wide
 from optax_sam.contract import check_schedule
+from optax_sam.step import Step
 
 
 def fisher(
@@ -49,16 +50,16 @@ def fisher(
       Kim et al., `Fisher SAM: Information Geometry and Sharpness Aware Minimisation
       <https://arxiv.org/abs/2206.04920>`_, 2022
     """
-    check_schedule("rho", rho, 0.0)
-    check_schedule("eta", eta, 0.0)
+    rho = check_schedule("rho", rho, 0.0)
+    eta = check_schedule("eta", eta, 0.0)
 
     def update(
-        g: Any, state: Any, params: Any = None, *, count: Any = None, **extra: Any
+        g: Any, state: Any, params: Any, step: Step, **extra: Any
     ) -> tuple[Any, Any]:
         del params, extra
-        eta_now = at(eta, count)
+        eta_now = at(eta, step.count)
         by_metric = lambda x: x / (1 + eta_now.astype(x.dtype) * jnp.square(x))
         f_inv_g = jax.tree.map(lambda x: by_metric(wide(x)), g)
-        return rescale(f_inv_g, jnp.sqrt(inner(g, f_inv_g)), at(rho, count)), state
+        return rescale(f_inv_g, jnp.sqrt(inner(g, f_inv_g)), at(rho, step.count)), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return ascent_rule(update)

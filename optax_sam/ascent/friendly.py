@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import beyond_rounding, cache, norm, rescale, weighted
+from optax_sam.ascent.rule import (
+    ascent_rule,
+    beyond_rounding,
+    cache,
+    norm,
+    rescale,
+    weighted,
+)
 from optax_sam.contract import check_schedule
+from optax_sam.step import Step
 
 
 class FriendlyState(NamedTuple):
@@ -30,8 +38,6 @@ def friendly(
     rho: optax.ScalarOrSchedule = 0.2,
     sigma: optax.ScalarOrSchedule = 1.0,
     decay: optax.ScalarOrSchedule = 0.6,
-    *,
-    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Ascends along the part of a gradient that its running average does not explain.
 
@@ -41,7 +47,8 @@ def friendly(
       e = \rho\, \frac{a_t}{\|a_t\|}
 
     from :math:`a_0 = m_0 = g_0`. The average estimates the gradient of all examples,
-    so what is left is the noise of this batch. Where nothing but rounding is left, as
+    so what is left is the noise of this batch. With the engine's ``axis_name`` it is
+    the average over all devices. Where nothing but rounding is left, as
     on full batches of a loss without curvature, the offset is zero.
 
     Args:
@@ -49,8 +56,6 @@ def friendly(
       sigma: how much of the average is taken out, at least 0, or a schedule; 0 is the
         l2 ball.
       decay: the average's memory ``lambda`` per step, in ``[0, 1]``, or a schedule.
-      axis_name: name of a mapped axis whose devices bring gradients of their own, of
-        which the average is then taken.
 
     Returns:
       A transformation from a gradient to an offset, with one tree like the parameters
@@ -73,29 +78,23 @@ def friendly(
       Li et al., `Friendly Sharpness-Aware Minimization
       <https://arxiv.org/abs/2403.12350>`_, 2024; code: nblt/F-SAM
     """
-    check_schedule("rho", rho, 0.0)
-    check_schedule("sigma", sigma, 0.0)
-    check_schedule("decay", decay, 0.0, 1.0)
+    rho = check_schedule("rho", rho, 0.0)
+    sigma = check_schedule("sigma", sigma, 0.0)
+    decay = check_schedule("decay", decay, 0.0, 1.0)
 
     def init(params: Any) -> FriendlyState:
         return FriendlyState(cache(params), jnp.zeros((), bool))
 
     def update(
-        g: Any,
-        state: FriendlyState,
-        params: Any = None,
-        *,
-        count: Any = None,
-        **extra: Any,
+        g: Any, state: FriendlyState, params: Any, step: Step, **extra: Any
     ) -> tuple[Any, FriendlyState]:
         del params, extra
         g = optax.tree.cast_like(g, state.average)
-        a = weighted(jnp.ones(()), g, -at(sigma, count), state.average)
+        a = weighted(jnp.ones(()), g, -at(sigma, step.count), state.average)
         length = beyond_rounding(norm(a), norm(g))
-        lam = jnp.where(state.started, at(decay, count), 0)
-        mean = g if axis_name is None else jax.lax.pmean(g, axis_name)
-        average = weighted(lam, state.average, 1 - lam, mean)
+        lam = jnp.where(state.started, at(decay, step.count), 0)
+        average = weighted(lam, state.average, 1 - lam, step.mean(g))
         started = jnp.ones_like(state.started)
-        return rescale(a, length, at(rho, count)), FriendlyState(average, started)
+        return rescale(a, length, at(rho, step.count)), FriendlyState(average, started)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return ascent_rule(update, init)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.arguments import Mask, resolve_mask
+from optax_sam.arguments import Mask, resolve_nonempty_mask
 from optax_sam.ascent.rule import OwnGradient
 
 
@@ -52,7 +52,9 @@ def restrict(
         return inner
 
     def update(g: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        chosen = resolve_mask(mask, g if params is None else params)
+        chosen = resolve_nonempty_mask(
+            mask, g if params is None else params, name="mask"
+        )
         if grad_fn := extra.get("grad_fn"):
             extra["grad_fn"] = lambda p: keep(grad_fn(p), chosen)
         e, state = inner.update(keep(g, chosen), state, params, **extra)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.arguments import Mask, at, draw, raw_key, resolve_mask
+from optax_sam.arguments import Mask, at, raw_key, resolve_nonempty_mask
 from optax_sam.ascent.masks import keep
-from optax_sam.ascent.rule import OwnGradient, norm, rescale, wide
+from optax_sam.ascent.rule import OwnGradient, ascent_rule, norm, rescale, wide
 from optax_sam.contract import check_key, check_schedule
+from optax_sam.step import Step
 
 
 class SmoothedState(NamedTuple):
@@ -34,7 +35,6 @@ def smoothed(
     key: ArrayLike = 0,
     *,
     mask: Mask = None,
-    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Ascends along a gradient at randomly smoothed weights, mixed with the noise.
 
@@ -56,11 +56,11 @@ def smoothed(
         or a schedule.
       gradient_weight: weight ``lambda`` of the gradient against the noise, at least
         0, or a schedule.
-      key: an int, a key from ``jax.random.key``, or raw key data.
+      key: an int, a key from ``jax.random.key``, or raw key data. With the engine's
+        ``axis_name`` each device draws noise of its own.
       mask: the leaves that are smoothed and perturbed, a tree of bools like the
         parameters or a prefix of it, or a function from the parameters to one;
         ``None`` means all.
-      axis_name: name of a mapped axis whose devices draw noise of their own.
 
     Returns:
       A transformation from a gradient to an offset; it needs ``params``, ``grad_fn``
@@ -84,18 +84,18 @@ def smoothed(
       Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022; code:
       RSAM-Optimizer/R-SAM
     """
-    check_schedule("rho", rho, 0.0)
-    check_schedule("sigma", sigma, 0.0)
-    check_schedule("gradient_weight", gradient_weight, 0.0)
+    rho = check_schedule("rho", rho, 0.0)
+    sigma = check_schedule("sigma", sigma, 0.0)
+    gradient_weight = check_schedule("gradient_weight", gradient_weight, 0.0)
     check_key(key)
 
     def update(
         g: Any,
         state: SmoothedState,
-        params: Any = None,
+        params: Any,
+        step: Step,
         *,
         grad_fn: Callable[[Any], Any] | None = None,
-        count: Any = None,
         noise: Any = None,
         **extra: Any,
     ) -> tuple[OwnGradient, SmoothedState]:
@@ -106,32 +106,29 @@ def smoothed(
                 " params, grad_fn=grad_fn, count=count)."
             )
         if noise is None:
-            generator = draw(state.key, count)
-            if axis_name is not None:
-                device = jax.lax.axis_index(axis_name)
-                generator = jax.random.fold_in(generator, device)
-            noise = _normal(generator, jax.tree.map(wide, params), count)
+            generator = step.device_key(state.key)
+            noise = _normal(generator, jax.tree.map(wide, params), step.count)
         elif jax.tree.map(jnp.shape, noise) != jax.tree.map(jnp.shape, params):
             raise ValueError(
                 "noise must be a tree of standard normals, of the structure and the"
                 " shapes of the parameters: optax.tree.random_like(key, params,"
                 " jax.random.normal)."
             )
-        sigma_now = at(sigma, count)
-        chosen = resolve_mask(mask, params)
+        sigma_now = at(sigma, step.count)
+        chosen = resolve_nonempty_mask(mask, params, name="mask")
         delta = keep(
             jax.tree.map(lambda w, z: sigma_now * _sizes(w) * z, params, noise), chosen
         )
         g_1 = grad_fn(optax.tree.add(params, delta))
-        weight = at(gradient_weight, count)
+        weight = at(gradient_weight, step.count)
         d_1 = keep(jax.tree.map(lambda x, z: weight * wide(x) + z, g_1, delta), chosen)
-        return OwnGradient(rescale(d_1, norm(d_1), at(rho, count)), g_1), state
+        return OwnGradient(rescale(d_1, norm(d_1), at(rho, step.count)), g_1), state
 
     def init(params: Any) -> SmoothedState:
         del params
         return SmoothedState(raw_key(key))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return ascent_rule(update, init)
 
 
 def _normal(key: jax.Array, like: Any, count: ArrayLike) -> Any:

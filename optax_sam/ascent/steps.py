@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import EPS, norm, rescale, scaled
+from optax_sam.ascent.rule import EPS, ascent_rule, norm, rescale, scaled
 from optax_sam.contract import check_integer, check_schedule
+from optax_sam.step import Step
 
 # XLA's CPU backend runs backward convolutions in a loop many times slower than in the
 # entry computation, so short loops are unrolled.
@@ -72,25 +73,25 @@ def n_step(
       Flammarion, `Towards Understanding Sharpness-Aware Minimization
       <https://arxiv.org/abs/2206.06232>`_, 2022
     """
-    check_schedule("rho", rho, 0.0)
+    rho = check_schedule("rho", rho, 0.0)
     check_integer("num_steps", num_steps, 1)
     if step_size is not None:
-        check_schedule("step_size", step_size, 0.0)
+        step_size = check_schedule("step_size", step_size, 0.0)
 
     def update(
         g: Any,
         state: Any,
-        params: Any = None,
+        params: Any,
+        step: Step,
         *,
         grad_fn: Callable[[Any], Any] | None = None,
-        count: Any = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
         del extra
         if params is None or grad_fn is None:
             raise ValueError(_NEEDS)
-        radius = at(rho, count)
-        length = radius if step_size is None else at(step_size, count)
+        radius = at(rho, step.count)
+        length = radius if step_size is None else at(step_size, step.count)
 
         def climb(delta: Any, g: Any) -> Any:
             delta = optax.tree.add(delta, rescale(g, norm(g), length))
@@ -106,10 +107,10 @@ def n_step(
         # No distance from zero to go back: the first step needs no projection,
         # unless it is longer than the radius.
         delta = rescale(g, norm(g), jnp.minimum(length, radius) if project else length)
-        step = lambda _, delta: climb(delta, grad_fn(optax.tree.add(params, delta)))
-        return _repeat(step, num_steps, delta), state
+        again = lambda _, delta: climb(delta, grad_fn(optax.tree.add(params, delta)))
+        return _repeat(again, num_steps, delta), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return ascent_rule(update)
 
 
 def raw_steps(
@@ -158,8 +159,8 @@ def raw_steps(
       Perturbation <https://arxiv.org/abs/2010.04925>`_, 2021; code:
       hiyouga/AMP-Regularizer
     """
-    check_schedule("epsilon", epsilon, 0.0)
-    check_schedule("step_size", step_size, 0.0)
+    epsilon = check_schedule("epsilon", epsilon, 0.0)
+    step_size = check_schedule("step_size", step_size, 0.0)
     check_integer("num_steps", num_steps, 1)
     if projection not in ("leaf", "global"):
         raise ValueError(f'projection must be "leaf" or "global"; got {projection!r}.')
@@ -167,16 +168,16 @@ def raw_steps(
     def update(
         g: Any,
         state: Any,
-        params: Any = None,
+        params: Any,
+        step: Step,
         *,
         grad_fn: Any = None,
-        count: Any = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
         del extra
         if num_steps > 1 and (params is None or grad_fn is None):
             raise ValueError(_NEEDS)
-        radius, factor = at(epsilon, count), at(step_size, count)
+        radius, factor = at(epsilon, step.count), at(step_size, step.count)
 
         def shortened(delta: Any) -> Any:
             n = norm(delta)
@@ -186,13 +187,13 @@ def raw_steps(
             by_leaf = projection == "leaf"
             return jax.tree.map(shortened, delta) if by_leaf else shortened(delta)
 
-        def step(_: Any, delta: Any) -> Any:
+        def again(_: Any, delta: Any) -> Any:
             g = grad_fn(optax.tree.add(params, delta))
             return project(optax.tree.add(delta, scaled(g, factor)))
 
-        return _repeat(step, num_steps, project(scaled(g, factor))), state
+        return _repeat(again, num_steps, project(scaled(g, factor))), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return ascent_rule(update)
 
 
 def _repeat(step: Callable[[Any, Any], Any], num_steps: int, delta: Any) -> Any:

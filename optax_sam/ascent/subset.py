@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.arguments import at, draw, raw_key
-from optax_sam.ascent.rule import norm, rescale
+from optax_sam.arguments import at, raw_key
+from optax_sam.ascent.rule import ascent_rule, norm, rescale
 from optax_sam.contract import check_key, check_number, check_schedule
+from optax_sam.step import Step
 
 
 class RandomLeavesState(NamedTuple):
@@ -65,8 +66,8 @@ def random_leaves(
       Du et al., `Efficient Sharpness-aware Minimization
       <https://arxiv.org/abs/2110.03141>`_, 2022; code: dydjw9/Efficient_SAM
     """
-    check_schedule("rho", rho, 0.0)
-    check_number("beta", beta, 0.0, 1.0, open_low=True)
+    rho = check_schedule("rho", rho, 0.0)
+    beta = check_number("beta", beta, 0.0, 1.0, open_low=True)
     check_key(key)
 
     def init(params: Any) -> RandomLeavesState:
@@ -76,9 +77,9 @@ def random_leaves(
     def update(
         g: Any,
         state: RandomLeavesState,
-        params: Any = None,
+        params: Any,
+        step: Step,
         *,
-        count: Any = None,
         mask_uniforms: Any = None,
         **extra: Any,
     ) -> tuple[Any, RandomLeavesState]:
@@ -88,11 +89,11 @@ def random_leaves(
             jnp.where(active, x, 0)
             for x, active in zip(leaves, state.active, strict=True)
         ]
-        radius = at(rho, count) / beta
+        radius = at(rho, step.count) / beta
         # The authors' 1e-7, ten thousand times what other methods add to a norm.
         e = rescale(chosen, norm(chosen), radius, eps=1e-7)
         if mask_uniforms is None:
-            uniforms = jax.random.uniform(draw(state.key, count), state.active.shape)
+            uniforms = jax.random.uniform(step.key(state.key), state.active.shape)
         else:
             given = jax.tree.leaves(mask_uniforms)
             uniforms = jnp.concatenate([jnp.ravel(jnp.asarray(u)) for u in given])
@@ -103,4 +104,4 @@ def random_leaves(
                 )
         return jax.tree.unflatten(structure, e), state._replace(active=uniforms <= beta)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return ascent_rule(update, init)

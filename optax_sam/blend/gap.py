@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import inner
+from optax_sam.ascent.rule import norm, scaled, unit
 from optax_sam.blend.rule import Blend, along
 from optax_sam.contract import check_schedule
-from optax_sam.when import Step
+from optax_sam.step import Step
 
 
 def surrogate_gap(
@@ -53,15 +53,17 @@ def surrogate_gap(
       <https://arxiv.org/abs/2203.08065>`_, 2022; code: google-research/big_vision,
       juntang-zhuang/GSAM
     """
-    check_schedule("alpha", alpha, 0.0)
+    alpha = check_schedule("alpha", alpha, 0.0)
     if minimize not in ("perturbed", "clean"):
         raise ValueError(f'minimize must be "perturbed" or "clean"; got {minimize!r}.')
 
     def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
         main, other, sign = (g_s, g, -1) if minimize == "perturbed" else (g, g_s, 1)
-        c = along(other, main)
+        factor = unit(main)
+        lifted = scaled(main, factor)
+        c = along(scaled(other, factor), lifted)
         # A zero gradient has no direction to be normal to.
-        weight = sign * at(alpha, step.count) * (inner(main, main) > 0)
+        weight = jnp.where(norm(lifted) > 0, sign * at(alpha, step.count), 0)
 
         def d(x: jax.Array, y: jax.Array) -> jax.Array:
             dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), c.dtype)

@@ -11,7 +11,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_sam import ascent
 from optax_sam.arguments import Mask
-from optax_sam.contract import DROPPED, MissingArgument, check_number, check_static
+from optax_sam.contract import (
+    DROPPED,
+    MissingArgument,
+    check_number,
+    check_static,
+    takes,
+)
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import When, always
 
@@ -118,7 +124,7 @@ def esam(
       Neural Networks <https://arxiv.org/abs/2110.03141>`_, 2022; code:
       dydjw9/Efficient_SAM
     """
-    check_number("gamma", gamma, 0.0, 1.0, open_low=True)
+    gamma = check_number("gamma", gamma, 0.0, 1.0, open_low=True)
     check_static("gamma", gamma, "a Python number")
     engine = sharpness_aware(
         ascent.random_leaves(rho, beta, key),
@@ -139,8 +145,15 @@ def esam(
         **extra: Any,
     ) -> tuple[Any, Any]:
         def selected_gradient(w_e: Any) -> Any:
-            chosen = () if gamma >= 0.99 else (selected(w_e),)
-            mean_loss = lambda p: jnp.mean(per_example_loss_fn(p, *chosen))
+            if gamma >= 0.99:
+                return jax.grad(lambda p: jnp.mean(per_example_loss_fn(p)))(w_e)
+            chosen = selected(w_e)
+
+            def mean_loss(p: Any) -> jax.Array:
+                losses = per_example_loss_fn(p, chosen)
+                _check_selection(losses, chosen)
+                return jnp.mean(losses)
+
             return jax.grad(mean_loss)(w_e)
 
         def selected(w_e: Any) -> jax.Array:
@@ -153,6 +166,11 @@ def esam(
             return _largest_rises(before, per_example_loss_fn(w_e), gamma)
 
         if per_example_loss_fn is not None:
+            if gamma < 0.99 and not takes(per_example_loss_fn, 2):
+                raise ValueError(
+                    "esam: per_example_loss_fn must take indices, the examples whose"
+                    f" losses it computes. Write {_CALL}."
+                )
             extra["grad_fn"] = selected_gradient
         elif gamma < 0.99 or extra.get("grad_fn") is None:
             raise MissingArgument(
@@ -162,6 +180,17 @@ def esam(
         return engine.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(engine.init, update)
+
+
+def _check_selection(losses: jax.Array, chosen: jax.Array) -> None:
+    """Refuses losses of other examples than the selected ones."""
+    if jnp.shape(losses) != chosen.shape:
+        raise ValueError(
+            f"esam asked per_example_loss_fn for the losses at {len(chosen)} indices"
+            f" and got an array of shape {jnp.shape(losses)}: it must compute those"
+            " examples alone. Take them from the batch, as in"
+            " x if indices is None else x[indices]."
+        )
 
 
 def _largest_rises(before: jax.Array, after: jax.Array, gamma: float) -> jax.Array:

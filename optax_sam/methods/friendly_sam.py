@@ -82,7 +82,7 @@ def friendly_sam(
       <https://arxiv.org/abs/2403.12350>`_, 2024; code: nblt/F-SAM
     """
     return sharpness_aware(
-        ascent.friendly(rho, sigma, decay, axis_name=axis_name),
+        ascent.friendly(rho, sigma, decay),
         when,
         mask=mask,
         axis_name=axis_name,

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_sam import ascent
 from optax_sam.arguments import Mask, at
 from optax_sam.blend import surrogate_gap
-from optax_sam.contract import check_number
+from optax_sam.contract import check_number, check_schedule
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import When, always
 
@@ -128,7 +128,8 @@ def rho_from_lr(
       A schedule for ``rho=``.
 
     Raises:
-      ValueError: if the radii are negative or in the wrong order.
+      ValueError: if the radii are negative, or radii or learning rates are in the
+        wrong order (a learning rate that is searched for, on the first use).
 
     Examples:
       >>> import optax, optax_sam
@@ -145,12 +146,17 @@ def rho_from_lr(
       Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
       <https://arxiv.org/abs/2203.08065>`_, 2022; code: google-research/big_vision
     """
-    check_number("rho_min", rho_min, 0.0)
-    check_number("rho_max", rho_max, 0.0)
+    rho_min = check_number("rho_min", rho_min, 0.0)
+    rho_max = check_number("rho_max", rho_max, 0.0)
     if rho_max < rho_min:
         raise ValueError(
             f"rho_max must be at least rho_min = {rho_min}; got {rho_max}."
         )
+    if lr_min is not None:
+        lr_min = check_number("lr_min", lr_min, 0.0)
+    if lr_max is not None:
+        lr_max = check_number("lr_max", lr_max, 0.0)
+    lr_schedule = check_schedule("lr_schedule", lr_schedule, 0.0)
 
     @functools.cache  # at the first use: a factory must not touch the devices
     def ends() -> tuple[float, float]:
@@ -166,6 +172,12 @@ def rho_from_lr(
     def schedule(count: ArrayLike) -> jax.Array:
         low = ends()[0] if lr_min is None else lr_min
         high = ends()[1] if lr_max is None else lr_max
+        if high < low:
+            raise ValueError(
+                f"rho_from_lr needs lr_min <= lr_max; got {low} and {high}"
+                f"{'' if None not in (lr_min, lr_max) else ', one of them found'}."
+                " Pass the lowest rate as lr_min and the highest as lr_max."
+            )
         share = (at(lr_schedule, count) - low) / (high - low) if high > low else 1.0
         return rho_min + (rho_max - rho_min) * jnp.clip(share, 0, 1)
 

@@ -140,7 +140,7 @@ def msam(
       Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024; code:
       MarlonBecker/MSAM
     """
-    contract.check_schedule("rho", rho, 0.0)
+    rho = contract.check_schedule("rho", rho, 0.0)
     contract.check_optimizer(
         "msam", inner, "msam(optax.sgd(0.1, momentum=0.9), rho=3.0)"
     )

@@ -97,11 +97,8 @@ def random_sam(
       Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022; code:
       RSAM-Optimizer/R-SAM
     """
-    rule = ascent.smoothed(
-        rho, sigma, gradient_weight, key, mask=mask, axis_name=axis_name
-    )
     return sharpness_aware(
-        rule,
+        ascent.smoothed(rho, sigma, gradient_weight, key, mask=mask),
         when,
         axis_name=axis_name,
         ascent_dtype=ascent_dtype,

@@ -137,12 +137,12 @@ def sampa(
       Xie, Pethick and Cevher, `SAMPa: Sharpness-aware Minimization Parallelized
       <https://arxiv.org/abs/2410.10683>`_, 2024; code: LIONS-EPFL/SAMPa
     """
-    contract.check_schedule("rho", rho, 0.0)
-    contract.check_schedule("interpolation", interpolation, 0.0, 1.0)
+    rho = contract.check_schedule("rho", rho, 0.0)
+    interpolation = contract.check_schedule("interpolation", interpolation, 0.0, 1.0)
     if predict not in ("optimizer", "gradient"):
         raise ValueError(f'predict must be "optimizer" or "gradient"; got {predict!r}.')
     if learning_rate is not None:
-        contract.check_schedule("learning_rate", learning_rate, 0.0)
+        learning_rate = contract.check_schedule("learning_rate", learning_rate, 0.0)
     elif predict == "gradient":
         raise ValueError(
             'predict="gradient" steps along the gradient by learning_rate= (the inner'
@@ -173,7 +173,9 @@ def sampa(
         **extra: Any,
     ) -> tuple[Any, SAMPaState]:
         contract.check_not_masked("sampa", updates, params, advice=_OUTSIDE)
-        contract.check_call("sampa", updates, params, grad_fn or paired_grad_fn)
+        alone = (grad_fn, 1) if grad_fn is not None else (paired_grad_fn, 2)
+        contract.check_call("sampa", updates, params, *alone)
+        contract.check_state("sampa", SAMPaState, state)
         extra |= {} if grad_fn is None else {"grad_fn": grad_fn}
         sources = ["paired_grad_fn"] * 2
         if paired_grad_fn is None:

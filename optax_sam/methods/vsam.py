@@ -112,7 +112,7 @@ def vsam(
       Accelerating Sharpness aware Minimization <https://arxiv.org/abs/2403.08821>`_,
       2024; code: ajiaaa/vSAM
     """
-    check_number("reuse_decay", reuse_decay, 0.0, 1.0)
+    reuse_decay = check_number("reuse_decay", reuse_decay, 0.0, 1.0)
     # Only a Python zero: the state's structure cannot depend on a traced value.
     without_reuse = isinstance(reuse_decay, (int, float)) and reuse_decay == 0
     return sharpness_aware(

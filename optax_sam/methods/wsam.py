@@ -108,11 +108,10 @@ def wsam(
       Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023; code:
       intelligent-machine-learning/atorch
     """
-    contract.check_schedule("learning_rate", learning_rate, 0.0)
-    if not callable(gamma):
-        contract.check_number("gamma", gamma, 0.0, 1.0, open_high=True)
-    if max_norm is not None and not callable(max_norm):
-        contract.check_number("max_norm", max_norm, 0.0, open_low=True)
+    learning_rate = contract.check_schedule("learning_rate", learning_rate, 0.0)
+    gamma = contract.check_schedule("gamma", gamma, 0.0, 1.0, open_high=True)
+    if max_norm is not None:
+        max_norm = contract.check_schedule("max_norm", max_norm, 0.0, open_low=True)
     contract.check_optimizer(
         "wsam", inner, "wsam(optax.sgd(lr, momentum=0.9), learning_rate=lr)"
     )
@@ -134,6 +133,7 @@ def wsam(
         updates: Any, state: WSAMState, params: Any = None, **extra: Any
     ) -> tuple[Any, WSAMState]:
         contract.check_not_masked("wsam", updates, params, advice=_OUTSIDE)
+        contract.check_state("wsam", WSAMState, state)
         g = gradients(updates)
         # Where there is no ascent, or none to use, this is g and the term is zero.
         g_s, ascended = engine.update(g, state.ascent, params, **extra)

@@ -71,8 +71,8 @@ def trajectory_loss(
       <https://arxiv.org/abs/2205.14083>`_, 2022; code: AngusDujw/SAF. The factor
       ``tau**2`` is in the code, not in the paper.
     """
-    check_number("coefficient", coefficient, 0.0)
-    check_number("temperature", temperature, 0.0, open_low=True)
+    coefficient = check_number("coefficient", coefficient, 0.0)
+    temperature = check_number("temperature", temperature, 0.0, open_low=True)
     z, past = jnp.asarray(logits), jax.lax.stop_gradient(jnp.asarray(past_logits))
     if z.ndim == 0 or z.shape != past.shape:
         raise ValueError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.contract import check_not_masked, check_schedule
+from optax_sam.contract import check_not_masked, check_schedule, check_state
 from optax_sam.states import the_state
 
 _CHAIN = "optax.chain(optax.sgd(0.1), optax_sam.mesa())"
@@ -96,7 +96,7 @@ def mesa(
       <https://arxiv.org/abs/2205.14083>`_, 2022; code: AngusDujw/SAF. In the paper's
       algorithm the average is updated before the loss; here as in the code, after.
     """
-    check_schedule("decay", decay, 0.0, 1.0)
+    decay = check_schedule("decay", decay, 0.0, 1.0)
 
     def init(params: Any) -> MESAState:
         _check_whole(params)
@@ -115,6 +115,7 @@ def mesa(
                 "mesa needs the parameters: tx.update(grads, opt_state, params)."
             )
         _check_whole(updates, params)
+        check_state("mesa", MESAState, state)
         old = state.average
         new = optax.tree.cast_like(optax.apply_updates(params, updates), old)
         finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]

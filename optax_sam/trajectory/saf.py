@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_sam.contract import DROPPED, MissingArgument, check_integer
+from optax_sam.contract import DROPPED, MissingArgument, check_integer, check_state
 from optax_sam.states import the_state
 
 _CALL = "tx.update(grads, opt_state, params, logits=logits, indices=indices)"
@@ -158,14 +158,20 @@ def saf(
     if getattr(dtype, "__name__", str(dtype)) not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}.")
 
+    def bounds() -> dict[str, jax.Array]:
+        """What the loss reads of the settings: those of the method as it is now."""
+        return {
+            "start": jnp.full((), min(start, _NEVER), jnp.int32),
+            "end": jnp.full((), _NEVER if end is None else min(end, _NEVER), jnp.int32),
+        }
+
     def init(params: Any) -> SAFState:
         del params
         return SAFState(
             logits=jnp.zeros((num_examples, delay, num_classes), dtype),
             visits=jnp.zeros((num_examples,), jnp.int32),
-            start=jnp.full((), min(start, _NEVER), jnp.int32),
-            end=jnp.full((), _NEVER if end is None else min(end, _NEVER), jnp.int32),
             num_dropped=jnp.zeros((), jnp.int32),
+            **bounds(),
         )
 
     def update(
@@ -179,6 +185,7 @@ def saf(
     ) -> tuple[Any, SAFState]:
         del params, extra
         _check_rows(logits, indices, num_examples, num_classes)
+        check_state("saf", SAFState, state, jax.eval_shape(init, None))
         rows = jnp.asarray(logits).astype(state.logits.dtype)
         examples = _in_range(indices, num_examples)
         if axis_name is not None:
@@ -201,6 +208,7 @@ def saf(
             ),
             visits=state.visits.at[examples].add(1, mode="drop", unique_indices=True),
             num_dropped=state.num_dropped + jnp.sum(~valid, dtype=jnp.int32),
+            **bounds(),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

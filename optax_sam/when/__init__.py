@@ -6,6 +6,7 @@ compiled step can read it (``optax_sam.ascends_next``). A rule whose draws are k
 ahead also gives its state a method ``plan()``.
 """
 
+from optax_sam.step import Step
 from optax_sam.when.fixed import (
     BernoulliState,
     EveryKState,
@@ -13,7 +14,7 @@ from optax_sam.when.fixed import (
     bernoulli,
     every_k,
 )
-from optax_sam.when.rule import Step, When
+from optax_sam.when.rule import When
 from optax_sam.when.trend import (
     LaggedNormTrendState,
     NormTrendState,

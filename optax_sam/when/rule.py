@@ -7,17 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-
-class Step(NamedTuple):
-    """What a part may ask about the current step.
-
-    Attributes:
-      count: number of steps taken before this one, () int32; schedules are read here.
-      mean: averages a tree over the devices of ``axis_name``; else the identity.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
-    mean: Callable[[Any], Any]
+from optax_sam.step import Step
 
 
 class When(NamedTuple):
@@ -39,6 +29,18 @@ class When(NamedTuple):
     now: Callable[[Any, Any, Step], tuple[bool | jax.Array, Any]]
     observe: Callable[[Any, Any, Any, Step], Any]
     advance: Callable[[Any, jax.Array], Any]
+
+
+def refreshed(state: Any, moved: Any) -> Any:
+    """A state with the settings of another, those of the rule as it is now.
+
+    A state made under other settings keeps its clock and its decision, and takes the
+    settings of the rule that goes on with it. What of it are settings, its class says.
+    """
+    if hasattr(state, "rule"):
+        return state._replace(rule=refreshed(state.rule, moved.rule))
+    names = getattr(state, "settings", ())
+    return state._replace(**{name: getattr(moved, name) for name in names})
 
 
 def kept(state: Any, g: Any, step: Step) -> tuple[jax.Array, Any]:

@@ -11,8 +11,9 @@ from jax.typing import ArrayLike
 
 from optax_sam.arguments import at
 from optax_sam.ascent import norm
-from optax_sam.contract import check_number
-from optax_sam.when.rule import Step, When, unmoved, unobserved
+from optax_sam.contract import check_number, check_schedule
+from optax_sam.step import Step
+from optax_sam.when.rule import When, unmoved, unobserved
 
 
 class NormTrendState(NamedTuple):
@@ -107,9 +108,8 @@ def norm_above_trend(
       Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization
       <https://arxiv.org/abs/2304.14647>`_, 2023
     """
-    check_number("decay", decay, 0.0, 1.0, open_high=True)
-    if not callable(threshold):
-        check_number("threshold", threshold, -jnp.inf, finite=False)
+    decay = check_number("decay", decay, 0.0, 1.0, open_high=True)
+    threshold = check_schedule("threshold", threshold, -jnp.inf, finite=False)
     if lag not in (0, 1):
         raise ValueError(
             f"lag must be 0 (the step's own norm) or 1 (the last); got {lag!r}."

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.arguments import Mask, raw_key, resolve_mask, uniform
+from optax_sam.arguments import Mask, raw_key, resolve_nonempty_mask, uniform
 from optax_sam.ascent import norm
 from optax_sam.contract import check_integer, check_key, check_number
-from optax_sam.when.rule import Step, When, kept
+from optax_sam.step import Step
+from optax_sam.when.rule import When, kept
 
 
 class VarianceControlledState(NamedTuple):
@@ -45,9 +46,14 @@ class VarianceControlledState(NamedTuple):
     ratios: jax.Array
     variances: jax.Array
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What the rule as it is now writes into a state of other settings."""
+        return ("catch_up",)
+
     def turned(self, ascended: jax.Array) -> VarianceControlledState:
         """The clocks after one more step."""
-        window = self.psf_norms.shape[0]
+        window = self.psf_norms.shape[-1]
         warm = self.warmup_left > 0
         position = jnp.where(warm, self.position, (self.position + 1) % window)
         used = jnp.where(warm, 1, self.used + ascended)
@@ -60,7 +66,7 @@ class VarianceControlledState(NamedTuple):
 
     def decided(self) -> VarianceControlledState:
         """With the next step's decision: warm-up, a draw below s/K, or catch-up."""
-        window = self.psf_norms.shape[0]
+        window = self.psf_norms.shape[-1]
         quota = jnp.floor(self.rate)
         drawn = uniform(self.key, self.count) < self.rate / window
         forced = self.catch_up & (window - self.position <= quota - self.used)
@@ -69,7 +75,7 @@ class VarianceControlledState(NamedTuple):
 
     def plan(self) -> tuple[jax.Array, jax.Array]:
         """The decisions up to the next window, and how many they are."""
-        window = self.psf_norms.shape[0]
+        window = self.psf_norms.shape[-1]
 
         def next_step(
             state: VarianceControlledState, _: Any
@@ -85,7 +91,7 @@ class VarianceControlledState(NamedTuple):
         return {
             "samples_per_window": self.rate,
             "used_in_window": self.used,
-            "psf_norm": self.psf_norms[-1],
+            "psf_norm": self.psf_norms[..., -1],
         }
 
 
@@ -166,8 +172,8 @@ def variance_controlled(
             "window must be divisible by num_slices, with at least two values per"
             f" slice; got window={window} and num_slices={num_slices}."
         )
-    check_number("sensitivity", sensitivity, 0.0)
-    check_number("max_rate", max_rate, 0.0, 1.0, open_low=True)
+    sensitivity = check_number("sensitivity", sensitivity, 0.0)
+    max_rate = check_number("max_rate", max_rate, 0.0, 1.0, open_low=True)
     largest: ArrayLike
     if isinstance(max_rate, jax.core.Tracer):
         largest = jnp.maximum(jnp.floor(window * max_rate), 1)
@@ -205,7 +211,7 @@ def variance_controlled(
     def observe(
         state: VarianceControlledState, g: Any, g_s: Any, step: Step
     ) -> VarianceControlledState:
-        watched = jax.tree.leaves(resolve_mask(norm_mask, g, name="norm_mask"))
+        watched = jax.tree.leaves(resolve_nonempty_mask(norm_mask, g, name="norm_mask"))
         tail = lambda tree: [
             leaf
             for leaf, kept in zip(jax.tree.leaves(tree), watched, strict=True)
@@ -242,6 +248,7 @@ def variance_controlled(
         growth = mean_change(state.ratios) + mean_change(state.variances)
         s = jnp.clip(state.rate * (1 + sensitivity * growth), 1, largest)
         s = jnp.where(state.position == 0, s, state.rate).astype(state.rate.dtype)
-        return state._replace(rate=s).decided()
+        # The setting of the rule as it is now, also in a state of another setting.
+        return state._replace(rate=s, catch_up=jnp.array(force_quota)).decided()
 
     return When(init, kept, observe, advance)
