@@ -269,4 +269,5 @@ def test_pmap_smoke():
         expected, found = on_one(*expected, shards), on_each(*found, shards)
     found = jax.device_get(found)
     harness.assert_equal(found, copies(jax.tree.map(lambda x: x[0], found)))
-    harness.assert_close(found, copies(expected), 1e-5)
+    # Absolute: the normal that is kept is a difference of nearly equal gradients.
+    harness.assert_close(found, copies(expected), 0, atol=1e-5)

@@ -20,7 +20,9 @@ def test_the_page_runs():
         names["a_trained"],
     )
     for trained in of_one_perturbation:
-        harness.assert_close(jax.device_get(trained), jax.device_get(one_device), 1e-5)
+        # Absolute: the normal that is kept is a difference of nearly equal gradients.
+        found, wanted = jax.device_get((trained, one_device))
+        harness.assert_close(found, wanted, 0, atol=1e-5)
     for name in ("step", "explicit_step", "m_sharp", "averaged"):
         assert names[name]._cache_size() == 1, name
     loss = lambda params: names["loss_fn"](params, *batch)

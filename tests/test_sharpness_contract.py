@@ -164,7 +164,7 @@ def test_batches_on_eight_devices(name, check_vma):
     )
     result = run(*problem())
     # A residual or an error of an error is only as large as rounding at times.
-    assert_close(without_signs(result), without_signs(reference(name)), atol=1e-4)
+    assert_close(without_signs(result), without_signs(reference(name)), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["hessian_eigenvalues", "hessian_trace"])
