@@ -95,7 +95,9 @@ def renyi(
             # Divided before the power is taken, which float32 could not hold; and with
             # a logarithm, since XLA's power takes six times as long on a CPU.
             sizes = norm(x) if layerwise else jnp.abs(wide(x))
-            return jnp.sum(jnp.exp(2 * a * jnp.log(sizes / length)))
+            # Nothing has the logarithm of zero, and no derivative of it either.
+            share = jnp.where(sizes > 0, sizes / length, 1)
+            return jnp.sum(jnp.where(sizes > 0, jnp.exp(2 * a * jnp.log(share)), 0))
 
         s = sum(map(powers, jax.tree.leaves(g))) + _EPS / length ** (2 * a)
         # Shares to a power above 1 add up to 1 at most; with the epsilon those of a
