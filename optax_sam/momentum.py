@@ -8,7 +8,7 @@ momentum, the optimizer is asked in ``probe.py``.
 from __future__ import annotations
 
 import collections
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +77,9 @@ def parts(state: Any, params: Any) -> list[Momentum]:
     covers = collections.Counter(i for m in chosen for i in m.where)
     several = max(covers.values(), default=0) > 1
     if not chosen or (several and not chosen[0].named):
-        raise ValueError(_no_momentum(state, found, others))
+        _refuse_none(state, found, others)
     if several:
-        raise ValueError(_several(chosen))
+        _refuse_several(chosen)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     without = [jax.tree_util.keystr(x) for i, x in enumerate(paths) if i not in covers]
     if without:
@@ -158,7 +158,7 @@ def _and_more(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
 
 
-# What to write instead of optimizers that are no steps along a momentum.
+# Optimizers that keep no momentum of the weights, and what to write instead.
 _REMEDIES = {
     "ScheduleFreeState": (
         "optax.contrib.schedule_free keeps iterates (ScheduleFreeState.z) in its place."
@@ -166,49 +166,53 @@ _REMEDIES = {
         " or schedule_free_adamw."
     ),
     "LookaheadState": (
-        "optax.lookahead mixes the weights with slow ones, which would not know of the"
-        f" perturbation. {OTHERWISE}"
+        "optax.lookahead (LookaheadState) mixes the weights with slow ones, which would"
+        f" not know of the perturbation. {OTHERWISE}"
     ),
     "GaLoreState": (
-        f"optax.contrib.galore keeps that of projected gradients. {OTHERWISE}"
+        "optax.contrib.galore (GaLoreState) keeps one of projected gradients."
+        f" {OTHERWISE}"
     ),
 }
 
 
-def remedy(state: Any) -> str:
-    """What to write instead of an optimizer with such a state."""
+def _special(state: Any) -> str:
+    """What to write instead of an optimizer with such a state, if it is a known one."""
     is_kind = lambda x: type(x).__name__ in _REMEDIES
     found = filter(is_kind, jax.tree.leaves(state, is_leaf=is_kind))
-    for name in (type(x).__name__ for x in found):
-        return _REMEDIES[name]
-    return f"Write for instance {PLAIN}. {OTHERWISE}"
+    return next((_REMEDIES[type(x).__name__] for x in found), "")
 
 
-def _no_momentum(state: Any, found: list[Momentum], others: list[str]) -> str:
+def remedy(state: Any) -> str:
+    """What to write instead of an optimizer with such a state."""
+    return _special(state) or f"Write for instance {PLAIN}. {OTHERWISE}"
+
+
+def _refuse_none(state: Any, found: list[Momentum], others: list[str]) -> NoReturn:
     why = ""
-    if others:
+    if others and not _special(state):
         why = (
             f" like the parameters: {', '.join(others)} is kept in another structure or"
             " in other shapes. Leave out what reshapes, such as optax.flatten"
         )
-    elif found:
+    elif found and not _special(state):
         why = (
-            f" that it can tell from {labels(found)}. A momentum of your own is found"
-            " in a field called mu, m, trace, ema, exp_avg, momentum or velocity"
+            f" that it can tell from {labels(found)}. Keep a momentum of your own in a"
+            " field called mu, m, trace, ema, exp_avg, momentum or velocity"
         )
-    return (
-        "msam perturbs along the momentum, and the inner optimizer keeps none"
+    raise ValueError(
+        "msam needs a momentum to perturb along, but the inner optimizer keeps none"
         f"{why}. {remedy(state)}"
     )
 
 
-def _several(chosen: list[Momentum]) -> str:
+def _refuse_several(chosen: list[Momentum]) -> NoReturn:
     advice = "Leave one of them."
     if any(m.label.startswith("ScaleByAdemamixState") for m in chosen):
         advice = (
             "AdEMAMix steps along both. optax.contrib.simplified_ademamix keeps one."
         )
-    return (
-        "msam perturbs along the momentum, and the inner optimizer keeps several:"
-        f" {labels(chosen)}. {advice} {OTHERWISE}"
+    raise ValueError(
+        "msam needs one momentum to perturb along, but the inner optimizer keeps"
+        f" several: {labels(chosen)}. {advice} {OTHERWISE}"
     )

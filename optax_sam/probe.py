@@ -98,13 +98,15 @@ def _sign(inner: Any, params: Any, extra: dict[str, Any] | None) -> int | None:
     parts = momentum.parts(state, params)
     error: Exception | None = None
     with contextlib.ExitStack() as stack:
-        for setting in (jax.debug_nans(False), jax.transfer_guard("allow"), _on_cpu()):
-            stack.enter_context(setting)
+        stack.enter_context(jax.debug_nans(False))
+        stack.enter_context(jax.debug_infs(False))
+        stack.enter_context(jax.transfer_guard("allow"))
+        stack.enter_context(_on_cpu())
         for cap in _CAPS:
             w, g = _copies(params, cap)
             if sum(x.size for x in jax.tree.leaves(w)) > _LARGEST:
                 break
-            for number, arguments in enumerate(_arguments(g, extra)):
+            for number, arguments in enumerate(_arguments(extra)):
                 try:
                     optimizer = _optimizer(inner, w, g, arguments, state, parts)
                     ways = zip(optimizer.starts, optimizer.updates, strict=True)
@@ -120,7 +122,8 @@ def _sign(inner: Any, params: Any, extra: dict[str, Any] | None) -> int | None:
     raise ValueError(
         "msam runs the inner optimizer on a small copy of the parameters, to see which"
         f" way its momentum ({momentum.labels(parts)}) points, and that failed:"
-        f" {type(error).__name__}: {error}. {momentum.remedy(state)}"
+        f" {type(error).__name__}: {error}. Make it run on other parameters of this"
+        f" structure. {momentum.remedy(state)}"
     ) from error
 
 
@@ -158,27 +161,40 @@ def _copies(params: Any, cap: int | None) -> tuple[Any, Any]:
     return w, jax.tree.map(lambda x: draw(x, [-1.0, 1.0]), params)
 
 
-def _arguments(g: Any, extra: dict[str, Any] | None) -> Iterator[dict]:
-    """Extra arguments with which an optimizer may run; the fewest first."""
-
-    def loss(p: Any, *_: Any, **__: Any) -> jax.Array:
-        return optax.tree.vdot(g, p) + optax.tree.norm(p, squared=True) / 2
-
-    value = np.float32(1.0)
-    yield {}
-    yield {"value": value}
-    yield {"value": value, "grad": g, "value_fn": loss}
-    yield {"obj_fn": loss}
+def _arguments(extra: dict[str, Any] | None) -> Iterator[Callable[[Any], dict]]:
+    """Extra arguments with which an optimizer may run, of the gradient; few first."""
     is_number = lambda x: isinstance(x, (float, int, np.ndarray, jax.Array))
+    ones = jax.tree.map(
+        lambda x: np.ones(jnp.shape(x), jnp.result_type(x)) if is_number(x) else x,
+        extra or {},
+    )
+
+    def known(g: Any) -> dict[str, Any]:
+        linear = lambda p, *_, **__: optax.tree.vdot(g, p)
+        grad_fn = lambda p: jax.tree.map(lambda x, like: x.astype(like.dtype), g, p)
+        value = np.float32(1.0)
+        functions = dict.fromkeys(("value_fn", "obj_fn"), linear)
+        return {"value": value, "grad": g, "grad_fn": grad_fn} | functions
+
+    def some(*names: str) -> Callable[[Any], dict]:
+        return lambda g: {k: x for k, x in known(g).items() if k in names}
+
+    yield some()
+    yield some("value")
+    yield some("value", "grad", "value_fn")
+    yield some("obj_fn")
+    yield some("grad_fn")
     if extra is not None:
-        yield jax.tree.map(
-            lambda x: np.ones(jnp.shape(x), jnp.result_type(x)) if is_number(x) else x,
-            extra,
-        )
+        yield lambda g: ones | some(*ones)(g)
 
 
 def _optimizer(
-    inner: Any, w: Any, g: Any, arguments: dict, real: Any, parts: list[Any]
+    inner: Any,
+    w: Any,
+    g: Any,
+    arguments: Callable[[Any], dict],
+    real: Any,
+    parts: list[Any],
 ) -> _Optimizer:
     """Traces an optimizer, whose numbers may belong to another trace."""
     init, state = jax.make_jaxpr(inner.init, return_shape=True)(w)
@@ -186,8 +202,10 @@ def _optimizer(
     wanted = {i: j for part in parts for i, j in part.where.items()}
     same = jax.tree.structure(state) == jax.tree.structure(real)  # type: ignore[operator]
     if not same or where != tuple(wanted[i] for i in range(len(wanted))):
-        raise ValueError("the state has another form for parameters of other shapes")
-    update = jax.make_jaxpr(lambda g, s, w: inner.update(g, s, w, **arguments))(
+        raise ValueError(
+            "its state must have the same form for parameters of other shapes"
+        )
+    update = jax.make_jaxpr(lambda g, s, w: inner.update(g, s, w, **arguments(g)))(
         g, state, w
     )
     weights, gradient = jax.tree.leaves(w), jax.tree.leaves(g)
@@ -285,7 +303,8 @@ def _turns(
     turns = []
     for i, x, up, down in zip(optimizer.shown, u, step(1e3), step(-1e3), strict=True):
         change, scale = up - down, np.abs(up) + np.abs(down)
-        if not np.any(x) or not np.isfinite(change).all() or along[i] == 0:
+        unknown = not np.isfinite(change).all() or not np.any(scale)  # an overflow
+        if unknown or not np.any(x) or along[i] == 0:
             turns.append(np.nan)  # no step, or none from this leaf's momentum yet
         elif np.linalg.norm(change) <= 1e-6 * np.linalg.norm(scale):
             turns.append(0.0)
@@ -326,8 +345,8 @@ def _sign_of(
         none = "leads uphill"
     if none:
         raise ValueError(
-            "msam perturbs along the momentum, and the inner optimizer keeps none:"
-            f" {names} {none}. {momentum.remedy(state)}"
+            "msam needs a momentum to perturb along, but the inner optimizer keeps"
+            f" none: {names} {none}. {momentum.remedy(state)}"
         )
     if not seen.along.any():
         raise ValueError(

@@ -11,7 +11,7 @@ import optax
 from optax_sam import contract, momentum, probe
 from optax_sam.arguments import at
 from optax_sam.ascent.rule import norm, rescale, scaled
-from optax_sam.states import the_state, without_variables
+from optax_sam.states import the_state, with_dicts, without_variables
 
 _EXAMPLE = "optax_sam.msam(optax.sgd(0.1, momentum=0.9))"
 
@@ -81,12 +81,26 @@ def msam(
     jump afterwards, ``lambda t: jnp.where(t < warmup_steps, 0.0, 3.0)``; without that,
     the paper's ViT-S/32 loses 3 points.
 
+    **The momentum** is found in the state of ``inner``, in a field called ``mu``,
+    ``m``, ``trace``, ``ema``, ``exp_avg``, ``momentum`` or ``velocity``, or in the
+    only pytree there that is like the parameters. Every parameter needs one; those of
+    the parts of ``optax.partition`` are put together, and share one norm (SGD's is a
+    sum of gradients, about ten times as long as Adam's mean). Some optimizers keep a
+    momentum of steps, with the learning rate inside it: ``optax.rmsprop``,
+    ``optax.lars``. It points the other way, :math:`c` is negative for it, and
+    :math:`\tilde w` still lies further along the last step. Which of both it is,
+    ``init`` sees by running ``inner`` for a few steps on a small copy of the
+    parameters, with a gradient and with its negative. This takes about as long as
+    compiling the update of ``inner``.
+
     Cost: 1 gradient per step; two scalars of state.
 
     Args:
-      inner: the optimizer, with its learning rate and one momentum, which is found by
-        the type of its state: that of ``optax.sgd(..., momentum=0.9)``,
-        ``optax.adam``, ``optax.lion`` and their relatives.
+      inner: the optimizer, with its learning rate and a momentum:
+        ``optax.sgd(..., momentum=0.9)``, ``optax.adam``, ``optax.lion``,
+        ``optax.contrib.muon``, ``optax.contrib.prodigy``,
+        ``optax.rmsprop(..., momentum=0.9)``, an ``optax.partition`` of such, or your
+        own.
       rho: length of the perturbation in units of the weights, at least 0, or a
         schedule of the step. About 0.3 to 3 for CNNs with SGD, 1 to 10 for AdamW.
 
@@ -96,10 +110,10 @@ def msam(
 
     Raises:
       ValueError: if ``rho`` is negative or ``inner`` is no optimizer; on ``init``, if
-        the momentum of ``inner`` is missing, not alone, not one of gradients, or not
-        like the parameters; on ``init`` or ``update``, if it stands inside
-        ``optax.masked`` or ``optax.partition``; on ``update``, if ``params`` is
-        missing or a gradient does not fit them.
+        a parameter has no momentum or several, if what ``inner`` keeps is no momentum
+        of its steps, or if those steps lead uphill; on ``init`` or ``update``, if it
+        stands inside ``optax.masked`` or ``optax.partition``; on ``update``, if
+        ``params`` is missing or a gradient does not fit them.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -224,14 +238,16 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
     state = the_state(MSAMState, "msam", opt_state, _EXAMPLE)
     live, structure = jax.tree.flatten(params)
     live = [jnp.asarray(x) for x in live]
+    # NNX keeps a momentum in other kinds of variables and mappings than parameters.
+    inner = with_dicts(state.inner)
     try:
-        where = momentum.locate(state.inner, without_variables(params))
+        where = momentum.locate(inner, with_dicts(without_variables(params)))
     except ValueError as error:
         raise ValueError(
             "msam_eval_params got parameters of another structure or of other shapes"
             " than the momentum in the state; pass those that this optimizer trains."
         ) from error
-    kept = jax.tree.leaves(state.inner)
+    kept = jax.tree.leaves(inner)
     offset = scaled([kept[i] for i in where], state.scale)
     w = [(x + y).astype(x.dtype) for x, y in zip(live, offset, strict=True)]
     return jax.tree.unflatten(structure, w)
