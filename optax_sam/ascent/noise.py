@@ -13,7 +13,15 @@ from jax.typing import ArrayLike
 
 from optax_sam.arguments import Mask, at, raw_key, resolve_nonempty_mask
 from optax_sam.ascent.masks import keep
-from optax_sam.ascent.rule import OwnGradient, ascent_rule, norm, rescale, wide
+from optax_sam.ascent.rule import (
+    OwnGradient,
+    add,
+    ascent_rule,
+    norm,
+    rescale,
+    root,
+    wide,
+)
 from optax_sam.contract import check_key, check_schedule
 from optax_sam.step import Step
 
@@ -119,7 +127,7 @@ def smoothed(
         delta = keep(
             jax.tree.map(lambda w, z: sigma_now * _sizes(w) * z, params, noise), chosen
         )
-        g_1 = grad_fn(optax.tree.add(params, delta))
+        g_1 = grad_fn(add(params, delta))
         weight = at(gradient_weight, step.count)
         d_1 = keep(jax.tree.map(lambda x, z: weight * wide(x) + z, g_1, delta), chosen)
         return OwnGradient(rescale(d_1, norm(d_1), at(rho, step.count)), g_1), state
@@ -156,4 +164,4 @@ def _sizes(w: jax.Array) -> jax.Array:
     if w.ndim < 2:
         return norm(w) + 1e-16
     axes = tuple(range(w.ndim - 1))
-    return jnp.sqrt(jnp.sum(jnp.square(wide(w)), axes, keepdims=True))
+    return root(jnp.sum(jnp.square(wide(w)), axes, keepdims=True))

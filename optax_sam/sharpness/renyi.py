@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from optax_sam import contract
 from optax_sam.arguments import Mask, resolve_mask
 from optax_sam.sharpness.objective import LossFn
-from optax_sam.sharpness.operators import Operator, hessian_operator
+from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
 from optax_sam.sharpness.probes import typed_key
 from optax_sam.sharpness.spectrum import Quadrature, deflated_quadrature
 
@@ -52,6 +52,7 @@ def renyi_entropy(
     mask: Mask = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
+    mode: Mode = "fwd_rev",
 ) -> Any:
     r"""The Renyi entropy of the Hessian's spectrum: how evenly curvature is spread.
 
@@ -84,6 +85,7 @@ def renyi_entropy(
       mask: the leaves to look at, as in :func:`hvp`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
+      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`RenyiResult`; if ``layerwise``, a tree like ``params`` of them, ``None``
@@ -119,7 +121,13 @@ def renyi_entropy(
 
     def entropy(key: jax.Array, mask: Any) -> RenyiResult:
         operator = hessian_operator(
-            loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+            loss_fn,
+            params,
+            batches,
+            mode=mode,
+            mask=mask,
+            weights=weights,
+            axis_name=axis_name,
         )
         return renyi_entropy_of(operator, key, alpha=alpha, **settings)
 
@@ -159,6 +167,7 @@ def renyi_sharpness(
     mask: Mask = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
+    mode: Mode = "fwd_rev",
 ) -> Any:
     r"""Renyi sharpness: the negative Renyi entropy of the Hessian's spectrum.
 
@@ -182,6 +191,7 @@ def renyi_sharpness(
       mask: the leaves to look at, as in :func:`hvp`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
+      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`RenyiResult`; if ``layerwise``, a tree like ``params`` of them, ``None``
@@ -215,6 +225,7 @@ def renyi_sharpness(
         mask=mask,
         weights=weights,
         axis_name=axis_name,
+        mode=mode,
     )
     return jax.tree.map(
         lambda result: result._replace(value=-result.value),
