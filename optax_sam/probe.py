@@ -87,6 +87,8 @@ def sign(
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params
     )
+    if not any(x.size for x in jax.tree.leaves(shapes)):
+        return 1  # nothing points
     # A thread has no trace, no mesh, no mapped axis and no guard of the caller's, so
     # that numbers are numbers wherever this is called.
     with ThreadPoolExecutor(1) as executor:

@@ -750,3 +750,4 @@ def test_what_the_probe_sees():
         assert see(optax.chain(base, frozen)) == sign
     nothing = {"kernel": jnp.ones((0, 3)), "bias": jnp.ones(3)}
     assert probe.sign(optax.with_extra_args_support(SGD), nothing) == 1
+    assert probe.sign(optax.with_extra_args_support(SGD), {"kernel": jnp.ones((0, 3))})

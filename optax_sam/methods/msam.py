@@ -169,9 +169,8 @@ def msam(
     def init(params: Any) -> MSAMState:
         _check_not_masked(params)
         state = inner.init(params)
-        leaves = jax.tree.leaves(params)
-        if leaves and all(map(contract.is_perturbable, leaves)):  # else update refuses
-            # An update that needs an extra argument is asked when it gets it.
+        if all(map(contract.is_perturbable, jax.tree.leaves(params))):
+            # Others update refuses. One that needs an extra argument is asked then.
             which_way(params, None)
         return MSAMState(jnp.zeros((), jnp.int32), jnp.zeros((), float), state)
 
@@ -194,7 +193,7 @@ def msam(
         u, inner_state = inner.update(g, state.inner, w, **extra)
         v = momentum.take(inner_state, where, params)
         # Against a momentum of gradients, along one of steps.
-        sign = which_way(params, extra) if where else 1
+        sign = which_way(params, extra)
         assert sign is not None  # which only missing extra arguments leave open
         radius = sign * at(rho, state.count)
         scale = rescale(jnp.ones((), float), norm(v), radius)
