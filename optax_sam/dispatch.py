@@ -10,32 +10,58 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_sam.readers import ascent_plan, members
+from optax_sam.engine import recorded_steps
+from optax_sam.readers import ascends_next, ascent_plan, members
+from optax_sam.states import without_variables
 
 
-def dispatch(train_step: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
+class _NoSingleStep(Exception):
+    """The traced function does not take one step from the state that it gets."""
+
+
+def dispatch(
+    train_step: Callable[..., Any],
+    *,
+    jit: Callable[..., Any] = jax.jit,
+    **jit_options: Any,
+) -> Callable[..., Any]:
     """Compiles a train step with and without the ascent, and calls the right one.
 
     XLA's CPU backend runs backward convolutions inside a conditional (or a loop) many
     times slower than outside, and a GPU has to read the decision back. Two
-    straight-line programs have neither cost. Decisions are read ahead: the loop waits
-    for the device once per window (vSAM) or once per 64 steps, and otherwise runs
-    ahead of it. A state that is not the one returned by the call before, such as a
-    restored one, is read anew. A rule that needs the next gradient to decide gets the
-    single program with the conditional.
+    straight-line programs have neither cost. The numbers and the decisions are those
+    of ``jit(train_step)``.
+
+    Decisions are read ahead: the loop waits for the device once per window (vSAM) or
+    once per 64 steps, and otherwise runs ahead of it. That is safe where each call
+    takes one step of the method from the state that it gets, and returns the state
+    after it. While ``train_step`` is traced, this is checked in the program. What does
+    not pass is served more slowly:
+
+    - Something may hold the step back or roll it back, as ``optax.apply_if_finite``
+      does: each call reads the decision from its state first.
+    - The step runs inside a branch, a loop or a ``vmap``, as in ``optax.MultiSteps``,
+      or there are several: the single program with the conditional runs. So it does
+      for a rule that needs the next gradient to decide.
+    - The state is not the one that the call before returned, such as a restored one:
+      its decision is read, and the plan from the state after it.
 
     Args:
-      train_step: the step to compile: among its arguments and among its results is
-        the state of an optimizer with one sharpness-aware member, and it has a
-        keyword ``ascend`` which it passes on to ``tx.update(..., ascend=ascend)``.
-      **jit_options: options of ``jax.jit``, such as ``donate_argnums``.
+      train_step: the step to compile: among its arguments is the state of an optimizer
+        with one sharpness-aware method, which it returns or updates in place, and it
+        has a keyword ``ascend`` which it passes on to ``tx.update(...,
+        ascend=ascend)``.
+      jit: what compiles: ``jax.jit``, ``nnx.jit`` for a step that updates NNX objects
+        in place, ``eqx.filter_jit`` for Equinox's models, or ``jax.pmap``.
+      **jit_options: its options, such as ``donate_argnums``.
 
     Returns:
       A function with the arguments and results of ``train_step``, less ``ascend``.
 
     Raises:
       ValueError: if ``train_step`` has no keyword ``ascend``; on the first call, if
-        its arguments hold no such state, or several.
+        its arguments hold no such state, or several, or if it changes NNX objects in
+        place and ``jit`` does not see that.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -62,24 +88,110 @@ def dispatch(train_step: Callable[..., Any], **jit_options: Any) -> Callable[...
             " train_step(..., ascend=None), passed on as tx.update(grads, opt_state,"
             " params, grad_fn=grad_fn, ascend=ascend)."
         )
-    variants = {
-        ascend: jax.jit(functools.partial(train_step, ascend=ascend), **jit_options)
-        for ascend in (None, True, False)
-    }
-    plan = np.zeros(0, bool)  # decisions read ahead and not used yet ...
+    runs_ahead = True  # until a trace shows that something may hold a step back
+    single = False  # whether only the program with the conditional will do
+    plan: list[bool | None] = []  # decisions read ahead and not used yet ...
     follows: Any = None  # ... which hold for the state with this very step counter
 
+    def traced(ascend: bool | None) -> Callable[..., Any]:
+        @functools.wraps(train_step)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal runs_ahead
+            given = (args, kwargs)
+            before, objects = _counter(given), _nnx_objects(given)
+            with recorded_steps() as steps:
+                result = train_step(*args, ascend=ascend, **kwargs)
+            if not _knows_nnx(jit):
+                _check_nothing_is_lost(objects, result)
+            if ascend is not None and steps:
+                if len(steps) > 1 or steps[0][0] is not before:
+                    raise _NoSingleStep
+                after = _counter(result, given)
+                runs_ahead = runs_ahead and after is steps[0][1]
+            return result
+
+        return jit(run, **jit_options)
+
+    variants = {ascend: traced(ascend) for ascend in (None, True, False)}
+
     def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal plan, follows
-        found = members((args, kwargs))
-        if len(found) == 1 and not hasattr(found[0].when, "ascends"):
+        nonlocal plan, follows, single
+        given = (args, kwargs)
+        if single or _decides_late(given):
             return variants[None](*args, **kwargs)
-        if not plan.size or found[0].count is not follows:
-            plan = ascent_plan((args, kwargs))
-        ascend, plan = bool(plan[0]), plan[1:]
-        result = variants[ascend](*args, **kwargs)
-        after = members(result)
-        follows = after[0].count if len(after) == 1 else None
+        counter = _counter(given)
+        known = counter is not None and counter is follows
+        if not (known and plan):
+            plan = _agreed(given, ahead=known and runs_ahead)
+        try:
+            result = variants[plan[0]](*args, **kwargs)
+        except _NoSingleStep:
+            single = True
+            return variants[None](*args, **kwargs)
+        after = _counter(result, given)
+        follows, plan = (None, []) if after is counter else (after, plan[1:])
         return result
 
     return functools.wraps(train_step)(step)
+
+
+def _decides_late(tree: Any) -> bool:
+    """Whether the rule needs the next gradient."""
+    found = members(tree)
+    return len(found) == 1 and not hasattr(found[0].when, "ascends")
+
+
+def _counter(*trees: Any) -> Any:
+    """The step counter of the one method in the first tree that has one."""
+    for tree in trees:
+        found = members(tree)
+        if len(found) == 1:
+            return without_variables(found[0].count)
+    return None
+
+
+def _agreed(tree: Any, ahead: bool) -> list[bool | None]:
+    """The next decisions, ``None`` where stacked states (of replicas) differ."""
+    found = ascent_plan(tree) if ahead else np.asarray(ascends_next(tree))[..., None]
+    found = found.reshape(-1, found.shape[-1])
+    same = np.all(found == found[0], axis=0)
+    return [
+        bool(x) if agreed else None for x, agreed in zip(found[0], same, strict=True)
+    ]
+
+
+def _knows_nnx(jit: Any) -> bool:
+    """Whether a compiler brings back what was changed in place."""
+    while isinstance(jit, functools.partial):
+        jit = jit.func
+    return (getattr(jit, "__module__", None) or "").startswith("flax.")
+
+
+def _nnx_objects(tree: Any) -> list[tuple[str, Any, list[Any]]]:
+    """The NNX modules, optimizers and generators in a tree, with what they hold."""
+    is_nnx = lambda x: any(
+        c.__module__.startswith("flax.nnx") and c.__name__ in ("Pytree", "Object")
+        for c in type(x).__mro__
+    )
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_nnx)[0]
+    return [
+        (jax.tree_util.keystr(path), x, jax.tree.leaves(x))
+        for path, x in found
+        if is_nnx(x)
+    ]
+
+
+def _check_nothing_is_lost(
+    objects: list[tuple[str, Any, list[Any]]], result: Any
+) -> None:
+    """Refuses changes in place that a compiler does not see."""
+    returned = set(map(id, jax.tree.leaves(result)))
+    for path, x, before in objects:
+        changed = set(map(id, jax.tree.leaves(x))) - set(map(id, before))
+        if not changed <= returned:
+            name = type(x).__name__
+            raise ValueError(
+                f"train_step changes the {name} among its arguments ({path}) in place"
+                " and does not return it, and jax.jit loses such changes. Write"
+                " optax_sam.dispatch(train_step, jit=nnx.jit)."
+            )

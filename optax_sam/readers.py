@@ -7,12 +7,14 @@ variables, or inside a train state.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -41,7 +43,8 @@ def _some(opt_state: Any, *types: type) -> list[Any]:
     return found
 
 
-def _only_when(opt_state: Any) -> Any:
+def only_member(opt_state: Any) -> SharpnessAwareState:
+    """The state of the one member whose decisions can be read, holding arrays."""
     found = _some(opt_state, SharpnessAwareState)
     if len(found) > 1:
         several = ", ".join(paths(opt_state, SharpnessAwareState))
@@ -49,13 +52,14 @@ def _only_when(opt_state: Any) -> Any:
             "Several sharpness-aware members found, so there is no single decision:"
             f" {several}. Pass the state of one of them."
         )
-    when = without_variables(found[0].when)
-    if not hasattr(when, "ascends"):
+    member = without_variables(found[0])
+    if not hasattr(member.when, "ascends"):
         raise ValueError(
-            f"{type(when).__name__} decides from the next step's gradient, so nothing"
-            " is known ahead. Leave the decision to the step itself (ascend=None)."
+            f"{type(member.when).__name__} decides from the next step's gradient, so"
+            " nothing is known ahead. Leave the decision to the step itself"
+            " (ascend=None)."
         )
-    return when
+    return member
 
 
 def ascends_next(opt_state: optax.OptState) -> bool | jax.Array:
@@ -66,7 +70,8 @@ def ascends_next(opt_state: optax.OptState) -> bool | jax.Array:
 
     Returns:
       The decision, () bool, made at the end of the step before; a Python ``True``
-      where every step ascends.
+      where every step ascends; of a state that is stacked over seeds or devices, one
+      for each.
 
     Raises:
       ValueError: if there is no such member, or several, or if its rule decides from
@@ -79,10 +84,16 @@ def ascends_next(opt_state: optax.OptState) -> bool | jax.Array:
       >>> print(optax_sam.ascends_next(tx.init({"w": 1.0})))
       False
     """
-    return _only_when(opt_state).ascends
+    return only_member(opt_state).when.ascends
 
 
-_plan = jax.jit(lambda state: state.plan())
+@functools.partial(jax.jit, static_argnums=1)
+def _plan(when: Any, num_axes: int) -> tuple[jax.Array, jax.Array]:
+    """The plan of a rule's state, stacked over seeds or devices ``num_axes`` times."""
+    plan: Any = lambda when: when.plan()
+    for _ in range(num_axes):
+        plan = jax.vmap(plan)
+    return plan(when)
 
 
 def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
@@ -96,7 +107,8 @@ def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
       opt_state: state of an optimizer with one sharpness-aware member.
 
     Returns:
-      Bools on the host, (n,), the first one for the next step.
+      Bools on the host, (n,), the first one for the next step; of a state that is
+      stacked over seeds or devices, (..., n).
 
     Raises:
       ValueError: as :func:`optax_sam.ascends_next`.
@@ -107,14 +119,15 @@ def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
       >>> print(optax_sam.ascent_plan(method.init({"w": 1.0}))[:5])
       [ True False False  True False]
     """
-    when = _only_when(opt_state)
+    member = only_member(opt_state)
+    when = member.when
     if not hasattr(when, "plan"):
-        return np.atleast_1d(jax.device_get(when.ascends))
+        return np.asarray(jax.device_get(when.ascends))[..., None]
     if not jax.tree.leaves(when):
         decisions, known = when.plan()
     else:
-        decisions, known = jax.device_get(_plan(when))
-    return np.asarray(decisions)[: int(known)]
+        decisions, known = jax.device_get(_plan(when, jnp.ndim(member.count)))
+    return np.asarray(decisions)[..., : int(np.min(known))]
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:

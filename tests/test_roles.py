@@ -538,7 +538,7 @@ def test_what_are_no_roles(name):
     w = {"norm": {"scale": jnp.ones((6, 4))}, "fc": {"kernel": jnp.ones((3, 8, 4))}}
     deep = {"norm": Role("gain", 1), "fc": Role("kernel", 4)}
     for given, message in (
-        ({"norm": "gain", "fc": "kernel"}, "got 'gain'"),
+        ({"norm": "gain", "fc": "kernel"}, "got 'kernel'"),
         (deep, r"axis 3 of a leaf of shape \(3, 8, 4\) at kernel"),
         ({"norm": Role("gain", 1)}, "roles must be a pytree of optax_sam.Role"),
         (lambda params: 3, "got 3"),

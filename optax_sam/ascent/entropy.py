@@ -101,7 +101,9 @@ def renyi(
             # Divided before the power is taken, which float32 could not hold; and with
             # a logarithm, since XLA's power takes six times as long on a CPU.
             sizes = by_layer(norm, role)(x) if role else jnp.abs(wide(x))
-            return jnp.sum(jnp.exp(2 * a * jnp.log(sizes / length)))
+            # Nothing has the logarithm of zero, and no derivative of it either.
+            share = jnp.where(sizes > 0, sizes / length, 1)
+            return jnp.sum(jnp.where(sizes > 0, jnp.exp(2 * a * jnp.log(share)), 0))
 
         leaves = jax.tree.leaves(g)
         layers = [None] * len(leaves)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from optax_sam.arguments import Mask, at, raw_key, resolve_nonempty_mask
 from optax_sam.ascent.masks import keep
-from optax_sam.ascent.rule import OwnGradient, ascent_rule, norm, rescale, wide
+from optax_sam.ascent.rule import OwnGradient, ascent_rule, norm, rescale, root, wide
 from optax_sam.contract import check_key, check_schedule
 from optax_sam.roles import Role, resolve_roles
 from optax_sam.step import Step
@@ -167,5 +167,5 @@ def _normal(key: jax.Array, like: Any, count: ArrayLike) -> Any:
 def _sizes(w: jax.Array, role: Role) -> jax.Array:
     """The norm of each output unit of a kernel, or of the whole of another leaf."""
     axes = role.within_unit(w.ndim)
-    sizes = jnp.sqrt(jnp.sum(jnp.square(wide(w)), axes, keepdims=True))
+    sizes = root(jnp.sum(jnp.square(wide(w)), axes, keepdims=True))
     return sizes if role.output else sizes + 1e-16

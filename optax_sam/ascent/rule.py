@@ -60,19 +60,55 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _total(values: list[jax.Array]) -> jax.Array:
+    """The sum of scalars in the widest of their dtypes, float32 at least."""
+    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in values))
+    return sum((x.astype(dtype) for x in values), start=jnp.zeros((), dtype))
+
+
 def inner(a: Any, b: Any) -> jax.Array:
     """The inner product over all leaves together, in float32 or better."""
-    products = [
-        jnp.sum(wide(x) * wide(y))
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    ]
-    return sum(products, start=jnp.zeros((), jnp.float32))
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y = wide(x), wide(y)
+        dtype = jnp.promote_types(x.dtype, y.dtype)
+        return jnp.sum(x.astype(dtype) * y.astype(dtype))
+
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return _total([product(x, y) for x, y in pairs])
 
 
 def norm(tree: Any) -> jax.Array:
     """The l2 norm over all leaves together, accumulated in float32 or better."""
-    squares = [jnp.sum(jnp.square(wide(x))) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+    return root(_total([jnp.sum(jnp.square(wide(x))) for x in jax.tree.leaves(tree)]))
+
+
+def root(square: jax.Array) -> jax.Array:
+    """The square root, with a derivative of zero at zero, where a step must have one."""
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+
+
+def unit(tree: Any) -> jax.Array:
+    """A power of two that brings the largest entry to about 1.
+
+    Squares of entries below 1e-19 vanish in float32. Multiplied by this first, they do
+    not, and ratios of other numbers stay the same to the bit.
+    """
+    largest = jnp.zeros((), jnp.float32)
+    for x in jax.tree.leaves(tree):
+        size = jnp.max(jnp.abs(wide(x)), initial=0)
+        dtype = jnp.promote_types(largest.dtype, size.dtype)
+        largest = jnp.maximum(largest.astype(dtype), size.astype(dtype))
+    largest = jax.lax.stop_gradient(largest)
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
+    return jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -120, 120))
+
+
+def tiny_norm(tree: Any) -> jax.Array:
+    """The norm, also of entries whose squares vanish, for one pass more over them."""
+    factor = unit(tree)
+    return norm(scaled(tree, factor)) / factor
 
 
 def rescale(tree: Any, length: jax.Array, radius: ArrayLike, eps: float = EPS) -> Any:

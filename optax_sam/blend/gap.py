@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import inner
+from optax_sam.ascent.rule import norm, scaled, unit
 from optax_sam.blend.rule import Blend, along
 from optax_sam.contract import check_schedule
 from optax_sam.step import Step
@@ -59,9 +59,11 @@ def surrogate_gap(
 
     def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
         main, other, sign = (g_s, g, -1) if minimize == "perturbed" else (g, g_s, 1)
-        c = along(other, main)
+        factor = unit(main)
+        lifted = scaled(main, factor)
+        c = along(scaled(other, factor), lifted)
         # A zero gradient has no direction to be normal to.
-        weight = sign * at(alpha, step.count) * (inner(main, main) > 0)
+        weight = jnp.where(norm(lifted) > 0, sign * at(alpha, step.count), 0)
 
         def d(x: jax.Array, y: jax.Array) -> jax.Array:
             dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), c.dtype)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import norm, rescale, weighted
+from optax_sam.ascent.rule import norm, rescale, scaled, tiny_norm, unit, weighted
 from optax_sam.blend.rule import Blend, take_ascended
 from optax_sam.contract import check_schedule
 from optax_sam.step import Step
@@ -49,7 +51,7 @@ def interpolate(
 
     def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
         share = at(alpha, step.count)
-        clean = rescale(g, norm(g), 1, 0) if unit_gradient else g
+        clean = _of_length(g, jnp.ones(())) if unit_gradient else g
         return weighted(1 - share, clean, share, g_s), state
 
     return Blend(
@@ -95,6 +97,12 @@ def renormalize(blend: Blend = take_ascended()) -> Blend:
 
     def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
         d, state = blend.fresh(g, g_s, state, step)
-        return rescale(d, norm(d), norm(g), 0), state
+        return _of_length(d, tiny_norm(g)), state
 
     return Blend(blend.init, fresh, blend.stale)
+
+
+def _of_length(tree: Any, length: jax.Array) -> Any:
+    """The direction of a tree, which may be tiny, at a given length."""
+    lifted = scaled(tree, unit(tree))
+    return rescale(lifted, norm(lifted), length, 0)

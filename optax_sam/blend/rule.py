@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from optax_sam.ascent.rule import inner
 from optax_sam.step import Step
@@ -47,7 +48,7 @@ def take_ascended() -> Blend:
     )
 
 
-def along(a: Any, b: Any, eps: float = 0.0) -> jax.Array:
+def along(a: Any, b: Any, eps: ArrayLike = 0.0) -> jax.Array:
     """The coefficient ``<a, b> / (||b||^2 + eps)`` of ``a`` along ``b``; 0 for zero."""
     square = inner(b, b) + eps
     return jnp.where(square > 0, inner(a, b) / jnp.where(square > 0, square, 1), 0)

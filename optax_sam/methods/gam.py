@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from optax_sam import ascent
 from optax_sam.arguments import Mask, at, gradients, resolve_mask
 from optax_sam.ascent.masks import keep
-from optax_sam.ascent.rule import beyond_rounding, norm, rescale, weighted
+from optax_sam.ascent.rule import beyond_rounding, norm, rescale, scaled, unit, weighted
 from optax_sam.blend.rule import along
 from optax_sam.contract import check_returned, check_schedule
 from optax_sam.engine import sharpness_aware
@@ -149,9 +149,11 @@ def gam(
             h_plus = weighted(alpha, g_1, 1 - alpha, g_3)
             share = beta if h_minus == "paper" else jnp.ones_like(beta)
             h_less = weighted(share, g_0, 1 - beta, g_2)
-            c, weight = along(h_less, h_plus), read(gamma)
+            factor = unit(h_plus)
+            lifted = scaled(h_plus, factor)
+            c = along(scaled(h_less, factor), lifted)
             # A zero gradient has no direction to be normal to.
-            weight = jnp.where(norm(h_plus) > 0, weight, 0)
+            weight = jnp.where(norm(lifted) > 0, read(gamma), 0)
             return weighted(1 + weight * c, h_plus, -weight, h_less)
 
         # If it is none, the engine says so.

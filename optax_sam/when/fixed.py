@@ -62,10 +62,20 @@ class EveryKState(NamedTuple):
     position: jax.Array
     period: jax.Array
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What the rule as it is now writes into a state of other settings."""
+        return ("period",)
+
     def plan(self) -> tuple[jax.Array, int]:
         """The decisions of the next steps, and how many of them are known."""
         ahead = self.position + jnp.arange(LOOKAHEAD, dtype=jnp.int32)
-        return ahead % self.period == 0, LOOKAHEAD
+        return _first(self.ascends, ahead % self.period == 0), LOOKAHEAD
+
+
+def _first(ascends: jax.Array, decisions: jax.Array) -> jax.Array:
+    """A plan that begins with the decision made already, by another rule maybe."""
+    return decisions.at[0].set(ascends)
 
 
 def every_k(k: int, phase: int = 0) -> When:
@@ -108,7 +118,8 @@ def every_k(k: int, phase: int = 0) -> When:
     def advance(state: EveryKState, ascended: jax.Array) -> EveryKState:
         del ascended
         position = (state.position + 1) % k
-        return state._replace(ascends=position == 0, position=position)
+        # The period of the rule as it is now, also in a state of another period.
+        return EveryKState(position == 0, position, jnp.array(k, jnp.int32))
 
     return When(init, kept, unobserved, advance)
 
@@ -130,11 +141,16 @@ class BernoulliState(NamedTuple):
     probability: jax.Array
     known: jax.Array
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What the rule as it is now writes into a state of other settings."""
+        return ("probability", "known")
+
     def plan(self) -> tuple[jax.Array, jax.Array]:
         """The decisions of the next steps, and how many of them are known."""
         ahead = self.count + jnp.arange(LOOKAHEAD, dtype=jnp.int32)
         draws = jax.vmap(uniform, in_axes=(None, 0))(self.key, ahead)
-        return draws < self.probability, self.known
+        return _first(self.ascends, draws < self.probability), self.known
 
 
 def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
@@ -164,11 +180,15 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
     p = check_schedule("p", p, 0.0, 1.0)
     check_key(key)
 
+    # What is read ahead belongs to the rule as it is now, also in another one's state.
+    known = 1 if callable(p) else LOOKAHEAD
+
     def decide(state: BernoulliState) -> BernoulliState:
         probability = at(p, state.count).astype(state.probability.dtype)
         return state._replace(
             ascends=uniform(state.key, state.count) < probability,
             probability=probability,
+            known=jnp.array(known, jnp.int32),
         )
 
     def init(params: Any) -> BernoulliState:
@@ -179,7 +199,7 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
                 count=jnp.zeros((), jnp.int32),
                 key=raw_key(key),
                 probability=jnp.zeros((), float),
-                known=jnp.array(1 if callable(p) else LOOKAHEAD, jnp.int32),
+                known=jnp.array(known, jnp.int32),
             )
         )
 

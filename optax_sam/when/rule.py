@@ -31,6 +31,18 @@ class When(NamedTuple):
     advance: Callable[[Any, jax.Array], Any]
 
 
+def refreshed(state: Any, moved: Any) -> Any:
+    """A state with the settings of another, those of the rule as it is now.
+
+    A state made under other settings keeps its clock and its decision, and takes the
+    settings of the rule that goes on with it. What of it are settings, its class says.
+    """
+    if hasattr(state, "rule"):
+        return state._replace(rule=refreshed(state.rule, moved.rule))
+    names = getattr(state, "settings", ())
+    return state._replace(**{name: getattr(moved, name) for name in names})
+
+
 def kept(state: Any, g: Any, step: Step) -> tuple[jax.Array, Any]:
     """The decision that the state has kept from the step before."""
     del g, step

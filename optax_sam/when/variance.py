@@ -46,9 +46,14 @@ class VarianceControlledState(NamedTuple):
     ratios: jax.Array
     variances: jax.Array
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What the rule as it is now writes into a state of other settings."""
+        return ("catch_up",)
+
     def turned(self, ascended: jax.Array) -> VarianceControlledState:
         """The clocks after one more step."""
-        window = self.psf_norms.shape[0]
+        window = self.psf_norms.shape[-1]
         warm = self.warmup_left > 0
         position = jnp.where(warm, self.position, (self.position + 1) % window)
         used = jnp.where(warm, 1, self.used + ascended)
@@ -61,7 +66,7 @@ class VarianceControlledState(NamedTuple):
 
     def decided(self) -> VarianceControlledState:
         """With the next step's decision: warm-up, a draw below s/K, or catch-up."""
-        window = self.psf_norms.shape[0]
+        window = self.psf_norms.shape[-1]
         quota = jnp.floor(self.rate)
         drawn = uniform(self.key, self.count) < self.rate / window
         forced = self.catch_up & (window - self.position <= quota - self.used)
@@ -70,7 +75,7 @@ class VarianceControlledState(NamedTuple):
 
     def plan(self) -> tuple[jax.Array, jax.Array]:
         """The decisions up to the next window, and how many they are."""
-        window = self.psf_norms.shape[0]
+        window = self.psf_norms.shape[-1]
 
         def next_step(
             state: VarianceControlledState, _: Any
@@ -86,7 +91,7 @@ class VarianceControlledState(NamedTuple):
         return {
             "samples_per_window": self.rate,
             "used_in_window": self.used,
-            "psf_norm": self.psf_norms[-1],
+            "psf_norm": self.psf_norms[..., -1],
         }
 
 
@@ -243,6 +248,7 @@ def variance_controlled(
         growth = mean_change(state.ratios) + mean_change(state.variances)
         s = jnp.clip(state.rate * (1 + sensitivity * growth), 1, largest)
         s = jnp.where(state.position == 0, s, state.rate).astype(state.rate.dtype)
-        return state._replace(rate=s).decided()
+        # The setting of the rule as it is now, also in a state of another setting.
+        return state._replace(rate=s, catch_up=jnp.array(force_quota)).decided()
 
     return When(init, kept, observe, advance)

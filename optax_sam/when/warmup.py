@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optax_sam.contract import check_integer
 from optax_sam.step import Step
 from optax_sam.when.fixed import always
-from optax_sam.when.rule import When
+from optax_sam.when.rule import When, refreshed
 
 
 class AfterState(NamedTuple):
@@ -91,7 +91,7 @@ def after(num_steps: int, rule: When = always()) -> When:
         moved = rule.advance(state.rule, ascended)
         return AfterState(
             left=jnp.maximum(state.left - 1, 0),
-            rule=choose(state.left, moved, state.rule),
+            rule=choose(state.left, moved, refreshed(state.rule, moved)),
         )
 
     return When(init, now, observe, advance)
