@@ -84,7 +84,7 @@ def norm(tree: Any) -> jax.Array:
 
 
 def root(square: jax.Array) -> jax.Array:
-    """The square root, with a derivative of zero at zero, where a step must have one."""
+    """The square root, with the derivative 0 at zero, where a step must have one."""
     positive = square > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 

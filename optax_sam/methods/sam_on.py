@@ -19,9 +19,9 @@ def sam_on(
     *,
     adapt: Mask = False,
     eta: optax.ScalarOrSchedule = 0.01,
+    roles: Any = None,
     when: When = always(),
     mask: Mask = ascent.normalization_layers,
-    roles: Any = None,
     axis_name: Any = None,
     ascent_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -50,13 +50,13 @@ def sam_on(
       eta: added to the sizes of adapted weights, at least 0, or a schedule. The
         authors' script has 0, which keeps weights that are zero, such as new biases,
         where they are.
+      roles: what each leaf is, for the default of ``mask`` and for ``adapt=None``: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
       when: on which steps to ascend, a rule of ``optax_sam.when``.
       mask: the perturbed leaves, by default
         :func:`optax_sam.ascent.normalization_layers`; see
         :func:`optax_sam.sharpness_aware`.
-      roles: what each leaf is, for the default of ``mask`` and for ``adapt=None``: a
-        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
-        ``None`` means :func:`optax_sam.roles`.
       axis_name: a mapped axis for m-sharpness, see
         :func:`optax_sam.sharpness_aware`.
       ascent_dtype: dtype of the perturbed parameters, see
