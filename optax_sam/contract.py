@@ -57,7 +57,9 @@ class _Range(NamedTuple):
 
     def nearest(self, value: jax.Array) -> jax.Array:
         """The value, or the last one inside that its dtype has."""
-        limits = jnp.finfo(jnp.promote_types(value.dtype, jnp.bfloat16))
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            value = value.astype(jnp.float32)
+        limits = jnp.finfo(value.dtype)
         low, high = self.low, self.high
         if self.open_low:
             low += max(float(limits.tiny), float(limits.eps) * abs(low))
@@ -65,7 +67,7 @@ class _Range(NamedTuple):
             high *= 1 - float(limits.epsneg)
         # Half precision is used in float32. Not jnp.clip: it halves a derivative at a
         # bound, such as rho = 0.
-        value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        value = value.astype(jnp.float32) if limits.bits < 32 else value
         value = jnp.where(value < low, low, value) if np.isfinite(low) else value
         return jnp.where(value > high, high, value) if np.isfinite(high) else value
 

@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from optax_sam import contract
 from optax_sam.arguments import Mask, gradients
 from optax_sam.ascent import OwnGradient, norm, restrict
+from optax_sam.ascent.rule import add
 from optax_sam.blend import Blend, take_ascended
 from optax_sam.step import Step
 from optax_sam.when import When, always
@@ -222,8 +223,8 @@ def sharpness_aware(
             contract.check_returned(name, grads, params, axis_name)
             return gradients(grads)
 
-        def emit(d: Any) -> Any:
-            return mean(jax.tree.map(lambda x, like: x.astype(like.dtype), d, g))
+        def emitted(d: Any) -> Any:
+            return optax.tree.cast_like(d, g)
 
         def ascended(state: SharpnessAwareState) -> tuple[Any, SharpnessAwareState]:
             e, ascent_state = ascent.update(
@@ -238,7 +239,7 @@ def sharpness_aware(
             # A rule that looked elsewhere (R-SAM) stands on its own gradient, also
             # where it falls back: XLA drops the incoming one if nothing uses it.
             e, first = e if isinstance(e, OwnGradient) else (e, g)
-            w_e = rounded(optax.tree.add(params, e))
+            w_e = rounded(add(params, e))
             g_s = gradient(w_e)
             # Judged in the dtype that is emitted: float16 may not hold what grad_fn
             # returned for a float32 point.
@@ -265,9 +266,10 @@ def sharpness_aware(
                 (state.gradient_norm, state.ascended_norm, state.survival),
             )
             observed = when.observe(state.when, first, g_s, step)
-            return emit(choose(d, fallback)), state._replace(
+            d = choose(emitted(d), emitted(fallback))
+            return mean(d), state._replace(
                 num_ascents=optax.safe_increment(state.num_ascents),
-                num_rejected=state.num_rejected + ~accepted,
+                num_rejected=state.num_rejected + (~accepted).astype(jnp.int32),
                 gradient_norm=gradient_norm,
                 ascended_norm=ascended_norm,
                 survival=survival,
@@ -278,7 +280,7 @@ def sharpness_aware(
 
         def skipped(state: SharpnessAwareState) -> tuple[Any, SharpnessAwareState]:
             d, blend_state = blend.stale(g, state.blend, step)
-            return emit(d), state._replace(blend=blend_state)
+            return mean(emitted(d)), state._replace(blend=blend_state)
 
         forced = _static(ascend)
         decision, moved = when.now(state.when, g, step)

@@ -146,6 +146,9 @@ VSAM = {
     "no warm-up": {"warmup_steps": 0},
     "insensitive": {"sensitivity": 0.0},
     "rho = 0": {"rho": 0.0},
+    "a third at the start": {"initial_rate": 0.34},
+    "as many as allowed at the start": {"initial_rate": 0.7, "sensitivity": 0.0},
+    "less than one at the start": {"initial_rate": 0.01, "warmup_steps": 2},
 }
 
 
@@ -164,6 +167,7 @@ def transcription(**arguments):
         max_rate=arguments["max_rate"],
         warmup=2 * window if warmup is None else warmup,
         force_quota=arguments["force_quota"],
+        initial_rate=arguments.get("initial_rate"),
     )
 
 

@@ -93,3 +93,24 @@ def test_extreme_norms(name):
     assert (used == quota).all() if catches_up else (used <= quota).all()
     # Both ends are reached, so that they are what held.
     assert not catches_up or {1, largest} <= set(np.unique(quota))
+
+
+def test_the_share_at_the_start():
+    """Each full window after the warm-up takes its part, from the first one on."""
+    rule = when.variance_controlled(
+        10, 5, sensitivity=0.0, warmup_steps=3, initial_rate=0.3
+    )
+    state, decisions = rule.init(None), []
+    for _ in range(3 + 9 + 40):
+        decisions.append(bool(state.ascends))
+        state = rule.advance(state, jnp.asarray(decisions[-1]))
+    assert all(decisions[:3])
+    # The authors' clock starts inside a window, one sample of whose quota is spent.
+    assert sum(decisions[3:12]) == 2
+    assert np.reshape(decisions[12:], (4, 10)).sum(axis=1).tolist() == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 0.9, 1.1, "0.3", True])
+def test_a_share_that_cannot_be(share):
+    with pytest.raises(ValueError, match="initial_rate must be"):
+        when.variance_controlled(10, 5, initial_rate=share)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import ascent_rule, inner, rescale, wide
+from optax_sam.ascent.rule import ascent_rule, inner, rescale, root, wide
 from optax_sam.contract import check_schedule
 from optax_sam.step import Step
 
@@ -60,6 +60,6 @@ def fisher(
         eta_now = at(eta, step.count)
         by_metric = lambda x: x / (1 + eta_now.astype(x.dtype) * jnp.square(x))
         f_inv_g = jax.tree.map(lambda x: by_metric(wide(x)), g)
-        return rescale(f_inv_g, jnp.sqrt(inner(g, f_inv_g)), at(rho, step.count)), state
+        return rescale(f_inv_g, root(inner(g, f_inv_g)), at(rho, step.count)), state
 
     return ascent_rule(update)

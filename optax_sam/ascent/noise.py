@@ -13,7 +13,15 @@ from jax.typing import ArrayLike
 
 from optax_sam.arguments import Mask, at, raw_key, resolve_nonempty_mask
 from optax_sam.ascent.masks import keep
-from optax_sam.ascent.rule import OwnGradient, ascent_rule, norm, rescale, root, wide
+from optax_sam.ascent.rule import (
+    OwnGradient,
+    add,
+    ascent_rule,
+    norm,
+    rescale,
+    root,
+    wide,
+)
 from optax_sam.contract import check_key, check_schedule
 from optax_sam.roles import Role, resolve_roles
 from optax_sam.step import Step
@@ -132,7 +140,7 @@ def smoothed(
             ),
             chosen,
         )
-        g_1 = grad_fn(optax.tree.add(params, delta))
+        g_1 = grad_fn(add(params, delta))
         weight = at(gradient_weight, step.count)
         d_1 = keep(jax.tree.map(lambda x, z: weight * wide(x) + z, g_1, delta), chosen)
         return OwnGradient(rescale(d_1, norm(d_1), at(rho, step.count)), g_1), state

@@ -55,14 +55,33 @@ def ascent_rule(
     return optax.GradientTransformationExtraArgs(init, transform)
 
 
+def widest(*values: Any) -> Any:
+    """float64 if a value has it, else float32.
+
+    Not ``jnp.promote_types``, which refuses to mix dtypes where users ask it to.
+    """
+    bits = [jnp.finfo(jnp.result_type(x)).bits for x in values]
+    return jnp.dtype(jnp.float64 if max(bits, default=0) > 32 else jnp.float32)
+
+
 def wide(x: jax.Array) -> jax.Array:
     """The array in float32 or better."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(widest(x))
+
+
+def add(a: Any, b: Any) -> Any:
+    """The sum of two trees, in float32 or better."""
+
+    def both(x: jax.Array, y: jax.Array) -> jax.Array:
+        dtype = widest(x, y)
+        return x.astype(dtype) + y.astype(dtype)
+
+    return jax.tree.map(both, a, b)
 
 
 def _total(values: list[jax.Array]) -> jax.Array:
-    """The sum of scalars in the widest of their dtypes, float32 at least."""
-    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in values))
+    """The sum of scalars in the widest of their dtypes."""
+    dtype = widest(*values)
     return sum((x.astype(dtype) for x in values), start=jnp.zeros((), dtype))
 
 
@@ -70,8 +89,7 @@ def inner(a: Any, b: Any) -> jax.Array:
     """The inner product over all leaves together, in float32 or better."""
 
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
-        x, y = wide(x), wide(y)
-        dtype = jnp.promote_types(x.dtype, y.dtype)
+        dtype = widest(x, y)
         return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -84,9 +102,10 @@ def norm(tree: Any) -> jax.Array:
 
 
 def root(square: jax.Array) -> jax.Array:
-    """The square root, with the derivative 0 at zero, where a step must have one."""
+    """The square root, with the derivative 0 at 0, where a step must have one."""
     positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    value = jnp.sqrt(jnp.where(positive, square, 1))
+    return jnp.where(positive, value, jnp.where(jnp.isnan(square), square, 0))
 
 
 def unit(tree: Any) -> jax.Array:
@@ -98,7 +117,7 @@ def unit(tree: Any) -> jax.Array:
     largest = jnp.zeros((), jnp.float32)
     for x in jax.tree.leaves(tree):
         size = jnp.max(jnp.abs(wide(x)), initial=0)
-        dtype = jnp.promote_types(largest.dtype, size.dtype)
+        dtype = widest(largest, size)
         largest = jnp.maximum(largest.astype(dtype), size.astype(dtype))
     largest = jax.lax.stop_gradient(largest)
     _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
@@ -133,23 +152,21 @@ def beyond_rounding(length: jax.Array, reference: jax.Array) -> jax.Array:
 
 def cache(params: Any) -> Any:
     """Zeros like the parameters, in float32 or better."""
-    zeros = lambda p: jnp.zeros_like(
-        p, dtype=jnp.promote_types(jnp.result_type(p), jnp.float32)
-    )
-    return jax.tree.map(zeros, params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=widest(p)), params)
 
 
 def scaled(tree: Any, scale: jax.Array) -> Any:
     """``scale * tree``, each leaf in its own precision, float32 at least."""
-    return jax.tree.map(lambda x: scale.astype(wide(x).dtype) * x, tree)
+    return jax.tree.map(lambda x: scale.astype(widest(x)) * wide(x), tree)
 
 
 def weighted(a: jax.Array, x: Any, b: jax.Array, y: Any) -> Any:
     """The sum ``a x + b y`` of two trees, in float32 or better."""
 
     def add(x: jax.Array, y: jax.Array) -> jax.Array:
-        x, y = wide(x), wide(y)
-        return a.astype(x.dtype) * x + b.astype(y.dtype) * y
+        dtype = widest(x, y)
+        x, y = x.astype(dtype), y.astype(dtype)
+        return a.astype(dtype) * x + b.astype(dtype) * y
 
     return jax.tree.map(add, x, y)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import EPS, ascent_rule, norm, rescale, scaled
+from optax_sam.ascent.rule import EPS, add, ascent_rule, norm, rescale, scaled
 from optax_sam.contract import check_integer, check_schedule
 from optax_sam.roles import by_layer, resolve_roles
 from optax_sam.step import Step
@@ -95,7 +95,7 @@ def n_step(
         length = radius if step_size is None else at(step_size, step.count)
 
         def climb(delta: Any, g: Any) -> Any:
-            delta = optax.tree.add(delta, rescale(g, norm(g), length))
+            delta = add(delta, rescale(g, norm(g), length))
             if not project:
                 return delta
             size = norm(delta)
@@ -108,7 +108,7 @@ def n_step(
         # No distance from zero to go back: the first step needs no projection,
         # unless it is longer than the radius.
         delta = rescale(g, norm(g), jnp.minimum(length, radius) if project else length)
-        again = lambda _, delta: climb(delta, grad_fn(optax.tree.add(params, delta)))
+        again = lambda _, delta: climb(delta, grad_fn(add(params, delta)))
         return _repeat(again, num_steps, delta), state
 
     return ascent_rule(update)
@@ -198,8 +198,8 @@ def raw_steps(
             return jax.tree.map(of_layers, delta, layers)
 
         def again(_: Any, delta: Any) -> Any:
-            g = grad_fn(optax.tree.add(params, delta))
-            return project(optax.tree.add(delta, scaled(g, factor)))
+            g = grad_fn(add(params, delta))
+            return project(add(delta, scaled(g, factor)))
 
         return _repeat(again, num_steps, project(scaled(g, factor))), state
 

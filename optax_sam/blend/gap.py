@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import norm, scaled, unit
+from optax_sam.ascent.rule import norm, scaled, unit, widest
 from optax_sam.blend.rule import Blend, along
 from optax_sam.contract import check_schedule
 from optax_sam.step import Step
@@ -66,7 +66,8 @@ def surrogate_gap(
         weight = jnp.where(norm(lifted) > 0, sign * at(alpha, step.count), 0)
 
         def d(x: jax.Array, y: jax.Array) -> jax.Array:
-            dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), c.dtype)
+            dtype = widest(x, y)
+            x, y = x.astype(dtype), y.astype(dtype)
             return x + weight.astype(dtype) * (y - c.astype(dtype) * x)
 
         return jax.tree.map(d, main, other), state

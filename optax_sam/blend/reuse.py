@@ -84,10 +84,10 @@ def reuse_difference(decay: ArrayLike = 0.8, max_reuse: int | None = 6) -> Blend
     ) -> tuple[Any, ReuseDifferenceState]:
         del step
         age = optax.safe_increment(state.age)
-        weight = jnp.asarray(decay, float) ** age
+        weight = jnp.asarray(decay, float) ** age.astype(float)
         if max_reuse is not None:
             weight = jnp.where(age <= max_reuse, weight, 0)
-        reused = lambda x, psf: x + weight.astype(psf.dtype) * psf
+        reused = lambda x, psf: x.astype(psf.dtype) + weight.astype(psf.dtype) * psf
         d = jax.tree.map(reused, g, state.psf)
         return d, state._replace(age=age)
 
@@ -171,7 +171,7 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
         length = tiny_norm(g)
         # One that is not finite lets its gradient through as it is.
         weight = at(alpha, step.count) * jnp.where(jnp.isfinite(length), length, 0)
-        reused = lambda x, v: x + weight.astype(v.dtype) * v
+        reused = lambda x, v: x.astype(v.dtype) + weight.astype(v.dtype) * v
         return jax.tree.map(reused, g, state.normal), state
 
     return Blend(init, fresh, stale)

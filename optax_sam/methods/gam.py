@@ -11,7 +11,15 @@ from jax.typing import DTypeLike
 from optax_sam import ascent
 from optax_sam.arguments import Mask, at, gradients, resolve_mask
 from optax_sam.ascent.masks import keep
-from optax_sam.ascent.rule import beyond_rounding, norm, rescale, scaled, unit, weighted
+from optax_sam.ascent.rule import (
+    add,
+    beyond_rounding,
+    norm,
+    rescale,
+    scaled,
+    unit,
+    weighted,
+)
 from optax_sam.blend.rule import along
 from optax_sam.contract import check_returned, check_schedule
 from optax_sam.engine import sharpness_aware
@@ -141,9 +149,9 @@ def gam(
 
             g_0, g_1 = gradients(updates), gradient(w_1)
             h = weighted(jnp.ones(()), g_1, -jnp.ones(()), g_0)
-            w_2 = optax.tree.add(params, towards(h, norm_rho, g_0))
+            w_2 = add(params, towards(h, norm_rho, g_0))
             g_2 = gradient(w_2)
-            g_3 = gradient(optax.tree.add(w_2, towards(g_2, grad_rho, g_2)))
+            g_3 = gradient(add(w_2, towards(g_2, grad_rho, g_2)))
 
             alpha, beta = read(beta1), read(beta0)
             h_plus = weighted(alpha, g_1, 1 - alpha, g_3)

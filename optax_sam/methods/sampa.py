@@ -10,7 +10,7 @@ import optax
 
 from optax_sam import contract
 from optax_sam.arguments import at, gradients
-from optax_sam.ascent.rule import cache, norm, rescale, weighted, wide
+from optax_sam.ascent.rule import add, cache, norm, rescale, weighted, wide
 
 _CALL = (
     "tx.update(grads, opt_state, params, grad_fn=grad_fn,"
@@ -193,7 +193,7 @@ def sampa(
 
         w = jax.tree.map(jnp.asarray, params)
         g_y, count = state.gradient, state.count
-        w_tilde = optax.tree.add(w, rescale(g_y, norm(g_y), at(rho, count)))
+        w_tilde = add(w, rescale(g_y, norm(g_y), at(rho, count)))
         both = paired_grad_fn(w_tilde, predicted(g_y, state, w, extra))
         if len(both) != 2:
             raise ValueError(
@@ -216,7 +216,7 @@ def sampa(
         )
         return u, SAMPaState(
             count=optax.safe_increment(count),
-            num_rejected=state.num_rejected + ~accepted,
+            num_rejected=state.num_rejected + (~accepted).astype(jnp.int32),
             perturbed_norm=jnp.where(
                 accepted,
                 perturbed_norm.astype(state.perturbed_norm.dtype),

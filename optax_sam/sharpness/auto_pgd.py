@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optax_sam.ascent.rule import norm, rescale, scaled
-from optax_sam.sharpness.objective import vary
+from optax_sam.contract import vary
 from optax_sam.sharpness.probes import typed_key
 
 Ball = Literal["l2", "linf"]

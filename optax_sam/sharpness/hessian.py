@@ -13,7 +13,7 @@ from optax_sam import contract
 from optax_sam.arguments import Mask
 from optax_sam.sharpness.krylov import lanczos
 from optax_sam.sharpness.objective import LossFn, chosen_part
-from optax_sam.sharpness.operators import Operator, hessian_operator
+from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
 from optax_sam.sharpness.probes import (
     Estimate,
     diagonal_of,
@@ -58,6 +58,7 @@ def hessian_eigenvalues(
     mask: Mask = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
+    mode: Mode = "fwd_rev",
 ) -> EigenResult:
     r"""The ``k`` largest or smallest eigenvalues of the Hessian, with eigenvectors.
 
@@ -85,6 +86,7 @@ def hessian_eigenvalues(
       mask: the leaves to look at, as in :func:`hvp`: with one layer, its own block.
       weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.
       axis_name: name of a mapped axis over which the batches are spread.
+      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       An :class:`EigenResult`. Copies of a repeated eigenvalue may be missed.
@@ -107,7 +109,13 @@ def hessian_eigenvalues(
       Hessian Eigenvalue Density", ICML 2019, arXiv 1901.10159.
     """
     operator = hessian_operator(
-        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+        loss_fn,
+        params,
+        batches,
+        mode=mode,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
     )
     if init is not None:
         init = chosen_part("init", init, params, operator.like)
@@ -182,6 +190,7 @@ def hessian_trace(
     mask: Mask = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
+    mode: Mode = "fwd_rev",
 ) -> Estimate:
     r"""The trace of the Hessian: the sum of its eigenvalues.
 
@@ -204,6 +213,7 @@ def hessian_trace(
       mask: the leaves to look at, as in :func:`hvp`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
+      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       An :class:`Estimate` of the trace, in loss per squared parameter.
@@ -224,7 +234,13 @@ def hessian_trace(
       Trace Estimation", 2024, arXiv 2301.07825.
     """
     operator = hessian_operator(
-        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+        loss_fn,
+        params,
+        batches,
+        mode=mode,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
     )
     return trace_of(operator, key, num_matvecs=num_matvecs, method=method)
 
@@ -240,6 +256,7 @@ def hessian_diagonal(
     mask: Mask = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
+    mode: Mode = "fwd_rev",
 ) -> Estimate:
     r"""The diagonal of the Hessian.
 
@@ -260,6 +277,7 @@ def hessian_diagonal(
       mask: the leaves to look at, as in :func:`hvp`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
+      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       An :class:`Estimate` whose entries are trees like ``params``, zero in leaves that
@@ -280,7 +298,13 @@ def hessian_diagonal(
       Epperly, Tropp, Webber, 2024, arXiv 2301.07825.
     """
     operator = hessian_operator(
-        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+        loss_fn,
+        params,
+        batches,
+        mode=mode,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
     )
     result = diagonal_of(operator, key, num_matvecs=num_matvecs, method=method)
     return Estimate(*map(operator.to_params, result))
@@ -296,6 +320,7 @@ def hessian_frobenius_norm(
     mask: Mask = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
+    mode: Mode = "fwd_rev",
 ) -> Estimate:
     r"""The Frobenius norm of the Hessian: the root of the sum of squared eigenvalues.
 
@@ -313,6 +338,7 @@ def hessian_frobenius_norm(
       mask: the leaves to look at, as in :func:`hvp`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
+      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       An :class:`Estimate` of the norm, in loss per squared parameter.
@@ -329,6 +355,12 @@ def hessian_frobenius_norm(
       Estimate(estimate=Array(5., dtype=float32), stderr=Array(0., dtype=float32))
     """
     operator = hessian_operator(
-        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+        loss_fn,
+        params,
+        batches,
+        mode=mode,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
     )
     return frobenius_norm_of(operator, key, num_matvecs=num_matvecs)

@@ -76,7 +76,7 @@ class Objective(NamedTuple):
 
         shapes = jax.eval_shape(scaled, first, self.share[0])
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        start = vary(zeros, self.axis_name)
+        start = contract.vary(zeros, self.axis_name)
         return self.total(jax.lax.scan(add, start, (self.batches, self.share))[0])
 
     def each(self, f: Callable[[Any], Any]) -> Any:
@@ -93,7 +93,7 @@ class Objective(NamedTuple):
 
     def vary(self, tree: Any) -> Any:
         """What is the same on all devices, as ``w`` is taken: to be used with it."""
-        return vary(tree, self.axis_name)
+        return contract.vary(tree, self.axis_name)
 
     def total(self, tree: Any) -> Any:
         """The sum over devices, where there are several."""
@@ -146,7 +146,7 @@ def objective(
     total = share.sum()
     if axis_name is not None:
         # Parameters that vary, else jax.grad would sum over devices of its own accord.
-        w, share = vary((w, share), axis_name)
+        w, share = contract.vary((w, share), axis_name)
         total = jax.lax.psum(share.sum(), axis_name)
     return Objective(loss_fn, params, w, batches, share / total, axis_name)
 
@@ -214,23 +214,6 @@ def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
         return jnp.asarray(x, w.dtype)
 
     return jax.tree_util.tree_map_with_path(chosen, tree, w)
-
-
-def vary(tree: Any, axis_name: Any) -> Any:
-    """The tree as one that may differ between devices, as far as JAX keeps a record."""
-    if axis_name is None:
-        return tree
-    for name in axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,):
-        if name in contract.varying(jax.lax.axis_index(name)):
-            tree = jax.tree.map(
-                lambda x: (
-                    x
-                    if name in contract.varying(x)  # noqa: B023
-                    else jax.lax.pcast(x, name, to="varying")  # noqa: B023
-                ),
-                tree,
-            )
-    return tree
 
 
 def _fill(chosen: Any, others: Any) -> Any:

@@ -15,7 +15,7 @@ from optax_sam.arguments import Mask, resolve_mask
 from optax_sam.ascent.rule import wide
 from optax_sam.roles import resolve_roles
 from optax_sam.sharpness.objective import LossFn
-from optax_sam.sharpness.operators import Operator, hessian_operator
+from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
 from optax_sam.sharpness.probes import typed_key
 from optax_sam.sharpness.spectrum import Quadrature, deflated_quadrature
 
@@ -56,6 +56,7 @@ def renyi_entropy(
     roles: Any = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
+    mode: Mode = "fwd_rev",
 ) -> Any:
     r"""The Renyi entropy of the Hessian's spectrum: how evenly curvature is spread.
 
@@ -92,6 +93,7 @@ def renyi_entropy(
         means :func:`optax_sam.roles`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
+      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`RenyiResult`; if ``layerwise``, a tree like ``params`` of them, ``None``
@@ -127,7 +129,13 @@ def renyi_entropy(
 
     def entropy(key: jax.Array, mask: Any) -> RenyiResult:
         operator = hessian_operator(
-            loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+            loss_fn,
+            params,
+            batches,
+            mode=mode,
+            mask=mask,
+            weights=weights,
+            axis_name=axis_name,
         )
         return renyi_entropy_of(operator, key, alpha=alpha, **settings)
 
@@ -196,6 +204,7 @@ def renyi_sharpness(
     roles: Any = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
+    mode: Mode = "fwd_rev",
 ) -> Any:
     r"""Renyi sharpness: the negative Renyi entropy of the Hessian's spectrum.
 
@@ -223,6 +232,7 @@ def renyi_sharpness(
         means :func:`optax_sam.roles`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
+      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`RenyiResult`; if ``layerwise``, a tree like ``params`` of them, ``None``
@@ -257,6 +267,7 @@ def renyi_sharpness(
         roles=roles,
         weights=weights,
         axis_name=axis_name,
+        mode=mode,
     )
     return jax.tree.map(
         lambda result: result._replace(value=-result.value),

@@ -13,7 +13,7 @@ from optax_sam import contract
 from optax_sam.arguments import Mask
 from optax_sam.sharpness.krylov import lanczos
 from optax_sam.sharpness.objective import LossFn
-from optax_sam.sharpness.operators import Operator, hessian_operator
+from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
 from optax_sam.sharpness.probes import normals, typed_key
 
 
@@ -88,6 +88,7 @@ def spectral_sum(
     mask: Mask = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
+    mode: Mode = "fwd_rev",
 ) -> SpectralSumResult:
     r"""The sum of a function over all eigenvalues of the Hessian, outliers exactly.
 
@@ -117,6 +118,7 @@ def spectral_sum(
       mask: the leaves to look at, as in :func:`hvp`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
+      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`SpectralSumResult`.
@@ -138,7 +140,13 @@ def spectral_sum(
       Quadrature", SIAM J. Matrix Anal. Appl., 2017.
     """
     operator = hessian_operator(
-        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+        loss_fn,
+        params,
+        batches,
+        mode=mode,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
     )
     quadrature = deflated_quadrature(
         operator,
@@ -224,6 +232,7 @@ def spectral_density(
     mask: Mask = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
+    mode: Mode = "fwd_rev",
 ) -> SpectralDensity:
     r"""The density of the Hessian's eigenvalues, smoothed.
 
@@ -250,6 +259,7 @@ def spectral_density(
       mask: the leaves to look at, as in :func:`hvp`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
+      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`SpectralDensity`, for ``optax_sam.plots.spectral_density``.
@@ -270,7 +280,13 @@ def spectral_density(
       Ghorbani, Krishnan, Xiao, 2019, arXiv 1901.10159.
     """
     operator = hessian_operator(
-        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+        loss_fn,
+        params,
+        batches,
+        mode=mode,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
     )
     return spectral_density_of(
         operator,

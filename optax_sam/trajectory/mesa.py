@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
+from optax_sam.ascent.rule import widest
 from optax_sam.contract import check_not_masked, check_schedule, check_state
 from optax_sam.states import the_state
 
@@ -101,9 +102,7 @@ def mesa(
     def init(params: Any) -> MESAState:
         _check_whole(params)
         # A copy, so that parameters and state can both be donated.
-        wide = lambda x: jnp.array(
-            x, jnp.promote_types(jnp.result_type(x), jnp.float32)
-        )
+        wide = lambda x: jnp.array(x, widest(x))
         return MESAState(jnp.zeros((), jnp.int32), jax.tree.map(wide, params))
 
     def update(

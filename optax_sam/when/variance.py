@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from optax_sam.arguments import Mask, raw_key, resolve_nonempty_mask, uniform
 from optax_sam.ascent import norm
+from optax_sam.ascent.rule import add
 from optax_sam.contract import check_integer, check_key, check_number
 from optax_sam.step import Step
 from optax_sam.when.rule import When, kept
@@ -56,7 +57,7 @@ class VarianceControlledState(NamedTuple):
         window = self.psf_norms.shape[-1]
         warm = self.warmup_left > 0
         position = jnp.where(warm, self.position, (self.position + 1) % window)
-        used = jnp.where(warm, 1, self.used + ascended)
+        used = jnp.where(warm, 1, self.used + ascended.astype(jnp.int32))
         return self._replace(
             count=optax.safe_increment(self.count),
             warmup_left=jnp.maximum(self.warmup_left - 1, 0),
@@ -67,7 +68,7 @@ class VarianceControlledState(NamedTuple):
     def decided(self) -> VarianceControlledState:
         """With the next step's decision: warm-up, a draw below s/K, or catch-up."""
         window = self.psf_norms.shape[-1]
-        quota = jnp.floor(self.rate)
+        quota = jnp.floor(self.rate).astype(jnp.int32)
         drawn = uniform(self.key, self.count) < self.rate / window
         forced = self.catch_up & (window - self.position <= quota - self.used)
         take = ((self.used < quota) & drawn) | forced
@@ -101,6 +102,7 @@ def variance_controlled(
     sensitivity: ArrayLike = 0.13,
     max_rate: ArrayLike = 0.8,
     warmup_steps: int | None = None,
+    initial_rate: ArrayLike | None = None,
     norm_mask: Mask = None,
     force_quota: bool = True,
     key: ArrayLike = 0,
@@ -135,6 +137,10 @@ def variance_controlled(
       warmup_steps: steps at the start that all ascend and fill the rings; ``None``
         means two windows. Below ``2 * window - 1`` the rings are not full when the
         first window ends; changes across unfilled entries then count as zero.
+      initial_rate: the share of ascended steps with which the windows after the
+        warm-up start, in ``(0, max_rate]``. ``None`` is the authors' start, one ascent
+        per window. The share grows by a factor of at most ``1 + 2 a`` per window, so a
+        short run that starts there never reaches the shares of the paper.
       norm_mask: the leaves whose norms are watched, for instance the last layers; a
         tree of bools like the parameters or a prefix of it, or a function from the
         parameters to one. ``None`` means all.
@@ -185,10 +191,27 @@ def variance_controlled(
                 "max_rate must allow at least one ascent per window of"
                 f" {window} steps (max_rate >= {1 / window:.3g}); got {max_rate}."
             )
+    if initial_rate is not None:
+        initial_rate = check_number(
+            "initial_rate", initial_rate, 0.0, 1.0, open_low=True
+        )
+        known = not any(
+            isinstance(x, jax.core.Tracer) for x in (initial_rate, max_rate)
+        )
+        if known and np.asarray(initial_rate) > np.asarray(max_rate):
+            raise ValueError(
+                f"initial_rate must be at most max_rate = {max_rate}; got"
+                f" {initial_rate}."
+            )
     if warmup_steps is None:
         warmup_steps = 2 * window
     check_integer("warmup_steps", warmup_steps, 0)
     check_key(key)
+
+    def first_rate() -> jax.Array:
+        if initial_rate is None:
+            return jnp.ones((), float)
+        return jnp.clip(jnp.asarray(window * initial_rate, float), 1, largest)
 
     def init(params: Any) -> VarianceControlledState:
         del params
@@ -200,7 +223,7 @@ def variance_controlled(
             # first window after the warm-up takes no sample.
             position=jnp.ones((), jnp.int32),
             used=jnp.ones((), jnp.int32),
-            rate=jnp.ones((), float),
+            rate=first_rate(),
             catch_up=jnp.array(force_quota),
             key=raw_key(key),
             psf_norms=jnp.zeros((window,), float),
@@ -217,7 +240,7 @@ def variance_controlled(
             for leaf, kept in zip(jax.tree.leaves(tree), watched, strict=True)
             if kept
         ]
-        psf = optax.tree.sub(tail(g_s), tail(g))
+        psf = add(tail(g_s), jax.tree.map(jnp.negative, tail(g)))
         dtype = state.rate.dtype
         x, size = step.mean((norm(psf).astype(dtype), norm(tail(g)).astype(dtype)))
         r = jnp.where(size > 0, x / size, 0)

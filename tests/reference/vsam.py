@@ -25,11 +25,22 @@ def slice_variance(ring, m):
 class Controller:
     """When to sample: decide(u) in each step, observe(x, ||g||) after a sample."""
 
-    def __init__(self, K=50, m=5, a=0.13, max_rate=0.8, warmup=100, force_quota=True):
+    def __init__(
+        self,
+        K=50,
+        m=5,
+        a=0.13,
+        max_rate=0.8,
+        warmup=100,
+        force_quota=True,
+        initial_rate=None,
+    ):
         self.K, self.m, self.a, self.max_rate = K, m, a, max_rate
         self.warmup, self.force_quota = warmup, force_quota
         self.x, self.r, self.v = np.zeros(K), np.zeros(K), np.zeros(K)
         self.s, self.f, self.used, self.t, self.samples = 1.0, 1, 1, 0, 0
+        if initial_rate is not None:  # ours: another start of the same controller
+            self.s = np.clip(K * initial_rate, 1.0, int(K * max_rate))
 
     def decide(self, u):
         """Whether this step samples; u is its uniform draw."""

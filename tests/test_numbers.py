@@ -1,0 +1,210 @@
+"""Numbers at the edge, for every method: tiny gradients, exact zeros, strict dtypes."""
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from registry import BY_NAME, every_method, every_one
+
+import optax_sam
+from optax_sam.ascent import norm
+from optax_sam.ascent.rule import tiny_norm, unit
+
+
+def scaled(tree, factor):
+    return jax.tree.map(lambda x: jnp.asarray(factor * x), tree)
+
+
+def emitted(method, factor):
+    """What is emitted on an ascended step and on two others, divided by ``factor``."""
+    tx, params = method.build(), harness.tree(1)
+    state = tx.init(params)
+    found = []
+    for t, ascend in enumerate((True, False, False)):
+        g, g_s = (scaled(harness.tree(seed + t), factor) for seed in (2, 7))
+        # ``numpy``: the grad_fn of some methods also looks where it has been asked.
+        d, state = tx.update(g, state, params, grad_fn=lambda p: g_s, ascend=ascend)  # noqa: B023
+        found.append(jax.tree.map(lambda x: np.asarray(x, np.float64) / factor, d))
+    return found
+
+
+@pytest.mark.parametrize("factor", [1e-10, 1e-20, 1e-30])
+@every_method
+def test_a_tiny_gradient_gives_what_it_gives_at_any_scale(method, factor):
+    """A fixed perturbed gradient: what is emitted scales with both gradients."""
+    expected = emitted(method, 1.0)
+    for one, other in zip(emitted(method, factor), expected, strict=True):
+        harness.assert_close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1.0, 1e18])
+def test_norms_of_any_size(factor):
+    tree = harness.tree(4)
+    wanted = np.linalg.norm([np.linalg.norm(x) for x in jax.tree.leaves(tree)])
+    found = np.asarray(tiny_norm(scaled(tree, factor)), np.float64)
+    np.testing.assert_allclose(found / factor, wanted, rtol=1e-6)
+    lifted = scaled(scaled(tree, factor), unit(scaled(tree, factor)))
+    largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(lifted))
+    assert 0.5 <= largest < 1
+
+
+@pytest.mark.parametrize("value", [0.0, np.inf, np.nan])
+def test_the_unit_of_what_has_no_size(value):
+    tree = {"a": jnp.array([value, 0.0])}
+    assert float(unit(tree)) in (0.5, 1.0)
+    np.testing.assert_array_equal(tiny_norm(tree), norm(tree))
+
+
+@every_one
+def test_strict_promotion(method):
+    """As careful programs set it; plain SGD passes as well."""
+    params, g = harness.tree(1), harness.tree(2)
+    with jax.numpy_dtype_promotion("strict"):
+        tx = method.optimizer()
+        state = tx.init(params)
+        for ascend in (None, True, False):
+            update = lambda g, state, ascend=ascend: tx.update(
+                g, state, params, grad_fn=lambda p: p, ascend=ascend
+            )
+            _, state = jax.jit(update)(g, state)
+        for value in optax_sam.metrics(state).values() if method.calls else ():
+            assert jnp.isfinite(value)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        optax_sam.when.bernoulli(optax.linear_schedule(1.0, 0.0, 5)),
+        optax_sam.when.after(2, optax_sam.when.every_k(2)),
+        optax_sam.when.norm_above_trend(threshold=optax.linear_schedule(1.0, 0.0, 5)),
+        optax_sam.when.norm_above_trend(lag=1),
+        optax_sam.when.variance_controlled(4, 2),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strict_promotion_of_rules_and_schedules(rule, dtype):
+    params = harness.tree(1, dtype=dtype)
+    rho = optax.linear_schedule(0.1, 0.0, 10)  # Optax's cosine is not strict
+    with jax.numpy_dtype_promotion("strict"):
+        tx = optax_sam.gsam(rho, alpha=rho, when=rule)
+        state = tx.init(params)
+        step = jax.jit(lambda state: tx.update(params, state, params, grad_fn=wide)[1])
+        for _ in range(6):
+            state = step(state)
+        optax_sam.ascent_plan(state) if hasattr(state.when, "ascends") else None
+
+
+def wide(tree):
+    return optax.tree.cast(tree, jnp.float32)
+
+
+# Derivatives through a step, as meta-learning takes them.
+
+TARGET = harness.tree(9)
+
+
+def loss_fn(w):
+    leaves = zip(jax.tree.leaves(w), jax.tree.leaves(TARGET), strict=True)
+    return sum(jnp.sum((x - y) ** 2 + 0.1 * jnp.cos(3 * x)) for x, y in leaves)
+
+
+def after_a_step(method, ascend=True):
+    """The loss after one step as a function of the weights and of the radius."""
+
+    def loss(w, rho):
+        tx = method.build(**method.of_radius(rho)) if method.radius else method.build()
+        grad_fn = jax.grad(loss_fn)
+        d, _ = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn, ascend=ascend)
+        sign = 1 if method.place == "around" else -0.1
+        return loss_fn(jax.tree.map(lambda x, u: x + sign * u, w, d))
+
+    return loss
+
+
+@every_one
+def test_derivatives_equal_finite_differences(method, x64):
+    if not method.calls:
+        pytest.skip("it takes no second gradient")
+    w = harness.tree(1)
+    loss = after_a_step(method)
+    direction = harness.tree(5)
+    at = lambda t: loss(optax.tree.add(w, scaled(direction, t)), 0.1 + 0.3 * t)
+    found = jax.grad(at)(0.0)
+    h = 1e-5
+    wanted = (at(h) - at(-h)) / (2 * h)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def minimum(w):
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(w))
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+@every_one
+def test_derivatives_are_finite_at_a_minimum(method, rho, x64):
+    """The gradient is exactly zero there, and so may the radius be."""
+    if not method.calls:
+        pytest.skip("it takes no second gradient")
+    w = jax.tree.map(jnp.zeros_like, harness.tree())
+
+    def loss(w, rho):
+        tx = method.build(**method.of_radius(rho)) if rho is not None else None
+        grad_fn = jax.grad(minimum)
+        d, _ = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn, ascend=True)
+        return minimum(optax.tree.sub(w, scaled(d, 0.1)))
+
+    assert harness.is_finite(jax.grad(lambda w: loss(w, rho))(w))
+    one = jax.tree.map(lambda x: x.at[()].add(1.0), w)
+    assert harness.is_finite(jax.grad(lambda w: loss(w, rho))(one))
+
+
+def test_derivatives_where_some_entries_are_zero(x64):
+    """Of a gradient with zeros, Renyi's powers have no derivative but zero."""
+    tx = BY_NAME["renyi_sam"].build()
+    f = lambda w: jnp.sum(w[:2] ** 2)
+    w = jnp.array([1.0, 2.0, 3.0])
+    after = lambda w: f(
+        w - 0.1 * tx.update(jax.grad(f)(w), tx.init(w), w, grad_fn=jax.grad(f))[0]
+    )
+    found = jax.grad(after)(w)
+    for i in range(3):
+        e = 1e-6 * jnp.eye(3)[i]
+        wanted = (after(w + e) - after(w - e)) / 2e-6
+        np.testing.assert_allclose(found[i], wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_the_derivative_by_a_radius_of_zero(x64):
+    """Where the radius is at the end of its range, its derivative is whole."""
+    w = harness.tree(1)
+    loss = after_a_step(BY_NAME["sam"])
+    found = jax.grad(lambda rho: loss(w, rho))(0.0)
+    h = 1e-6
+    wanted = (loss(w, h) - loss(w, 0.0)) / h
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize("value", [1.0, 1.5, np.inf])
+def test_gamma_at_the_end_of_its_range_makes_no_nan(value):
+    """Under jit a value cannot be refused."""
+    params = harness.tree(1)
+
+    grad_fn = lambda p: jax.tree.map(jnp.sin, p)
+
+    @jax.jit
+    def step(gamma):
+        tx = optax_sam.wsam(optax.sgd(0.1), learning_rate=1e-9, gamma=gamma)
+        return tx.update(params, tx.init(params), params, grad_fn=grad_fn)[0]
+
+    assert harness.is_finite(step(value))
+    late = lambda count: jnp.where(count < 1, 0.5, value)
+    tx = optax_sam.wsam(optax.sgd(0.1), learning_rate=1e-9, gamma=late)
+    state = tx.init(params)
+    update = jax.jit(lambda state: tx.update(params, state, params, grad_fn=grad_fn))
+    for _ in range(3):
+        d, state = update(state)
+        assert harness.is_finite(d)
