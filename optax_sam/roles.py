@@ -299,11 +299,10 @@ class _Leaf:
         self.word = word
         # A layer at a position of a list is called as the list.
         called = [x for x in self.module if isinstance(x, str)]
-        self.layer = called[-1] if called else ""
-        names_of_layer = (self.layer.lower(), type(self.owner).__name__.lower())
-        self.in_norm = any(map(_NORM.search, names_of_layer)) or any(
-            _NORM.search(x) for x in self.stem if x
-        )
+        self.layer = called[-1].lower() if called else ""
+        self.called = [self.layer, type(self.owner).__name__.lower()]
+        self.called += [x for x in self.stem if x]
+        self.in_norm = any(map(_NORM.search, self.called))
 
     @property
     def is_position(self) -> bool:
@@ -429,8 +428,8 @@ def _weight_kind(leaf: _Leaf, others: list[_Leaf]) -> Kind | None:
         return "gain"
     if rank is not None and "Norm" in type(leaf.owner).__name__:
         return "gain"
-    called = f"{leaf.layer} {type(leaf.owner).__name__ * (leaf.owner is not None)}"
-    return "embedding" if not biases and _TABLE.search(called.lower()) else "kernel"
+    is_table = not biases and any(map(_TABLE.search, leaf.called))
+    return "embedding" if is_table else "kernel"
 
 
 def _fits_any(kernel: _Leaf, biases: list[_Leaf]) -> bool:
@@ -543,7 +542,7 @@ class _Group:
         self.module = leaves[0].module
         self.kernels = [x for x in leaves if x.kind == "kernel"]
         self.biases = [x for x in leaves if x.kind == "bias"]
-        self.is_heads = bool(_HEADS.fullmatch(leaves[0].layer.lower()))
+        self.is_heads = bool(_HEADS.fullmatch(leaves[0].layer))
         self.attention: int | None = None  # axes of its kernels, where they tell
         self.options: set[int] = set()  # possible numbers of stacked axes
         self.preferred = 0

@@ -20,6 +20,7 @@ from optax_sam import Role, ascent, sharpness
 def shapes(tree):
     """Leaves of these shapes, without numbers."""
     is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)
+    # () is a number here, and None nothing at all.
     return jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape
     )
@@ -29,15 +30,15 @@ def found(params, **settings):
     """The kinds, the stacked axes and the output axes, by path."""
     tree = optax_sam.roles(params, **settings)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    keys = ("key", "name", "idx")
-    name = lambda k: next(getattr(k, x) for x in keys if hasattr(k, x))
+    path = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
+    of_array = jax.tree_util.GetAttrKey("value")  # in NNX
     return {
-        "/".join(str(name(k)) for k in path if name(k) != "value"): (
+        path(keys[:-1] if keys[-1] == of_array else keys): (
             role.kind,
             role.stack,
             role.output,
         )
-        for path, role in leaves
+        for keys, role in leaves
     }
 
 
@@ -148,7 +149,7 @@ NAMED = {
         },
     ),
     "tuples": (
-        [((4, 5), (5,)), (), ((3, 3, 5, 8), (1, 1, 1, 8)), ((8,), (8,))],
+        [((4, 5), (5,)), None, ((3, 3, 5, 8), (1, 1, 1, 8)), ((8,), (8,))],
         {
             "0/0": ("kernel", 0, (1,)),
             "0/1": ("bias", 0, ()),
@@ -600,9 +601,7 @@ def check(method, stacked, separate):
     """``separate`` takes a tree like the stacked one to that of plain layers."""
     # Nothing to find in the model to compare with: kernels of two axes, all by name.
     plain = separate(stacked)
-    for role, x in zip(
-        jax.tree.leaves(optax_sam.roles(plain)), jax.tree.leaves(plain), strict=True
-    ):
+    for role in jax.tree.leaves(optax_sam.roles(plain)):
         assert role.stack == 0
         assert role.output == ((1,) if role.kind in ("kernel", "embedding") else ())
     noise = filled(stacked, seed=1)
