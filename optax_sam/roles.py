@@ -7,6 +7,7 @@ works on arrays, tracers and ``jax.ShapeDtypeStruct`` alike.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -462,7 +463,10 @@ def _summand_kind(leaf: _Leaf, others: list[_Leaf]) -> Kind | None:
     if kernels and not (near and not any(x.stem == leaf.stem for x in kernels)):
         if leaf.exact != "b" or len(leaf.shape) < 2:
             return "bias"
-        return "bias" if any(_fits(x, leaf) for x in kernels) else None
+        size = math.prod(leaf.shape)
+        units = {n for x in kernels for n in (x.shape[-1:], x.shape[:1])}
+        fits = (size,) in units or any(_fits(x, leaf) for x in kernels)
+        return "bias" if fits else None
     if gains or leaf.in_norm:
         return "offset"
     if leaf.part == "offset":

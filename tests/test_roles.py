@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import optax_sam
 from optax_sam import Role, ascent, sharpness
@@ -197,6 +199,14 @@ NAMED = {
             "head/kernel": ("kernel", 0, (1,)),
         },
     ),
+    "a head that shares the length of a stack by chance": (
+        {"block": {"scale": (3, 8), "bias": (3, 8)}, "head": {"kernel": (3, 5)}},
+        {
+            "block/scale": ("gain", 1, ()),
+            "block/bias": ("offset", 1, ()),
+            "head/kernel": ("kernel", 0, (1,)),
+        },
+    ),
     "attention without biases": (
         {
             **{x: {"kernel": (6, 8, 2, 4)} for x in ("query", "key", "value")},
@@ -219,6 +229,16 @@ NAMED = {
             **{f"{x}/kernel": ("kernel", 0, (1, 2)) for x in ("query", "key", "value")},
             **{f"{x}/bias": ("bias", 0, ()) for x in ("query", "key", "value", "out")},
             "out/kernel": ("kernel", 0, (2,)),
+        },
+    ),
+    "a bias by its size, and a factor that is none": (
+        {"w": (8, 6), "b": (2, 3), "low": {"w": (8, 6), "a": (8, 2), "b": (2, 6)}},
+        {
+            "w": ("kernel", 0, (1,)),
+            "b": ("bias", 0, ()),
+            "low/w": ("kernel", 0, (1,)),
+            "low/a": ("kernel", 0, (1,)),
+            "low/b": ("kernel", 0, (1,)),
         },
     ),
     "LoRA": (
@@ -570,6 +590,51 @@ def test_adapt_and_roles_contradict_each_other():
             make(0.1, adapt=True, roles=optax_sam.roles)
 
 
+# ASAM by hand, with the leaves that are not adapted written down by name.
+
+
+def nnx_params():
+    _, params, _ = nnx.split(Stacked(nnx.Rngs(0)), nnx.Param, ...)
+    return filled(params)
+
+
+TREES = {
+    "linen": (scanned, r"bias$"),
+    "nnx": (nnx_params, r"bias/value$"),
+    "equinox": (lambda: filled(equinox()), r"bias(_n)?$|negative_slope"),
+    "haiku": (
+        lambda: filled(
+            shapes(
+                {
+                    "scale": {"w": (3, 4), "b": (4,)},
+                    "batch_norm": {"scale": (1, 1, 1, 8), "offset": (1, 1, 1, 8)},
+                    "stack": {"w": (5, 4, 4), "b": (5, 4)},
+                    "embed": {"embeddings": (9, 4)},
+                }
+            )
+        ),
+        r"/b$|offset",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_asam_by_hand(name, x64):
+    make, not_adapted = TREES[name]
+    w = make()
+    leaves = jax.tree_util.tree_leaves_with_path(w)
+    path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    t = [
+        1.0 if re.search(not_adapted, path(keys)) else np.abs(x) + 0.1
+        for keys, x in leaves
+    ]
+    g = [gradient(x) for _, x in leaves]
+    length = np.sqrt(sum(np.sum((a * b) ** 2) for a, b in zip(t, g, strict=True)))
+    wanted = [0.5 * a**2 * b / length for a, b in zip(t, g, strict=True)]
+    got = jax.tree.leaves(offset(optax_sam.asam(0.5, eta=0.1), w))
+    harness.assert_close(got, wanted, 1e-10)
+
+
 # The model with separate layers and biases of one axis.
 
 
@@ -829,3 +894,37 @@ def test_renyi_entropy_of_a_stack_is_that_of_its_layers(x64):
     np.testing.assert_allclose(
         got["head"]["kernel"].value, wanted["head"]["kernel"].value, rtol=1e-6
     )
+
+
+def test_renyi_entropy_of_a_stack_on_two_devices():
+    w = filled(shapes({"stack": {"kernel": (2, 2, 2), "bias": (2, 2)}}))
+    batches = filled(jnp.ones((2, 6, 2)))
+
+    def loss_fn(w, x):
+        for layer in layers(w["stack"], 2):
+            x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+        return jnp.mean((x - 0.5) ** 2)
+
+    sizes = {"num_eigs": 4, "num_top_matvecs": 4, "num_lanczos": 4, "num_probes": 4}
+    measure = functools.partial(
+        sharpness.renyi_entropy, loss_fn, layerwise=True, alpha=2.0, **sizes
+    )
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    spread = jax.shard_map(
+        lambda w, x: measure(w, x, 0, axis_name="d"),
+        mesh=mesh,
+        in_specs=(P(), P("d")),
+        out_specs=P(),
+    )
+    got, wanted = (
+        f(w, batches)["stack"]["kernel"].value
+        for f in (spread, lambda w, x: measure(w, x, 0))
+    )
+    assert got.shape == (2, 1)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4)
+
+
+def test_the_page_prints_what_is_found(capsys):
+    (block,) = [x for x in harness.code("own_method.md") if "roles_table" in x]
+    exec(block, {})
+    assert f"```text\n{capsys.readouterr().out}```" in harness.page("own_method.md")
