@@ -136,8 +136,8 @@ def _check_first(name: str, schedule: Callable[[Any], Any], allowed: _Range) -> 
 def _scalar(name: str, value: Any, source: str) -> Any:
     """Raises unless ``value`` is one real number, known or traced."""
     try:
-        shape, dtype = jnp.shape(value), jnp.result_type(value)
-    except TypeError:
+        dtype, shape = jnp.result_type(value), jnp.shape(value)
+    except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number; {source} gave {value!r}.") from None
     real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     if shape != () or not real:
@@ -434,6 +434,11 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
             + ("" if missing or surplus else f" Got {structure}, want {expected}.")
         )
     for (path, leaf), (_, parameter) in zip(found, wanted, strict=True):
+        if not is_perturbable(parameter):
+            raise ValueError(
+                f"{method}: the parameter at {_place(path)} {_kind(parameter)}, and"
+                f" only real floats can be perturbed. {_FILTER}"
+            )
         at_path = f"{method}: {what} at {_place(path)}"
         if jnp.shape(leaf) != jnp.shape(parameter):
             raise ValueError(
@@ -446,11 +451,6 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
                 f"{at_path} {_kind(leaf)}; gradients must be real"
                 " floats. Differentiate float parameters only, and keep a complex"
                 " parameter as a real and an imaginary leaf."
-            )
-        if not is_perturbable(parameter):
-            raise ValueError(
-                f"{method}: the parameter at {_place(path)} {_kind(parameter)}, and"
-                f" only real floats can be perturbed. {_FILTER}"
             )
 
 

@@ -103,11 +103,11 @@ def dispatch(
                 result = train_step(*args, ascend=ascend, **kwargs)
             if not _knows_nnx(jit):
                 _check_nothing_is_lost(objects, result)
-            if ascend is not None and steps:
-                if len(steps) > 1 or steps[0][0] is not before:
+            if ascend is not None:
+                if len(steps) > 1 or (steps and steps[0][0] is not before):
                     raise _NoSingleStep
                 after = _counter(result, given)
-                runs_ahead = runs_ahead and after is steps[0][1]
+                runs_ahead = runs_ahead and bool(steps) and after is steps[0][1]
             return result
 
         return jit(run, **jit_options)

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wrapped import RULES, WRAPPERS, ascents, rolled_back, to_host_and_back, wrap
 
 import optax_sam
 import optax_sam.nnx
@@ -35,10 +36,6 @@ def make_step(tx, finish=lambda old, new: new):
     return step
 
 
-def ascents(state):
-    return np.asarray(optax_sam.metrics(state)["ascents"])
-
-
 def inputs(steps, bad=()):
     return [np.float32(np.nan if t in bad else np.sin(t)) for t in range(steps)]
 
@@ -58,52 +55,8 @@ def sam(rule):
     return optax.chain(optax_sam.sam(0.3, when=rule), optax.sgd(0.05))
 
 
-RULES = {
-    "every_2": lambda: when.every_k(2),
-    "every_3": lambda: when.every_k(3, phase=1),
-    "bernoulli": lambda: when.bernoulli(0.4, key=3),
-    "bernoulli_scheduled": lambda: when.bernoulli(
-        optax.linear_schedule(0.9, 0.1, 20), key=3
-    ),
-    "variance": lambda: when.variance_controlled(4, 2, sensitivity=0.5, warmup_steps=5),
-    "after": lambda: when.after(3, when.every_k(2)),
-    "lagged_trend": lambda: when.norm_above_trend(lag=1),
-    "trend": lambda: when.norm_above_trend(),
-    "always": when.always,
-}
-
-alternating = lambda count: count % 2 == 0
-
-WRAPPERS = {
-    "alone": lambda tx: tx,
-    "multi_steps": lambda tx: optax.MultiSteps(tx, 3),
-    "multi_steps_scheduled": lambda tx: optax.MultiSteps(tx, lambda step: 1 + step % 2),
-    "skip_not_finite": lambda tx: optax.MultiSteps(
-        tx, 1, should_skip_update_fn=optax.skip_not_finite
-    ),
-    "skip_large_updates": lambda tx: optax.MultiSteps(
-        tx,
-        1,
-        should_skip_update_fn=functools.partial(
-            optax.skip_large_updates, max_squared_norm=9.0
-        ),
-    ),
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 10),
-    "conditionally_transform": lambda tx: optax.transforms.conditionally_transform(
-        tx, alternating
-    ),
-    "conditionally_mask": lambda tx: optax.transforms.conditionally_mask(
-        tx, alternating
-    ),
-    "nested": lambda tx: optax.MultiSteps(optax.apply_if_finite(tx, 10), 2),
-    "inner_chain": lambda tx: optax.chain(optax.identity(), tx, optax.identity()),
-    "named_chain": lambda tx: optax.named_chain(("sam", tx)),
-}
-
-
 def built(rule, wrapper):
-    tx = WRAPPERS[wrapper](sam(RULES[rule]()))
-    return tx if isinstance(tx, optax.MultiSteps) else optax.with_extra_args_support(tx)
+    return wrap(wrapper, sam(RULES[rule]()))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -119,12 +72,6 @@ def test_wrappers(wrapper):
 def test_rules_in_wrappers(rule, wrapper):
     tx = built(rule, wrapper)
     check(make_step(tx), tx.init(W), inputs(24, bad=(4, 9)))
-
-
-def rolled_back(old, new):
-    """As Flax's loss scaling does: after a gradient that is not finite all is kept."""
-    fine = jnp.all(jnp.isfinite(new[0]))
-    return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
 
 
 def state_rolled_back(old, new):
@@ -206,10 +153,6 @@ def test_a_population_of_vsam():
 
 
 # Other states than the one that the call before returned.
-
-
-def to_host_and_back(carry):
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), carry)
 
 
 CHANGED = {

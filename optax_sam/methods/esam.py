@@ -17,6 +17,7 @@ from optax_sam.contract import (
     check_number,
     check_static,
     takes,
+    with_gradients,
 )
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import When, always
@@ -144,13 +145,16 @@ def esam(
         per_example_losses: Any = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
+        params, whole = with_gradients(updates, params)
+        losses_at = lambda p, *chosen: per_example_loss_fn(whole(p), *chosen)
+
         def selected_gradient(w_e: Any) -> Any:
             if gamma >= 0.99:
-                return jax.grad(lambda p: jnp.mean(per_example_loss_fn(p)))(w_e)
+                return jax.grad(lambda p: jnp.mean(losses_at(p)))(w_e)
             chosen = selected(w_e)
 
             def mean_loss(p: Any) -> jax.Array:
-                losses = per_example_loss_fn(p, chosen)
+                losses = losses_at(p, chosen)
                 _check_selection(losses, chosen)
                 return jnp.mean(losses)
 
@@ -159,11 +163,11 @@ def esam(
         def selected(w_e: Any) -> jax.Array:
             # Both losses in one precision: of half-precision parameters w_e is wider.
             before = (
-                per_example_loss_fn(optax.tree.cast_like(params, w_e))
+                losses_at(optax.tree.cast_like(params, w_e))
                 if per_example_losses is None
                 else per_example_losses
             )
-            return _largest_rises(before, per_example_loss_fn(w_e), gamma)
+            return _largest_rises(before, losses_at(w_e), gamma)
 
         if per_example_loss_fn is not None:
             if gamma < 0.99 and not takes(per_example_loss_fn, 2):

@@ -21,7 +21,7 @@ from optax_sam.ascent.rule import (
     weighted,
 )
 from optax_sam.blend.rule import along
-from optax_sam.contract import check_returned, check_schedule
+from optax_sam.contract import check_returned, check_schedule, with_gradients
 from optax_sam.engine import sharpness_aware
 from optax_sam.when import When, always
 
@@ -132,13 +132,15 @@ def gam(
         grad_fn: Any = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
+        params, whole = with_gradients(updates, params)
+
         def combined(w_1: Any) -> Any:
             """The method's gradient, from the point to which the engine ascends."""
             chosen = resolve_mask(mask, params)
             read = lambda value: at(value, state.count)
 
             def gradient(point: Any) -> Any:
-                grads = grad_fn(optax.tree.cast_like(point, w_1))
+                grads = grad_fn(whole(optax.tree.cast_like(point, w_1)))
                 check_returned("gam", grads, params, axis_name)
                 return gradients(grads)
 

@@ -142,19 +142,6 @@ def hessian_operator(
     return of_objective(o, mode)
 
 
-def _forward(gradient: Any, w: Any, v: Any) -> Any:
-    try:
-        return jax.jvp(gradient, (w,), (v,))[1]
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            "The loss has a function with a custom_vjp, as attention kernels have, and"
-            ' no forward derivative. Write mode="rev_rev", in any measure of the'
-            f" Hessian. {error}"
-        ) from error
-
-
 def of_objective(o: Objective, mode: Mode = "fwd_rev") -> Operator:
     """The Hessian of an objective."""
 
@@ -162,7 +149,7 @@ def of_objective(o: Objective, mode: Mode = "fwd_rev") -> Operator:
         def of_batch(batch: Any) -> Any:
             gradient = jax.grad(lambda w: o.loss(w, batch))
             if mode == "fwd_rev":
-                return _forward(gradient, o.w, o.vary(v))
+                return jax.jvp(gradient, (o.w,), (o.vary(v),))[1]
             return jax.grad(lambda w: optax.tree.vdot(gradient(w), o.vary(v)))(o.w)
 
         return o.mean(of_batch)

@@ -1,0 +1,79 @@
+"""Rules and wrappers that tests of whole programs go through."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+
+import optax_sam
+from optax_sam import when
+
+RULES = {
+    "every_2": lambda: when.every_k(2),
+    "every_3": lambda: when.every_k(3, phase=1),
+    "bernoulli": lambda: when.bernoulli(0.4, key=3),
+    "bernoulli_scheduled": lambda: when.bernoulli(
+        optax.linear_schedule(0.9, 0.1, 20), key=3
+    ),
+    "variance": lambda: when.variance_controlled(4, 2, sensitivity=0.5, warmup_steps=5),
+    "after": lambda: when.after(3, when.every_k(2)),
+    "lagged_trend": lambda: when.norm_above_trend(lag=1),
+    "trend": lambda: when.norm_above_trend(),
+    "always": when.always,
+}
+
+
+def alternating(count):
+    return count % 2 == 0
+
+
+# What holds steps back, repeats them or rolls them back.
+WRAPPERS = {
+    "alone": lambda tx: tx,
+    "multi_steps": lambda tx: optax.MultiSteps(tx, 3),
+    "multi_steps_scheduled": lambda tx: optax.MultiSteps(tx, lambda step: 1 + step % 2),
+    "skip_not_finite": lambda tx: optax.MultiSteps(
+        tx, 1, should_skip_update_fn=optax.skip_not_finite
+    ),
+    "skip_large_updates": lambda tx: optax.MultiSteps(
+        tx,
+        1,
+        should_skip_update_fn=functools.partial(
+            optax.skip_large_updates, max_squared_norm=9.0
+        ),
+    ),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 10),
+    "conditionally_transform": lambda tx: optax.transforms.conditionally_transform(
+        tx, alternating
+    ),
+    "conditionally_mask": lambda tx: optax.transforms.conditionally_mask(
+        tx, alternating
+    ),
+    "nested": lambda tx: optax.MultiSteps(optax.apply_if_finite(tx, 10), 2),
+    "inner_chain": lambda tx: optax.chain(optax.identity(), tx, optax.identity()),
+    "named_chain": lambda tx: optax.named_chain(("sam", tx)),
+}
+
+
+def wrap(name, tx):
+    """The optimizer in a wrapper, taking extra arguments."""
+    tx = WRAPPERS[name](tx)
+    return tx if isinstance(tx, optax.MultiSteps) else optax.with_extra_args_support(tx)
+
+
+def rolled_back(old, new):
+    """As Flax's loss scaling does: after weights that are not finite all is kept."""
+    finite = [jax.numpy.isfinite(x).all() for x in jax.tree.leaves(new[0])]
+    fine = functools.reduce(jax.numpy.logical_and, finite)
+    return jax.tree.map(lambda a, b: jax.numpy.where(fine, a, b), new, old)
+
+
+def ascents(state):
+    """How many ascents were taken so far."""
+    return np.asarray(optax_sam.metrics(state)["ascents"])
+
+
+def to_host_and_back(carry):
+    """As a checkpoint does."""
+    return jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x)), carry)
