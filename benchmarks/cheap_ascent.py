@@ -44,7 +44,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tables import table
+from tables import mean_and_error, table, with_error
 
 import optax_sam
 from optax_sam import when
@@ -440,13 +440,6 @@ class Study:
         }
 
 
-def mean_and_error(values: Any) -> tuple[float, float]:
-    """The mean and its standard error; of one value, zero."""
-    values = np.asarray(values)
-    deviation = values.std(ddof=min(1, len(values) - 1))
-    return float(values.mean()), float(deviation / np.sqrt(len(values)))
-
-
 def difference(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
     """The mean difference between two rows' runs of one seed, and its error."""
     return mean_and_error(np.subtract(row["accuracy"], other["accuracy"]))
@@ -464,8 +457,8 @@ def markdown(results: dict[str, Any]) -> dict[str, str]:
 
 
 def signed(mean: float, error: float) -> str:
-    """A difference and its standard error."""
-    return f"{mean:+.2f} ± {error:.2f}"
+    """A difference and its standard error, if it has one."""
+    return f"{mean:+.2f}" + ("" if np.isnan(error) else f" ± {error:.2f}")
 
 
 def variant(row: dict[str, Any]) -> Variant:
@@ -495,11 +488,10 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if row["whole_difference"]:
             continue
-        mean, error = mean_and_error(row["accuracy"])
         ascends = row["rule"] not in ("SGD", "MSAM")
         part = f"{Fraction(1, row['divisor'])}" if ascends else ""
         cells = [row["rule"], part, radius(row), f"{row['gradients_per_step']:.3f}"]
-        cells.append(f"{mean:.2f} ± {error:.2f}")
+        cells.append(with_error(row["accuracy"]))
         for other in (sam, sgd):
             cells.append("" if row is other else signed(*difference(row, other)))
         lines.append(cells)
@@ -540,8 +532,7 @@ def reuse(rows: list[dict[str, Any]]) -> str:
             cells += [""] * 5
         else:
             control = find(rows, row["rule"], row["divisor"], True)
-            mean, error = mean_and_error(control["accuracy"])
-            cells += [radius(control), rate(control), f"{mean:.2f} ± {error:.2f}"]
+            cells += [radius(control), rate(control), with_error(control["accuracy"])]
             cells.append(signed(*difference(row, control)))
             noise = control.get("noise_of_the_difference")
             cells.append(f"{np.mean(noise):.1f}" if noise else "")
@@ -590,7 +581,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 axes.axhline(mean, color="#666666", linewidth=1, linestyle=line)
                 axes.axhspan(mean - error, mean + error, color="#666666", alpha=0.1)
             else:
-                text = f"{rule}: {mean:.1f} ± {error:.1f}, below"
+                text = f"{rule}: {mean:.1f}"
+                text += ", below" if np.isnan(error) else f" ± {error:.1f}, below"
                 place: Any = {"transform": axes.transAxes, "fontsize": 8, "ha": "right"}
                 axes.text(0.99, 0.02, text, color="#666666", **place)
         axes.set_xscale("log")

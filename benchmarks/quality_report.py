@@ -38,19 +38,6 @@ HEADER = [
 TIMED = "AIS", "AIS / SAM's", "of what its gradients allow", "published AIS / SAM's"
 
 
-def mean_and_error(values: Any) -> tuple[float, float]:
-    """The mean, and its standard error (not a number for one value)."""
-    values = np.asarray(values, float)
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return float(np.mean(values)), float(error)
-
-
-def with_error(values: Any, sign: str = "") -> str:
-    """Both, as text."""
-    mean, error = mean_and_error(values)
-    return f"{mean:{sign}.2f}" + ("" if np.isnan(error) else f" ± {error:.2f}")
-
-
 def groups(rows: list[Row]) -> dict[str, dict[str, list[Row]]]:
     """By what they share, then by method in the order of the presets."""
     found: dict[str, dict[str, list[Row]]] = {}
@@ -119,9 +106,13 @@ def table(family: dict[str, list[Row]], times: bool = True) -> str:
         difference = paired(rows, sam) if sam and rows is not sam else []
         share = f"{ascents:.0f} ({100 * ascents / steps:.0f} %)" if ascents else ""
         cells = [
-            *(label, str(len(rows)), with_error([row["accuracy"] for row in rows])),
-            with_error([row["accuracy_last_epochs"] for row in rows]),
-            with_error(difference, "+") if difference else "",
+            *(
+                label,
+                str(len(rows)),
+                tables.with_error([row["accuracy"] for row in rows]),
+            ),
+            tables.with_error([row["accuracy_last_epochs"] for row in rows]),
+            tables.with_error(difference, "+") if difference else "",
             f"{np.mean(losses):.3f}" if len(losses) == len(rows) else "not finite",
             *(share, f"{cost:.3f}", f"{ais:,.0f}" if ais else "", of_sam, allowed),
         ]
@@ -162,7 +153,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         for label, runs in family.items():
             place = presets.METHODS.index(runs[0]["method"])
-            mean, error = mean_and_error([row["accuracy"] for row in runs])
+            mean, error = tables.mean_and_error([row["accuracy"] for row in runs])
             axes.errorbar(
                 np.mean([row["gradients_per_step"] for row in runs]),
                 mean,

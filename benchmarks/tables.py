@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 import optax_sam
@@ -17,6 +18,19 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     """As Markdown."""
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def mean_and_error(values: Any) -> tuple[float, float]:
+    """The mean, and its standard error (not a number for one value)."""
+    values = np.asarray(values, float)
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return float(np.mean(values)), float(error)
+
+
+def with_error(values: Any, sign: str = "") -> str:
+    """Both, as text."""
+    mean, error = mean_and_error(values)
+    return f"{mean:{sign}.2f}" + ("" if np.isnan(error) else f" ± {error:.2f}")
 
 
 def environment() -> dict[str, str]:

@@ -48,7 +48,8 @@ napoleon_attr_annotations = False
 napoleon_custom_sections = ["Cost", "Differs from the authors' code in"]
 
 # Each module's section lists its __all__; modules that are absent are left out.
-MODULES = ["", ".ascent", ".when", ".blend", ".sharpness", ".plots", ".linen", ".nnx"]
+MODULES = ["", ".ascent", ".when", ".blend", ".sharpness", ".plots"]
+MODULES += [".linen", ".nnx", ".equinox"]
 
 
 def modules():

@@ -1,8 +1,8 @@
 """Equinox: an MLP on digits with wrong labels, SGD and SAM.
 
-A model is partitioned into its arrays, which are the parameters that the optimizer and
-``grad_fn`` see, and the rest. Both passes draw the same dropout masks, since the keys
-are a part of the batch. Needs equinox and scikit-learn too.
+The optimizer sees the model's floats; functions and static leaves stay as they are.
+Both passes draw the same dropout masks, since the keys are a part of the batch. Needs
+equinox and scikit-learn too.
 
     python examples/equinox_digits.py
 """
@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import optax_sam
+import optax_sam.equinox
 
 BATCH_SIZE = 64
 
@@ -45,12 +46,10 @@ def loss_fn(model, batch):
 def make_step(tx):
     @eqx.filter_jit
     def train_step(model, opt_state, batch):
-        params, rest = eqx.partition(model, eqx.is_inexact_array)
-        of_params = lambda p: loss_fn(eqx.combine(p, rest), batch)
-        loss, grads = jax.value_and_grad(of_params)(params)
-        updates, opt_state = tx.update(
-            grads, opt_state, params, grad_fn=jax.grad(of_params)
-        )
+        value_and_grad = optax_sam.equinox.value_and_grad(loss_fn)
+        loss, grads, grad_fn = value_and_grad(model, batch)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
         return eqx.apply_updates(model, updates), opt_state, loss
 
     return train_step

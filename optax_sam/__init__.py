@@ -8,6 +8,7 @@ from optax_sam.ascent_batch import ascent_batch
 from optax_sam.decay import decay_after
 from optax_sam.dispatch import dispatch
 from optax_sam.engine import SharpnessAwareState, sharpness_aware
+from optax_sam.loss_scale import update_loss_scale
 from optax_sam.methods.ae_looksam import ae_looksam
 from optax_sam.methods.ae_sam import ae_sam
 from optax_sam.methods.amp import amp
@@ -31,11 +32,13 @@ from optax_sam.methods.vsam import vsam
 from optax_sam.methods.wsam import WSAMState, wsam
 from optax_sam.micro_sharpness import micro_sharpness
 from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
+from optax_sam.replica_drift import replica_drift
 from optax_sam.roles import Role, roles, roles_table
 from optax_sam.summary import Summary, summary
 from optax_sam.trajectory.loss import trajectory_loss
 from optax_sam.trajectory.mesa import MESAState, mesa, mesa_params
 from optax_sam.trajectory.saf import SAFState, saf, saf_past_logits
+from optax_sam.value_and_grad import value_and_grad
 from optax_sam.version import __version__
 
 __all__ = [
@@ -75,6 +78,7 @@ __all__ = [
     "msam_eval_params",
     "random_sam",
     "renyi_sam",
+    "replica_drift",
     "rho_from_lr",
     "roles",
     "roles_table",
@@ -88,15 +92,23 @@ __all__ = [
     "static_args",
     "summary",
     "trajectory_loss",
+    "update_loss_scale",
+    "value_and_grad",
     "vsam",
     "when",
     "wsam",
 ]
 
-if not TYPE_CHECKING:  # to a type checker every name would be there
+if TYPE_CHECKING:
+    from optax_sam import equinox as equinox
+    from optax_sam import linen as linen
+    from optax_sam import nnx as nnx
+    from optax_sam import plots as plots
+    from optax_sam import sharpness as sharpness
+else:  # a type checker would find every name
 
     def __getattr__(name: str) -> Any:
         """The parts that need an extra are imported where they are first used."""
-        if name in ("linen", "nnx", "plots", "sharpness"):
+        if name in ("equinox", "linen", "nnx", "plots", "sharpness"):
             return import_module(f"optax_sam.{name}")
         raise AttributeError(f"module 'optax_sam' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Flax Linen: a train state whose second gradient leaves the model's state alone."""
+"""Flax Linen: a train state that gives ``grad_fn`` to its optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.contract import check_loss
+from optax_sam import mapped
+from optax_sam.value_and_grad import value_and_grad
 
 try:
     from flax import struct
@@ -24,65 +25,18 @@ except ImportError as error:
 
 __all__ = ["TrainState", "value_and_grad"]
 
+# Collections of a model that each training step updates.
+_COLLECTIONS = ("batch_stats",)
+# What the running statistics of normalization layers are called.
+_STATISTICS = {"mean", "var"}
+
 _RETURN = (
-    "Let the loss return what the clean pass wrote: logits, model_state ="
+    "Let the loss return what the pass at the weights wrote: logits, model_state ="
     ' model.apply({"params": params, **model_state}, x, mutable=list(model_state)),'
-    " and hand it on: state.apply_gradients(grads=grads, grad_fn=grad_fn,"
-    " model_state=model_state). To keep the old one, hand on state.model_state."
+    " and pass it on: state.apply_gradients(grads=grads, grad_fn=grad_fn,"
+    " model_state=model_state). To keep the old one, pass"
+    " model_state=state.model_state."
 )
-
-
-def value_and_grad(
-    loss_fn: Callable[..., Any], has_aux: bool = False
-) -> Callable[..., tuple[Any, Any, Callable[[Any], Any]]]:
-    r"""``jax.value_and_grad``, and the ``grad_fn`` of the same loss, batch and key.
-
-    .. math::
-      \text{value}, \; \nabla_w L(w, \text{args}), \;
-      w' \mapsto \nabla_w L(w', \text{args})
-
-    The loss, the metrics and the new model state are those of the clean pass. The
-    perturbed pass gets the very arguments of the clean one, so the *old* running
-    statistics and the same dropout key, and what it returns beside the loss is
-    dropped; XLA then does not compute it.
-
-    Args:
-      loss_fn: function of the parameters and of anything else,
-        ``loss_fn(params, model_state, batch, dropout_key)`` for instance, that returns
-        the loss, () float; with ``has_aux``, ``(loss, aux)``.
-      has_aux: whether there is ``aux``, a tree of anything: metrics, and the model's
-        new state.
-
-    Returns:
-      A function with the arguments of ``loss_fn`` that returns ``(value, grads,
-      grad_fn)``. ``value`` is the loss, or ``(loss, aux)``; ``grad_fn`` is for
-      ``apply_gradients`` or ``tx.update``.
-
-    Raises:
-      ValueError: on the call, if ``loss_fn`` returns a pair without ``has_aux``, or
-        none with it.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, optax_sam.linen
-      >>> loss_fn = lambda w, x: (jnp.sum((w - x) ** 2), {"mean": w.mean()})
-      >>> value_and_grad = optax_sam.linen.value_and_grad(loss_fn, has_aux=True)
-      >>> (loss, metrics), grads, grad_fn = value_and_grad(jnp.ones(2), 3.0)
-      >>> print(loss, metrics["mean"], grads, grad_fn(jnp.zeros(2)))
-      8.0 1.0 [-4. -4.] [-6. -6.]
-    """
-
-    def value_and_grads(params: Any, *args: Any, **kwargs: Any) -> Any:
-        def loss(params: Any) -> Any:
-            return check_loss(loss_fn(params, *args, **kwargs), has_aux)
-
-        def grad_fn(params: Any) -> Any:
-            grads = jax.grad(loss, has_aux=has_aux)(params)
-            return grads[0] if has_aux else grads
-
-        value, grads = jax.value_and_grad(loss, has_aux=has_aux)(params)
-        return value, grads, grad_fn
-
-    return value_and_grads
 
 
 class TrainState(train_state.TrainState):
@@ -91,7 +45,11 @@ class TrainState(train_state.TrainState):
     Flax's own takes every keyword for a field to replace, so that ``grad_fn`` never
     arrives. Here those that name a field do that, and all others go to ``tx.update``.
     Made by ``TrainState.create``; under ``jit``, ``scan``, donation, checkpoints and
-    :func:`optax_sam.dispatch` it is one tree, as Flax's is.
+    :func:`optax_sam.dispatch` it is one pytree, as Flax's is.
+
+    A subclass adds fields as usual, with or without a default: ``class
+    TrainState(optax_sam.linen.TrainState): batch_stats: Any``. A step that forgets to
+    update the running statistics raises an error.
 
     Attributes:
       step: number of steps taken, () int32.
@@ -137,7 +95,8 @@ class TrainState(train_state.TrainState):
       True 30 30
     """
 
-    model_state: Any = struct.field(default_factory=dict)
+    # Keyword-only, so that a subclass may have fields without a default.
+    model_state: Any = struct.field(default_factory=dict, kw_only=True)
 
     @classmethod
     def create(
@@ -188,13 +147,16 @@ class TrainState(train_state.TrainState):
           The train state after the step.
 
         Raises:
-          ValueError: if the collections of ``model_state`` are not those that the
-            train state holds, or if a collection is given as a keyword of its own.
+          ValueError: if a field with the model's state is not among the keywords, or
+            with other collections than it holds. Such fields are ``model_state``,
+            ``batch_stats``, and one of those with running statistics under another
+            name. To keep the old ones, pass them: ``batch_stats=state.batch_stats``.
         """
         names = {field.name for field in dataclasses.fields(self)}
         fields = {name: x for name, x in kwargs.items() if name in names}
         extra = {name: x for name, x in kwargs.items() if name not in names}
         _check_model_state(self.model_state, fields, extra)
+        _check_statistics(self, fields)
         if grad_fn is not None:
             if OVERWRITE_WITH_GRADIENT in grads:
                 grad_fn = _without_scales(grad_fn, self.params)
@@ -222,8 +184,7 @@ def _check_model_state(
     for name in extra:
         if name in held:
             raise ValueError(
-                f"{name} is a collection of model_state and no field of its own."
-                f" {_RETURN}"
+                f"{name} is a collection of model_state and not a field. {_RETURN}"
             )
     given = fields.get("model_state", {})
     found = sorted(given) if isinstance(given, Mapping) else type(given).__name__
@@ -233,3 +194,56 @@ def _check_model_state(
             f"The train state holds the collections {sorted(held)}, but"
             f" apply_gradients got {what}. {_RETURN}"
         )
+
+
+def _check_statistics(state: TrainState, given: Mapping[str, Any]) -> None:
+    """Raises if the step updates no running statistics that a subclass holds.
+
+    Several fields may have some (those of an averaged model); then ``batch_stats``, or
+    else one of them, is the model's.
+    """
+    base = {field.name for field in dataclasses.fields(TrainState)}
+    own = [x.name for x in dataclasses.fields(state) if x.name not in base]
+    held = {name: getattr(state, name) for name in own}
+    held = {name: x for name, x in held.items() if _has_statistics(name, x)}
+    wanted = [name for name in _COLLECTIONS if name in held] or list(held)
+    for name in wanted:
+        if name in given:
+            _check_field(name, held[name], given[name])
+    if wanted and not any(name in given for name in wanted):
+        name = wanted[0]
+        raise ValueError(
+            f"The train state holds the running statistics {name}, but apply_gradients"
+            f" got none, and would keep the old ones for ever. {_return(name)}"
+        )
+
+
+def _check_field(name: str, held: Any, given: Any) -> None:
+    top = lambda x: sorted(x) if isinstance(x, Mapping) else type(x).__name__
+    if top(given) != top(held):
+        raise ValueError(
+            f"{name} holds {top(held)}, but apply_gradients got {name} with"
+            f" {top(given)}; give it what it holds. {_return(name)}"
+        )
+
+
+def _return(name: str) -> str:
+    return (
+        "Let the loss return what the pass at the weights wrote: logits, updates ="
+        f' model.apply({{"params": params, "{name}": state.{name}}}, x,'
+        f' mutable=["{name}"]), and pass it on: state.apply_gradients(grads=grads,'
+        f' grad_fn=grad_fn, {name}=updates["{name}"]), in place of a later'
+        f" state.replace. To keep the old ones, pass {name}=state.{name}."
+    )
+
+
+def _has_statistics(name: str, x: Any) -> bool:
+    """Whether a field holds what training mode updates: BatchNorm's mean and var."""
+    if not jax.tree.leaves(x) or not (name in _COLLECTIONS or isinstance(x, Mapping)):
+        return False
+    if name in _COLLECTIONS or any(key in x for key in _COLLECTIONS):
+        return True
+    paths = [
+        mapped.names(path) for path, _ in jax.tree_util.tree_flatten_with_path(x)[0]
+    ]
+    return all(path and path[-1] in _STATISTICS for path in paths)

@@ -1,4 +1,4 @@
-"""Flax NNX: a second gradient that mutates nothing and draws the same dropout."""
+"""Flax NNX: a perturbed pass that mutates nothing and draws the same dropout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 
 import jax
 
-from optax_sam.contract import check_loss
+from optax_sam.mapped import Axes, is_float, mapped_axes, mean, mean_of_aux, on_device
+from optax_sam.value_and_grad import (
+    averaged,
+    check_arguments,
+    check_parameters,
+    to_differentiate,
+)
 
 try:
     from flax import nnx
@@ -19,22 +25,35 @@ except ImportError as error:
 __all__ = ["grad_fn", "value_and_grad"]
 
 
+# Variables of a module that are no statistics, or not one for all devices.
+_OTHERS = (nnx.Param, nnx.RngState, nnx.Intermediate)
+
+
 def value_and_grad(
-    loss_fn: Callable[..., Any], *, wrt: Any = nnx.Param, has_aux: bool = False
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    wrt: Any = nnx.Param,
+    axis_name: Any = None,
+    loss_scale: Any = None,
 ) -> Callable[..., tuple[Any, Any, Callable[[Any], Any]]]:
     """``nnx.value_and_grad``, and the ``grad_fn`` of the same loss, batch and masks.
 
-    The clean pass updates the model, as always: statistics of BatchNorm, counts of
-    ``nnx.Rngs``. The perturbed pass starts from what these were *before* the clean
-    one, on a copy that is thrown away: it uses the old statistics, draws the same
-    dropout masks, and leaves no trace.
+    It is :func:`optax_sam.value_and_grad` for modules. The pass at the weights updates
+    the model, as always: statistics of BatchNorm, counts of ``nnx.Rngs``. The perturbed
+    pass starts from what these were *before*, on a copy that is thrown away: it uses
+    the old statistics, draws the same dropout masks, and leaves no trace.
 
     Args:
       loss_fn: function of the model and of anything else, ``loss_fn(model, batch)`` for
         instance, that returns the loss, () float; with ``has_aux``, ``(loss, aux)``.
         What it changes must come as an argument: the model, an ``nnx.Rngs``.
-      wrt: filter for the variables to differentiate, that of the ``nnx.Optimizer``.
-      has_aux: whether the loss returns ``aux``, a tree of anything, such as metrics.
+      has_aux: whether the loss returns ``aux``, a pytree of anything, such as metrics.
+      wrt: filter for the variables to differentiate, the one of ``nnx.Optimizer``.
+      axis_name: as in :func:`optax_sam.value_and_grad`, for steps inside ``nnx.pmap``,
+        ``nnx.shard_map``, or those of JAX. The model's statistics are means over the
+        devices too.
+      loss_scale: as in :func:`optax_sam.value_and_grad`.
 
     Returns:
       A function with the arguments of ``loss_fn`` that returns ``(value, grads,
@@ -42,8 +61,8 @@ def value_and_grad(
       are for ``nnx.Optimizer.update``.
 
     Raises:
-      ValueError: on the call, if ``loss_fn`` returns a pair without ``has_aux``, or
-        none with it, or if the first argument is no module.
+      ValueError: as :func:`optax_sam.value_and_grad`; on the call, if the first
+        argument is no module.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam.nnx
@@ -67,27 +86,53 @@ def value_and_grad(
       >>> bool(loss < 0.3), int(optax_sam.metrics(optimizer.opt_state)["ascents"])
       (True, 30)
     """
+    check_arguments(loss_fn, loss_scale)
 
-    def value_and_grads(model: Any, *args: Any) -> Any:
-        # First: the clean pass moves on what this captures.
-        perturbed = grad_fn(loss_fn, model, *args, has_aux=has_aux)
-        loss = lambda *args: check_loss(loss_fn(*args), has_aux)
-        value, grads = nnx.value_and_grad(
-            loss, argnums=nnx.DiffState(0, wrt), has_aux=has_aux
-        )(model, *args)
-        return value, grads, perturbed
+    def value_and_grads(model: Any, *args: Any, **kwargs: Any) -> Any:
+        axes = mapped_axes(axis_name)
+        # First: the pass at the weights moves on what this captures.
+        perturbed = _gradients(loss_fn, model, args, kwargs, has_aux, axes, loss_scale)
+        params = jax.tree.map(lambda x: x, nnx.state(model, wrt))  # not the live ones
+        check_parameters(params, axes)
+        objective = to_differentiate(loss_fn, has_aux, loss_scale)
+
+        def of_model(model: Any, args: Any, kwargs: Any) -> Any:
+            if axes.tracked:
+                nnx.update(model, on_device(nnx.state(model, wrt), axes))
+            return objective(model, *args, **kwargs)
+
+        of_params = nnx.value_and_grad(
+            of_model, argnums=nnx.DiffState(0, wrt), has_aux=True
+        )
+        (_, (loss, aux)), grads = of_params(model, args, kwargs)
+        if axes.tracked:
+            nnx.update(model, params)  # not those of one device
+        value = mean(loss, axes)
+        if axes.names:
+            statistics = nnx.state(model, nnx.Not(nnx.Any(wrt, *_OTHERS)))
+            average = lambda x: mean(x, axes) if is_float(x) else x
+            nnx.update(model, jax.tree.map(average, statistics))
+        if has_aux:
+            value = value, mean_of_aux(aux, [*args, *kwargs.values()], axes, list)
+        return value, averaged(grads, loss, axes, loss_scale), perturbed
 
     return value_and_grads
 
 
 def grad_fn(
-    loss_fn: Callable[..., Any], model: Any, *args: Any, has_aux: bool = False
+    loss_fn: Callable[..., Any],
+    model: Any,
+    *args: Any,
+    has_aux: bool = False,
+    axis_name: Any = None,
+    loss_scale: Any = None,
+    **kwargs: Any,
 ) -> Callable[[Any], Any]:
     """The gradients of a loss as a function of the parameters alone.
 
-    The part of :func:`value_and_grad` that is its own, for steps with a clean pass of
-    their own. **Call it before the clean pass**: it captures the model as it is now,
-    and a later one has other statistics and draws other dropout masks. What
+    The part of :func:`value_and_grad` for steps that write the pass at the weights
+    themselves. **Call it before that pass**: it captures the model as it is now, and
+    a later one has other statistics and draws other dropout masks. What
     ``loss_fn`` changes, also in an ``nnx.Rngs`` among the arguments, is changed on
     copies.
 
@@ -96,6 +141,9 @@ def grad_fn(
       model: the module that ``loss_fn`` gets.
       *args: its further arguments.
       has_aux: whether it returns ``(loss, aux)``.
+      axis_name: as in :func:`value_and_grad`.
+      loss_scale: as in :func:`value_and_grad`.
+      **kwargs: its keyword arguments.
 
     Returns:
       A function of a state of parameters, of any ``wrt`` that the optimizer has, which
@@ -118,24 +166,40 @@ def grad_fn(
       >>> print(optax_sam.metrics(optimizer.opt_state)["ascents"])
       1
     """
+    check_arguments(loss_fn, loss_scale)
+    axes = mapped_axes(axis_name)
+    return _gradients(loss_fn, model, args, kwargs, has_aux, axes, loss_scale)
+
+
+def _gradients(
+    loss_fn: Callable[..., Any],
+    model: Any,
+    args: Any,
+    kwargs: Any,
+    has_aux: bool,
+    axes: Axes,
+    loss_scale: Any,
+) -> Callable[[Any], Any]:
     if not isinstance(model, nnx.Module):
         raise ValueError(
             "loss_fn takes the module first, as in loss_fn(model, batch), and so does"
             f" this; got {type(model).__name__}. With a graphdef and a state, merge"
             " them before: model = nnx.merge(graphdef, state)."
         )
-    # The arguments too: an nnx.Rngs among them also moves on in the clean pass.
-    graphdef, state = nnx.split((model, args))
+    # The arguments too: an nnx.Rngs among them also moves on in the first pass.
+    graphdef, state = nnx.split((model, args, kwargs))
     # New variables, in case those in the state are the live ones.
     state = jax.tree.map(lambda x: x, state)
+    objective = to_differentiate(loss_fn, has_aux, loss_scale)
+
+    def of_params(params: Any) -> Any:
+        model, args, kwargs = nnx.merge(graphdef, state, copy=True)
+        nnx.update(model, on_device(params, axes))
+        return objective(model, *args, **kwargs)
 
     def grads_at(params: Any) -> Any:
-        def loss(params: Any) -> Any:
-            model, args = nnx.merge(graphdef, state, copy=True)
-            nnx.update(model, params)
-            return check_loss(loss_fn(model, *args), has_aux)
-
-        grads = jax.grad(loss, has_aux=has_aux)(params)
-        return grads[0] if has_aux else grads
+        check_parameters(params, axes)
+        grads, (loss, _) = jax.grad(of_params, has_aux=True)(params)
+        return averaged(grads, loss, axes, loss_scale)
 
     return grads_at

@@ -45,6 +45,16 @@ def test_differences_are_paired(study):
     assert study.mean_and_error([91.0, 93.0]) == pytest.approx((92, 1))
 
 
+def test_one_run_has_no_error(study):
+    """As in the tables of all methods: no number, and no number in print."""
+    mean, error = study.mean_and_error([91.0])
+    assert mean == 91
+    assert np.isnan(error)
+    row, other = {"accuracy": [91.0]}, {"accuracy": [90.5]}
+    assert study.signed(*study.difference(row, other)) == "+0.50"
+    assert study.with_error(row["accuracy"]) == "91.00"
+
+
 @pytest.mark.slow
 def test_quick_trains_tunes_and_draws(study, tmp_path):
     # Fashion-MNIST is not at hand: random images in its place.

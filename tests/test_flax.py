@@ -4,7 +4,9 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import flax
 import flax.linen as nn
 import flax.serialization
 import harness
@@ -17,6 +19,7 @@ import pytest
 from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
+from flax.training.dynamic_scale import DynamicScale
 
 import optax_sam
 import optax_sam.linen
@@ -26,6 +29,8 @@ RHO, RATE = 0.3, 0.1
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
 KEY = jax.random.key(7)
+# BatchNorm subtracts the bias before it, which is thus trained by rounding alone.
+ROUNDING = 1e-6
 
 
 def sgd():
@@ -121,7 +126,7 @@ def test_linen_is_sam_by_hand_with_the_statistics_of_clean_passes():
         params, trace, stats, loss = by_hand(params, trace, stats, key)
         state, found = step(state, (X, Y))
         assert found == pytest.approx(float(loss), rel=1e-5)
-    harness.assert_close(state.params, params, 1e-5)
+    harness.assert_close(state.params, params, 1e-5, atol=ROUNDING)
     harness.assert_close(state.model_state, stats, 1e-5)
     assert state.step == 4
 
@@ -191,7 +196,7 @@ def test_linen_with_vsam_dispatched_scanned_and_plain():
         assert harness.kinds(other) == harness.kinds(one)
         found, wanted = optax_sam.metrics(other), optax_sam.metrics(one)
         assert 20 < found["ascents"] == wanted["ascents"] < steps
-        harness.assert_close(other.params, one.params, 1e-3)
+        harness.assert_close(other.params, one.params, 1e-3, atol=10 * ROUNDING)
         harness.assert_close(other.model_state, one.model_state, 1e-3)
 
 
@@ -300,6 +305,118 @@ def test_linen_advises_on_forgotten_collections(keywords, message):
         state.apply_gradients(grads=state.params, **keywords)
 
 
+class WithStatistics(optax_sam.linen.TrainState):
+    """The usual subclass."""
+
+    batch_stats: Any
+
+
+class WithMore(optax_sam.linen.TrainState):
+    """Fields that a step need not name."""
+
+    batch_stats: Any
+    dropout_key: Any
+    ema_params: Any
+    ema_batch_stats: Any
+    dynamic_scale: Any = None
+    metrics: Any = None
+    best: dict = flax.struct.field(default_factory=dict)
+
+
+class Renamed(optax_sam.linen.TrainState):
+    """Other names for the same."""
+
+    running: Any = None
+    mutable: Any = None
+
+
+STATISTICS = {"BatchNorm_0": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
+GRADS = {"w": jnp.ones(2)}
+
+
+def created(kind, **fields):
+    return kind.create(apply_fn=None, params=GRADS, tx=sgd(), **fields)
+
+
+def test_linen_subclasses_have_fields_without_a_default():
+    state = created(WithStatistics, batch_stats={})
+    assert (state.batch_stats, state.model_state) == ({}, {})
+    assert state.apply_gradients(grads=GRADS).step == 1  # nothing to forget
+    state = created(WithStatistics, batch_stats=STATISTICS)
+    new = jax.tree.map(lambda x: x + 1, STATISTICS)
+    after = jax.jit(lambda s: s.apply_gradients(grads=GRADS, batch_stats=new))(state)
+    harness.assert_equal(after.batch_stats, new)
+    with pytest.raises(TypeError, match="batch_stats"):
+        created(WithStatistics)
+    own = created(WithStatistics, batch_stats=STATISTICS, model_state={"a": {}})
+    assert own.model_state == {"a": {}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "keywords", "message"),
+    [
+        (
+            WithStatistics,
+            {"batch_stats": STATISTICS},
+            {},
+            "statistics batch_stats, but",
+        ),
+        (
+            WithStatistics,
+            {"batch_stats": flax.core.freeze(STATISTICS)},
+            {},
+            r'batch_stats=updates\["batch_stats"\].*batch_stats=state.batch_stats',
+        ),
+        (
+            WithStatistics,
+            {"batch_stats": {"custom": {"ema": jnp.ones(3)}}},
+            {},
+            "keep the old ones for ever",
+        ),
+        (
+            WithStatistics,
+            {"batch_stats": STATISTICS},
+            {"batch_stats": {}},
+            r"batch_stats holds \['BatchNorm_0'\].*got batch_stats with \[\]",
+        ),
+        (
+            WithStatistics,
+            {"batch_stats": STATISTICS},
+            {"batch_stats": {"batch_stats": STATISTICS}},
+            r"got batch_stats with \['batch_stats'\]",
+        ),
+        (Renamed, {"running": STATISTICS}, {}, "statistics running, but"),
+        (Renamed, {"mutable": {"batch_stats": STATISTICS}}, {}, "mutable=updates"),
+    ],
+)
+def test_linen_advises_on_forgotten_fields_of_subclasses(
+    kind, fields, keywords, message
+):
+    state = created(kind, **fields)
+    with pytest.raises(ValueError, match=message):
+        state.apply_gradients(grads=GRADS, **keywords)
+    kept = {name: getattr(state, name) for name in fields}
+    assert state.apply_gradients(grads=GRADS, **kept).step == 1
+
+
+def test_linen_lets_ordinary_fields_be():
+    fields = {
+        "batch_stats": STATISTICS,
+        "dropout_key": jax.random.key(0),
+        "ema_params": {"w": jnp.ones(2), "layer": {"mean_head": jnp.ones(3)}},
+        "ema_batch_stats": STATISTICS,
+        "dynamic_scale": DynamicScale(),
+        "metrics": {"loss": jnp.zeros(()), "count": jnp.zeros((), int)},
+        "best": {"params": GRADS, "accuracy": jnp.zeros(())},
+    }
+    state = created(WithMore, **fields)
+    after = state.apply_gradients(grads=GRADS, batch_stats=STATISTICS)
+    harness.assert_equal(after.ema_batch_stats, STATISTICS)
+    fields["batch_stats"] = {}
+    fields["ema_batch_stats"] = None
+    assert created(WithMore, **fields).apply_gradients(grads=GRADS).step == 1
+
+
 def test_losses_with_and_without_aux_are_told_apart():
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     w = jnp.ones(2)
@@ -382,7 +499,8 @@ def test_nnx_is_sam_by_hand_and_the_model_advances_once():
         step(model, optimizer, (X, Y))
         by_hand(other)
         assert model.dropout.rngs.count[...] == t + 1
-    harness.assert_close(arrays(model, nnx.Param), arrays(other, nnx.Param), 1e-5)
+    found, wanted = (arrays(m, nnx.Param) for m in (model, other))
+    harness.assert_close(found, wanted, 1e-5, atol=ROUNDING)
     harness.assert_close(others(model), others(other), 1e-5)
 
 
@@ -461,7 +579,8 @@ def test_nnx_with_vsam_jitted_and_dispatched():
     )
     assert 20 < found == wanted < steps
     assert two.dropout.rngs.count[...] == steps
-    harness.assert_close(arrays(two, nnx.Param), arrays(model, nnx.Param), 1e-3)
+    found, wanted = (arrays(m, nnx.Param) for m in (two, model))
+    harness.assert_close(found, wanted, 1e-3, atol=10 * ROUNDING)
     harness.assert_close(others(two), others(model), 1e-3)
 
 
@@ -617,3 +736,15 @@ def test_the_page_runs():
     assert optax_sam.metrics(names["optimizer"].opt_state)["ascents"] == 6
     assert names["module"].dropout.rngs.count[...] == 6
     assert harness.is_finite((names["logits"], names["averaged"], names["loss"]))
+    scaled = names["scaled_state"]
+    for x in jax.tree.leaves(scaled):
+        np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))
+    # The scale fell until both gradients were finite.
+    scale, finite = (
+        getattr(scaled.dynamic_scale, name)[0] for name in ("scale", "fin_steps")
+    )
+    assert 2.0**8 < scale < 2.0**24
+    assert optax_sam.metrics(jax.tree.map(lambda x: x[0], scaled))["ascents"] == finite
+    assert 3 < finite < 20
+    assert names["logged"]["loss"][0] < np.log(10)
+    assert np.all(scaled.step == 20)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 # NumPy comes with JAX. The others are extras, each in the parts that need it.
 CORE = {"jax", "optax", "numpy", "optax_sam"}
 EXTRAS = {
+    "equinox": {"equinox.py"},
     "flax": {"linen.py", "nnx.py"},
     "matfree": {"sharpness"},
     "matplotlib": {"plots"},

@@ -275,12 +275,27 @@ def test_loss_scaling():
     assert not np.any(flat(both(start, 1e-7)[0]))
 
 
+def test_a_dynamic_scale():
+    """The block of the page: the scale falls until both gradients are finite."""
+    names = harness.defined(PAGE, "scaled_step")
+    (block,) = [b for b in harness.code(PAGE) if "def dynamic_step(" in b]
+    exec(block, names)
+    assert 2.0**10 < names["dynamic_scale"].scale < 2.0**24
+    assert names["dynamic_scale"].fin_steps > 3
+    found = optax_sam.metrics(names["dynamic_state"])
+    assert found["ascents"] == names["dynamic_scale"].fin_steps
+    assert found["rejected_ascents"] == 0
+    assert names["loss"] < np.log(3)
+
+
 def test_flax_scales_as_the_page_does():
     page = harness.defined(PAGE, "scaled_step")
     dynamic, batch = DynamicScale(scale=jnp.array(2.0**10)), page["batch"]
     ours = jax.jit(page["unscaled"])(page["params"], batch, 2.0**10)
     theirs = jax.jit(lambda p: dynamic.value_and_grad(page["half_loss"])(p, batch).grad)
-    harness.assert_equal(theirs(page["params"]), ours)
+    both = optax_sam.value_and_grad(page["half_loss"], loss_scale=dynamic)
+    for found in (theirs, jax.jit(lambda p: both(p, batch)[1])):
+        harness.assert_equal(found(page["params"]), ours)
     assert optax.tree.norm(ours) > 0
 
 

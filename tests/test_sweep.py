@@ -184,8 +184,14 @@ def check(settings):
     return None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+IN_CI = 4  # chunks; the others take half an hour on two cores
+EACH = [
+    pytest.param(i, marks=[pytest.mark.slow, *[pytest.mark.sweep] * (i >= IN_CI)])
+    for i in range(CHUNKS)
+]
+
+
+@pytest.mark.parametrize("chunk", EACH)
 def test_random_programs(chunk):
     refused = []
     for number in range(chunk, PROGRAMS, CHUNKS):

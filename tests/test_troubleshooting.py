@@ -64,7 +64,7 @@ def test_a_message_is_read_as_it_is_raised():
 
 
 def test_the_first_lines_run(capsys):
-    (block,) = harness.code("troubleshooting.md")
+    block, _ = harness.code("troubleshooting.md")
     exec(block, {})
     assert "gradients when it ascends 2" in capsys.readouterr().out
 

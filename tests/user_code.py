@@ -59,6 +59,23 @@ opt_state = tx.init(params)
 for _ in range(2):
     params, opt_state = step(params, opt_state, jnp.ones((4, 3)))
 
+# A loss, its gradients, and the function for the optimizer.
+value_and_grad = optax_sam.value_and_grad(loss_fn, axis_name=None, loss_scale=2.0**10)
+loss, grads, grad_fn = value_and_grad(params, jnp.ones((4, 3)))
+updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+
+# The parts that need an extra are there after `import optax_sam` alone.
+product = optax_sam.sharpness.hvp(loss_fn, params, jnp.ones((1, 4, 3)), params)
+helpers = (
+    optax_sam.linen.TrainState,
+    optax_sam.linen.value_and_grad,
+    optax_sam.nnx.value_and_grad,
+    optax_sam.nnx.grad_fn,
+    optax_sam.equinox.value_and_grad,
+    optax_sam.equinox.grad_fn,
+    optax_sam.plots.loss_line,
+)
+
 # Readers.
 assert_type(optax_sam.metrics(opt_state), dict[str, jax.Array])
 assert_type(optax_sam.ascends_next(opt_state), bool | jax.Array)
@@ -77,4 +94,7 @@ mistakes = (
     lambda: optax_sam.wsam(optax.sgd(0.1)),  # type: ignore[call-arg]
     lambda: optax_sam.gsam(0.05, 0.4),  # type: ignore[call-arg]
     lambda: optax_sam.samm(0.05),  # type: ignore[attr-defined]
+    lambda: optax_sam.sharpness.hpv,  # type: ignore[attr-defined]
+    lambda: optax_sam.linen.grad_fn,  # type: ignore[attr-defined]
+    lambda: optax_sam.value_and_grad(loss_fn, axis="data"),  # type: ignore[call-arg]
 )

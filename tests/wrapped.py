@@ -76,4 +76,6 @@ def ascents(state):
 
 def to_host_and_back(carry):
     """As a checkpoint does."""
-    return jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x)), carry)
+    is_key = lambda x: jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+    move = lambda x: x if is_key(x) else jax.numpy.asarray(np.asarray(x))
+    return jax.tree.map(move, carry)

@@ -68,10 +68,11 @@ def vsam(
         windows. The paper's script takes three epochs.
       initial_rate: the share of sampled steps after the warm-up, in
         ``(0, max_rate]``; ``None`` is the authors' one per window.
-      reuse_decay: ``beta``, damping per step, in ``[0, 1]``; 0.6 to 0.9 in the paper.
+      reuse_decay: ``beta``, damping per step, in ``[0, 1]``; 0.6 to 0.9 in the paper,
+        0.7 in its code.
       max_reuse: the largest ``j`` that still reuses; ``None`` means no limit.
       norm_mask: the leaves whose norms are watched; ``None`` means all. The paper's
-        shortcut is the last layers.
+        shortcut is the last layers; its script watches the last 10 leaves.
       force_quota: whether the end of a window catches up on its quota.
       key: an int, a key from ``jax.random.key``, or raw key data, for the draws.
       mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.

@@ -1,0 +1,129 @@
+"""What a helper averages over a mapped axis: gradients, losses, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_sam.contract import vary, varying
+
+
+class Axes(NamedTuple):
+    """The mapped axes to average over, and those along which JAX tracks what varies."""
+
+    names: tuple[Any, ...] = ()
+    tracked: tuple[Any, ...] = ()
+
+
+def mapped_axes(axis_name: Any) -> Axes:
+    """Looks ``axis_name`` up where the step is traced."""
+    if axis_name is None:
+        return Axes()
+    names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+    def is_tracked(name: Any) -> bool:
+        try:
+            return name in varying(jax.lax.axis_index(name))
+        except (NameError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"axis_name={axis_name!r} averages over a mapped axis, but here is no"
+                f" axis {name!r}. Call value_and_grad in a step inside"
+                f" jax.shard_map(step, mesh=mesh, ...), whose mesh has this axis, or"
+                f" jax.pmap(step, axis_name={name!r}). Under plain jit with sharded"
+                " arrays leave axis_name out: gradients are those of all rows."
+            ) from error
+
+    return Axes(names, tuple(filter(is_tracked, names)))
+
+
+def on_device(tree: Any, axes: Axes) -> Any:
+    """The tree as one of this device, where JAX tracks what varies."""
+    return vary(jax.tree.map(jnp.asarray, tree), axes.tracked)
+
+
+def mean(x: Any, axes: Axes) -> Any:
+    """The mean over the axes, those along which ``x`` may vary."""
+    known = varying(jnp.asarray(x)) if axes.tracked else ()
+    over = tuple(n for n in axes.names if n not in axes.tracked or n in known)
+    return jax.lax.pmean(x, over) if over else x
+
+
+def mean_of_aux(
+    aux: Any, args: list[Any], axes: Axes, outside: Callable[[], list[Any]]
+) -> Any:
+    """The floats of ``aux`` averaged over the axes, but for rows of examples.
+
+    What has the leading axis of an input has a row per example, and a mean over the
+    devices would mix examples. Running statistics can be as long by chance, so they are
+    told by what they are: under the name of Flax's collection, under the names of an
+    argument of the same shape, or in an object of an argument's type.
+
+    Args:
+      aux: the pytree.
+      args: the arguments of the loss, but for the parameters.
+      axes: those to average over.
+      outside: gives the arrays that the loss takes from outside.
+    """
+    if not axes.names:
+        return aux
+    types = tuple({type(x) for x in args if not isinstance(x, _PLAIN)})
+    is_object = lambda x: isinstance(x, types)
+    flatten = jax.tree_util.tree_flatten_with_path
+    returned, structure = flatten(aux, is_leaf=is_object)
+    types = tuple({type(x) for _, x in returned if is_object(x)})  # those that return
+    given, _ = flatten(args, is_leaf=is_object)
+    both = {_key(*leaf) for leaf in given} & {_key(*leaf) for leaf in returned}
+
+    def is_statistic(path: Any, x: Any) -> bool:
+        # An object has no axes, as a scalar.
+        if not getattr(x, "ndim", 0) or "batch_stats" in names(path):
+            return True
+        return len(names(path)) > 1 and _key(path, x) in both
+
+    rows: set[int] = set()
+    if any(is_float(x) and not is_statistic(path, x) for path, x in returned):
+        known = {id(x) for x in jax.tree.leaves(args)}
+        inputs = [x for path, x in given if not is_statistic(path, x)]
+        inputs += [x for x in outside() if id(x) not in known]
+        rows = rows.union(*(_rows(x, axes) for x in inputs))
+
+    def one(path: Any, x: Any) -> Any:
+        if is_float(x) and not is_statistic(path, x) and x.shape[0] in rows:
+            return x
+        return jax.tree.map(lambda x: mean(x, axes) if is_float(x) else x, x)
+
+    return jax.tree.unflatten(structure, [one(path, x) for path, x in returned])
+
+
+_PLAIN = (dict, list, tuple, str, int, float, type(None), jax.Array, np.ndarray)
+
+
+def _key(path: Any, x: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    return names(path)[-2:], getattr(x, "shape", ())
+
+
+def _rows(x: Any, axes: Axes) -> set[int]:
+    """How many rows per example there are, if ``x`` is of a batch."""
+    if not getattr(x, "ndim", 0):
+        return set()
+    if axes.tracked and not set(axes.tracked) & set(varying(x)):
+        return set()  # the same on all devices
+    tokens = x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.integer)
+    return {x.shape[0], x.size} if tokens else {x.shape[0]}
+
+
+def names(path: Any) -> tuple[str, ...]:
+    """The names on a path: keys of dictionaries and attributes."""
+    found = (getattr(key, "key", getattr(key, "name", None)) for key in path)
+    return tuple(name for name in found if isinstance(name, str))
+
+
+def is_float(x: Any) -> bool:
+    """Whether ``x`` is a real float, a number or an array."""
+    if isinstance(x, float):
+        return True
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)

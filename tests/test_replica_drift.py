@@ -1,0 +1,151 @@
+"""``replica_drift``: a ``pmean`` that was forgotten is seen, and nothing else."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import optax_sam
+
+DEVICES = 8
+ROWS = np.random.default_rng(0).normal(size=(DEVICES * 4, 3))
+
+
+def loss_fn(w, x):
+    return jnp.mean((jnp.tanh(x @ w["w"]) + w["b"]) ** 2)
+
+
+def trained(forgotten, x):
+    """The drift of parameters and state after each of some steps."""
+    tx = optax.chain(optax_sam.sam(0.1), optax.sgd(0.1, momentum=0.9))
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    mean = lambda tree: jax.lax.pmean(tree, "data")
+
+    def body(carry, _):
+        params, opt_state = carry
+        local = lambda p: jax.grad(loss_fn)(p, x)
+        inside = local if forgotten == "in grad_fn" else lambda p: mean(local(p))
+        g = local(params) if forgotten == "before" else mean(local(params))
+        updates, opt_state = tx.update(g, opt_state, params, grad_fn=inside)
+        carry = optax.apply_updates(params, updates), opt_state
+        return carry, optax_sam.replica_drift(carry, "data")
+
+    return jax.lax.scan(body, (params, tx.init(params)), length=10)[1]
+
+
+@pytest.mark.parametrize("forgotten", ["nothing", "in grad_fn", "before"])
+@pytest.mark.parametrize("mapped", ["pmap", "shard_map"])
+def test_a_forgotten_mean_is_seen(forgotten, mapped):
+    step = functools.partial(trained, forgotten)
+    if mapped == "pmap":
+        drift = jax.pmap(step, axis_name="data")(ROWS.reshape(DEVICES, 4, 3))
+        assert np.all(drift == drift[0])
+        drift = drift[0]
+    else:
+        drift = jax.jit(
+            jax.shard_map(
+                step,
+                mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
+                in_specs=P("data"),
+                out_specs=P(),
+                check_vma=False,
+            )
+        )(ROWS)
+    assert drift.dtype == jnp.float32
+    if forgotten == "nothing":
+        np.testing.assert_array_equal(drift, 0)
+    else:
+        assert np.all(drift > 0.1)
+
+
+def drift(*copies, dtype=None):
+    """Of one copy per lane."""
+    stacked = jax.tree.map(
+        lambda *x: jnp.stack([jnp.asarray(a, dtype) for a in x]), *copies
+    )
+    lanes = jnp.arange(len(copies))
+    found = jax.vmap(lambda t, _: optax_sam.replica_drift(t, "data"), axis_name="data")
+    found = jax.jit(found)(stacked, lanes)
+    assert np.all((found == found[0]) | np.isnan(found))
+    return float(found[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8"])
+def test_every_dtype(dtype):
+    x = np.arange(6).reshape(2, 3)
+    assert drift(x, x, x, dtype=dtype) == 0
+    other = x.copy()
+    other[1, 2] += 2
+    assert drift(x, x, other, dtype=dtype) == 2
+
+
+def test_the_largest_difference_of_a_sum():
+    a = {"w": jnp.ones(3), "b": jnp.zeros(2)}
+    b = {"w": jnp.ones(3) + 0.5, "b": jnp.zeros(2) + 0.125}
+    assert drift(a, b, a) == 1.5
+    assert drift(a, a) == 0
+    assert drift({"w": None}, {"w": None}) == 0
+
+
+def test_differences_that_no_sum_shows():
+    """Two numbers exchanged, one sign of a zero, the last bit under a large sum."""
+    x = jnp.array([1.0, 2.0, 3.0, 1e8])
+    for other in (x[jnp.array([1, 0, 2, 3])], x.at[0].set(1 + 2**-23)):
+        assert 0 < drift(x, other) < 1e-20
+    assert 0 < drift(jnp.array([0.0]), jnp.array([-0.0])) < 1e-20
+    assert drift({"a": x, "b": 2 * x}, {"a": 2 * x, "b": x}) > 0
+
+
+def test_numbers_that_are_not_finite():
+    bad = jnp.array([1.0, jnp.nan])
+    assert drift(bad, bad) == 0
+    assert drift(bad, jnp.ones(2)) == np.inf
+    assert drift(jnp.array([jnp.inf]), jnp.array([1.0])) == np.inf
+
+
+def test_keys_flags_and_complex_numbers(x64):
+    keys = jax.random.split(jax.random.key(0), 2)
+    of = lambda *copies: drift(*copies)
+    same = {"key": keys[0], "flag": True, "z": 1 + 2j, "x": np.float64(1 / 3)}
+    assert of(same, same) == 0
+    for name, value in (("key", keys[1]), ("flag", False), ("z", 1 + 3j)):
+        assert of(same, {**same, name: value}) > 0
+    assert of(same, {**same, "x": np.nextafter(1 / 3, 1)}) > 0
+
+
+def test_where_jax_knows_that_copies_are_equal():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    step = lambda w, x: (
+        optax_sam.replica_drift(w, "data"),
+        optax_sam.replica_drift({"w": w, "x": x}, "data"),
+    )
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    equal, apart = jax.jit(mapped)(jnp.ones(3), jnp.arange(8.0))
+    assert (equal, apart) == (0, 7)
+
+
+def test_outside_of_a_map():
+    with pytest.raises(ValueError, match=r"no axis 'data'.*shard_map"):
+        optax_sam.replica_drift(jnp.ones(2), "data")
+
+
+def test_it_sends_two_numbers_per_leaf():
+    """And keeps no copy of a leaf: one number in, by the compiler's count."""
+    tree = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(
+        lambda t: optax_sam.replica_drift(t, "data"),
+        mesh=mesh,
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    text = jax.jit(mapped).lower(tree).compile().as_text()
+    reduced = [line for line in text.splitlines() if " all-reduce(" in line]
+    assert 1 <= len(reduced) <= 2
+    assert all("64,64" not in line for line in reduced)
