@@ -450,7 +450,7 @@ def _gain_kind(leaf: _Leaf, others: list[_Leaf]) -> Kind | None:
         return None if alone else "other"
     partners = [x for x in others if x.part in ("bias", "offset")]
     paired = any(x.shape == leaf.shape and x.stem == leaf.stem for x in partners)
-    plain = leaf.exact in ("scale", "gain") and no_stem
+    plain = leaf.exact == "scale" and no_stem
     return "gain" if alone or plain or paired or leaf.in_norm else None
 
 
