@@ -437,8 +437,8 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
     for (path, leaf), (_, parameter) in zip(found, wanted, strict=True):
         if not is_perturbable(parameter):
             raise ValueError(
-                f"{method}: the parameter at {_place(path)} {_kind(parameter)}, and"
-                f" only real floats can be perturbed. {_instead(parameter)}"
+                f"{method}: the parameter at {_place(path)} {_kind(parameter)}, but"
+                f" parameters must be real floats. {_instead(parameter)}"
             )
         at_path = f"{method}: {what} at {_place(path)}"
         if jnp.shape(leaf) != jnp.shape(parameter):

@@ -216,13 +216,13 @@ def resolve_roles(given: Any, params: Any) -> Any:
 
     def fill(role: Any, subtree: Any) -> Any:
         if not isinstance(role, Role):
-            raise ValueError(f"got {role!r}")
+            raise ValueError(f"it must hold an optax_sam.Role, not {role!r}")
         for path, x in _pairs(subtree):
             axes = (role.stack - 1, *role.output)
             if max(axes) >= len(_shape(x)):
                 raise ValueError(
-                    f"{role} names axis {max(axes)} of a leaf of shape {_shape(x)}"
-                    f" at {path or 'the root'}"
+                    f"{role} names axis {max(axes)}, which the leaf at"
+                    f" {path or 'the root'} must have, but its shape is {_shape(x)}"
                 )
         return jax.tree.map(lambda _: role, subtree)
 
@@ -360,7 +360,7 @@ def _override(leaves: list[_Leaf], stacked: Any, kinds: Any) -> None:
             if not inside:
                 have = ", ".join("/".join(map(str, x.path)) for x in leaves[:5])
                 raise ValueError(
-                    f"{argument} names {path!r}, where there is no leaf; there are"
+                    f"{argument} names {path!r}, where there is no leaf; choose from"
                     f" {have}{', ...' if len(leaves) > 5 else ''}."
                 )
             for leaf in inside:
@@ -373,7 +373,7 @@ def _override(leaves: list[_Leaf], stacked: Any, kinds: Any) -> None:
         if not 0 <= value <= len(leaf.shape):
             raise ValueError(
                 f"stacked says {value} leading axes for the leaf at {name}, which has"
-                f" the shape {leaf.shape}."
+                f" the shape {leaf.shape}; give at most as many as that."
             )
         leaf.given_stack = int(value)
 
