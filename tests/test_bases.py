@@ -68,7 +68,9 @@ def test_a_method_before_it(method, base):
     tx, start = method.optimizer(base()), problems.mlp().params()
     chained = trained(tx.update, tx.init(start), method.extra_args)
     state = member.init(start), optimizer.init(start)
-    harness.assert_close(chained, trained(by_hand, state, method.extra_args), 1e-5)
+    harness.assert_close_in_size(
+        chained, trained(by_hand, state, method.extra_args), 1e-5
+    )
 
 
 @every_base
@@ -87,7 +89,7 @@ def test_wsam_around_it(base):
     tx = optax_sam.wsam(base(), learning_rate=rate, rho=0.1, gamma=gamma)
     start, extra_args = problems.mlp().params(), METHODS[0].extra_args
     around = trained(tx.update, tx.init(start), extra_args)
-    harness.assert_close(
+    harness.assert_close_in_size(
         around, trained(by_hand, optimizer.init(start), extra_args), 1e-5
     )
 
@@ -120,7 +122,7 @@ def test_sampa_around_it(base):
     around = trained(tx.update, tx.init(start), extra_args)
     state = jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, start)
     by_hand_ = trained(by_hand, (*state, optimizer.init(start)), extra_args)
-    harness.assert_close(around, by_hand_, 1e-5)
+    harness.assert_close_in_size(around, by_hand_, 1e-5)
 
 
 def test_msam_around_them():
@@ -136,7 +138,7 @@ def test_mesa_after_it(base):
     (mesa,) = [m for m in OTHERS if m.place == "last"]
     tx, start = mesa.optimizer(base()), problems.mlp().params()
     alone = optax.with_extra_args_support(base())
-    harness.assert_close(
+    harness.assert_close_in_size(
         trained(tx.update, tx.init(start), mesa.extra_args),
         trained(alone.update, alone.init(start), mesa.extra_args),
         1e-5,
@@ -152,4 +154,4 @@ def test_schedule_free_inside_and_outside():
         trained(tx.update, tx.init(start), extra_args)
         for tx in (optax.chain(sam, free(sgd)), free(optax.chain(sam, sgd)))
     ]
-    harness.assert_close(*ends, 1e-6)
+    harness.assert_close_in_size(*ends, 1e-6)

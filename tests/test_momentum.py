@@ -221,8 +221,10 @@ def test_sign_length_and_evaluation_point(name, x64):
         v = momentum_of(inner_state, base.field)
         scale = base.sign * rho / (optax.tree.norm(v) + 1e-12)
         point = jax.tree.map(lambda x, y, c=scale: x - c * y, w, v)
-        harness.assert_close(params, point, 1e-8)
-        harness.assert_close(optax_sam.msam_eval_params(state, params), w, 1e-8)
+        # Sums of weights and offsets, which may cancel.
+        harness.assert_close_in_size(params, point, 1e-8)
+        found = optax_sam.msam_eval_params(state, params)
+        harness.assert_close_in_size(found, w, 1e-8)
         distance = optax.tree.norm(optax.tree.sub(params, w))
         moved = bool(optax.tree.norm(v) > 0)
         assert float(distance) == pytest.approx(rho * moved, rel=1e-4)
