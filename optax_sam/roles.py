@@ -157,7 +157,7 @@ def roles_table(params: Any, roles: Any = None) -> str:
         means :func:`optax_sam.roles`.
 
     Returns:
-      A line for each leaf: path, shape, kind, stacked axes and axes of output units. A
+      A line for each leaf with path, shape, kind, stacked axes and output axes. A
       question mark follows what was decided by a default, since shapes and names
       allow more than one reading.
 
