@@ -157,7 +157,7 @@ def roles_table(params: Any, roles: Any = None) -> str:
         means :func:`optax_sam.roles`.
 
     Returns:
-      A line for each leaf: path, shape, kind, stacked axes and axes of output units. A
+      A line for each leaf with path, shape, kind, stacked axes and output axes. A
       question mark follows what was decided by a default, since shapes and names
       allow more than one reading.
 
@@ -216,7 +216,7 @@ def resolve_roles(given: Any, params: Any) -> Any:
 
     def fill(role: Any, subtree: Any) -> Any:
         if not isinstance(role, Role):
-            raise ValueError(f"it must hold an optax_sam.Role, not {role!r}")
+            raise ValueError(f"it must hold roles (optax_sam.Role); got {role!r}")
         for path, x in _pairs(subtree):
             axes = (role.stack - 1, *role.output)
             if max(axes) >= len(_shape(x)):

@@ -932,6 +932,6 @@ def test_renyi_entropy_of_a_stack_on_two_devices():
 
 
 def test_the_page_prints_what_is_found(capsys):
-    (block,) = [x for x in harness.code("own_method.md") if "roles_table" in x]
+    block, _ = [x for x in harness.code("own_method.md") if "roles_table" in x]
     exec(block, {})
     assert f"```text\n{capsys.readouterr().out}```" in harness.page("own_method.md")
