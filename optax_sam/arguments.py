@@ -73,10 +73,13 @@ def resolve_mask(mask: Mask, tree: optax.Params, *, name: str = "mask") -> Any:
 
 
 def resolve_nonempty_mask(mask: Mask, tree: optax.Params, *, name: str) -> Any:
-    """As :func:`resolve_mask`, for a mask that must include some leaf."""
+    """As :func:`resolve_mask`, for a mask that must include some leaf.
+
+    A plain ``False`` says that none is meant.
+    """
     chosen = resolve_mask(mask, tree, name=name)
     sizes = [np.prod(jnp.shape(x)) for x in jax.tree.leaves(tree)]
-    if any(sizes) and not any(jax.tree.leaves(chosen)):
+    if mask is not False and any(sizes) and not any(jax.tree.leaves(chosen)):
         raise ValueError(
             f"{name} includes none of the {len(sizes)} leaves of the parameters, so"
             " the method would do nothing. True includes a leaf: for instance"

@@ -449,11 +449,10 @@ def test_ends_of_rho_from_lr_in_the_wrong_order():
 @pytest.mark.parametrize(
     "mask",
     [
-        False,
         jax.tree.map(lambda x: False, PARAMS),
         lambda p: jax.tree.map(lambda x: x.ndim > 7, p),
     ],
-    ids=["bool", "tree", "function"],
+    ids=["tree", "function"],
 )
 def test_a_mask_that_leaves_nothing(mask):
     for tx in (

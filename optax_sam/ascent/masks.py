@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.arguments import Mask, resolve_nonempty_mask
+from optax_sam.arguments import Mask, resolve_mask
 from optax_sam.ascent.rule import OwnGradient
 from optax_sam.roles import named_leaves, resolve_roles
 
@@ -52,9 +52,7 @@ def restrict(
         return inner
 
     def update(g: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        chosen = resolve_nonempty_mask(
-            mask, g if params is None else params, name="mask"
-        )
+        chosen = resolve_mask(mask, g if params is None else params)
         if grad_fn := extra.get("grad_fn"):
             extra["grad_fn"] = lambda p: keep(grad_fn(p), chosen)
         e, state = inner.update(keep(g, chosen), state, params, **extra)
