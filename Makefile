@@ -25,7 +25,7 @@ UPGRADE := --upgrade --upgrade-strategy eager
 PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all test-oldest test-newest test-pods test-dist dist lint \
+.PHONY: help demo test test-all sweep test-oldest test-newest test-pods test-dist dist lint \
 	format docs tables bench bench-pods bench-quality clean
 .DEFAULT_GOAL := help
 # Two environments at a time would only fight for the same cores and network.
@@ -64,6 +64,9 @@ test-newest-on: .venv/newest/.stamp
 # faster; operations and what is sent between chips are the same.
 ON_PODS := TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost \
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 JAX_OPTIMIZATION_LEVEL=O0
+
+sweep: .venv/main/.stamp  ## Run 2,000 random programs, plain and dispatched
+	$(call PYTEST,.venv/main) tests/test_sweep.py $(ARGS)
 
 test-pods: .venv/tpu/.stamp  ## Compile training steps for TPU pods (no TPU needed)
 	@.venv/tpu/bin/python requirements/show.py tpu

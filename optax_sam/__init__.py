@@ -33,6 +33,7 @@ from optax_sam.methods.wsam import WSAMState, wsam
 from optax_sam.micro_sharpness import micro_sharpness
 from optax_sam.readers import ascends_next, ascent_plan, metrics, static_args
 from optax_sam.replica_drift import replica_drift
+from optax_sam.roles import Role, roles, roles_table
 from optax_sam.summary import Summary, summary
 from optax_sam.trajectory.loss import trajectory_loss
 from optax_sam.trajectory.mesa import MESAState, mesa, mesa_params
@@ -43,6 +44,7 @@ from optax_sam.version import __version__
 __all__ = [
     "MESAState",
     "MSAMState",
+    "Role",
     "SAFState",
     "SAMPaState",
     "SharpnessAwareState",
@@ -78,6 +80,8 @@ __all__ = [
     "renyi_sam",
     "replica_drift",
     "rho_from_lr",
+    "roles",
+    "roles_table",
     "saf",
     "saf_past_logits",
     "sam",

@@ -73,12 +73,15 @@ def resolve_mask(mask: Mask, tree: optax.Params, *, name: str = "mask") -> Any:
 
 
 def resolve_nonempty_mask(mask: Mask, tree: optax.Params, *, name: str) -> Any:
-    """As :func:`resolve_mask`, for a mask that must include some leaf."""
+    """As :func:`resolve_mask`, for a mask that must include some leaf.
+
+    A plain ``False`` says that none is meant.
+    """
     chosen = resolve_mask(mask, tree, name=name)
-    leaves = jax.tree.leaves(chosen)
-    if leaves and not any(leaves):
+    sizes = [np.prod(jnp.shape(x)) for x in jax.tree.leaves(tree)]
+    if mask is not False and any(sizes) and not any(jax.tree.leaves(chosen)):
         raise ValueError(
-            f"{name} includes none of the {len(leaves)} leaves of the parameters, so"
+            f"{name} includes none of the {len(sizes)} leaves of the parameters, so"
             " the method would do nothing. True includes a leaf: for instance"
             f" {name}=lambda params: jax.tree.map(lambda w: w.ndim > 1, params)."
         )

@@ -430,14 +430,15 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
             f"{method}: {what} has another structure than the parameters"
             + (f"; missing: {', '.join(missing[:3])}" if missing else "")
             + (f"; not in the parameters: {', '.join(surplus[:3])}" if surplus else "")
-            + f". {_advice(grads, wanted, expected, what == INCOMING)}"
+            + ". Pass the gradients alone, as a pytree like the parameters."
+            f" {_advice(grads, wanted, expected, what == INCOMING)}"
             + ("" if missing or surplus else f" Got {structure}, want {expected}.")
         )
     for (path, leaf), (_, parameter) in zip(found, wanted, strict=True):
         if not is_perturbable(parameter):
             raise ValueError(
-                f"{method}: the parameter at {_place(path)} {_kind(parameter)}, and"
-                f" only real floats can be perturbed. {_FILTER}"
+                f"{method}: the parameter at {_place(path)} {_kind(parameter)}, but"
+                f" parameters must be real floats. {_instead(parameter)}"
             )
         at_path = f"{method}: {what} at {_place(path)}"
         if jnp.shape(leaf) != jnp.shape(parameter):
@@ -462,6 +463,12 @@ _FILTER = (
 )
 
 
+def _instead(parameter: Any) -> str:
+    if isinstance(parameter, jax.Array | np.ndarray) and jnp.iscomplexobj(parameter):
+        return "Keep a complex parameter as a real and an imaginary leaf."
+    return _FILTER
+
+
 def _place(path: Any) -> str:
     return jax.tree_util.keystr(path) or "the root"
 
@@ -483,19 +490,13 @@ def _advice(grads: Any, wanted: Any, expected: Any, incoming: bool) -> str:
     pair = isinstance(grads, tuple) and len(grads) == 2
     if pair and jax.tree.structure(grads[1]) == expected:  # type: ignore[operator]
         return (
-            "It is a pair (value, gradients), as jax.value_and_grad returns. Pass the"
-            " gradients alone: value, grads = jax.value_and_grad(loss_fn)(params,"
-            " batch), and grad_fn = lambda p: jax.grad(loss_fn)(p, batch)."
+            "This is a pair (value, gradients), as jax.value_and_grad returns: write"
+            " value, grads = jax.value_and_grad(loss_fn)(params, batch), and"
+            " grad_fn = lambda p: jax.grad(loss_fn)(p, batch)."
         )
     if incoming:
-        return (
-            "Pass the gradients of the loss at these parameters, as jax.grad returns"
-            " them (of a pair (gradients, aux), the first)."
-        )
-    return (
-        "grad_fn must return the gradients alone, as a tree like the"
-        " parameters (with has_aux=True, return only the gradients)."
-    )
+        return "Of a pair (gradients, aux), pass the first."
+    return "With has_aux=True, grad_fn must return only the gradients."
 
 
 def check_returned(method: str, grads: Any, params: Any, axis_name: Any) -> None:

@@ -24,7 +24,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_sam import contract
-from optax_sam.arguments import Mask, gradients
+from optax_sam.arguments import Mask, gradients, resolve_nonempty_mask
 from optax_sam.ascent import OwnGradient, norm, restrict
 from optax_sam.ascent.rule import add
 from optax_sam.blend import Blend, take_ascended
@@ -113,7 +113,8 @@ def sharpness_aware(
       blend: the rule that combines, one of ``optax_sam.blend`` or your own.
       mask: the leaves that are perturbed; excluded ones get a zero offset and stay
         out of the norm. A bool, a tree of bools like the parameters or a prefix of
-        it, or a function from the parameters to one; ``None`` means all.
+        it, or a function from the parameters to one; ``None`` means all. A tree or a
+        function that excludes all leaves is refused; ``False`` says that none is meant.
       axis_name: name of a mapped axis (``shard_map``, ``pmap``) over which the
         incoming gradient is *not yet* averaged: each device then takes its own
         ascent (m-sharpness), and the result is averaged.
@@ -205,6 +206,7 @@ def sharpness_aware(
         params, whole = contract.with_gradients(updates, params)
         contract.check_call(name, updates, params, grad_fn)
         contract.check_state(name, SharpnessAwareState, state, made_for(params))
+        resolve_nonempty_mask(mask, params, name="mask")
         if axis_name is not None:
             contract.check_varies(name, contract.INCOMING, updates, axis_name)
         # Python and NumPy numbers among the leaves become arrays, as in Optax.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import optax
 
 State = TypeVar("State")
 
@@ -37,8 +39,19 @@ def the_state(kind: type[State], method: str, opt_state: Any, example: str) -> S
 def without_variables(tree: Any) -> Any:
     """The tree with NNX variables replaced by the arrays that they hold."""
     is_variable = lambda x: hasattr(x, "get_value") and not isinstance(x, jax.Array)
+    # One may hold a placeholder of optax.masked, which has no leaves.
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    value = lambda x: jax.tree.leaves(x, is_leaf=is_masked)[0]
     return jax.tree.map(
-        lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x,
+        lambda x: value(x) if is_variable(x) else x, tree, is_leaf=is_variable
+    )
+
+
+def with_dicts(tree: Any) -> Any:
+    """The tree with mappings of other kinds (``nnx.State``) replaced by dicts."""
+    is_other = lambda x: isinstance(x, Mapping) and not isinstance(x, dict)
+    return jax.tree.map(
+        lambda x: {k: with_dicts(v) for k, v in x.items()} if is_other(x) else x,
         tree,
-        is_leaf=is_variable,
+        is_leaf=is_other,
     )

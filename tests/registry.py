@@ -255,7 +255,7 @@ _SAM = {
     "factory": optax_sam.sam,
     "static": ("num_ascent_steps", "when", *_COMMON),
 }
-_ASAM = {"factory": optax_sam.asam, "static": ("adapt", "when", *_COMMON)}
+_ASAM = {"factory": optax_sam.asam, "static": ("adapt", "roles", "when", *_COMMON)}
 _WINDOW = {"window": 4, "num_slices": 2, "warmup_steps": 7}
 _VSAM = {
     "factory": optax_sam.vsam,
@@ -285,13 +285,13 @@ _ESAM = {
 _RENYI = {
     "factory": optax_sam.renyi_sam,
     "norm": renyi_norm,
-    "static": ("layerwise", "warmup_steps", "when", *_COMMON),
+    "static": ("layerwise", "warmup_steps", "roles", "when", *_COMMON),
 }
 _RANDOM = {
     "factory": optax_sam.random_sam,
     "calls": 2,
     "uses_incoming": False,
-    "static": ("key", "when", *_COMMON),
+    "static": ("key", "roles", "when", *_COMMON),
 }
 
 _GNP = {"factory": optax_sam.gnp, "static": ("when", *_COMMON)}
@@ -304,7 +304,7 @@ _AMP = {
     "factory": optax_sam.amp,
     "radius": "epsilon",
     "norm": leaf_norm,
-    "static": ("inner_iter", "projection", "when", *_COMMON),
+    "static": ("inner_iter", "projection", "roles", "when", *_COMMON),
 }
 
 METHODS = (
@@ -377,7 +377,7 @@ METHODS = (
         {"rho": 0.05, "k": 4, "alpha": 0.2},
         seldom=True,
         norm=relative_norm,
-        **_LOOK,
+        **(_LOOK | {"static": ("k", "roles", *_COMMON)}),
     ),
     Method(
         "ae_sam",
@@ -455,7 +455,7 @@ METHODS = (
         optax_sam.sam_on,
         {"rho": 0.1, "mask": True},
         seldom=True,
-        static=("adapt", "when", *_COMMON),
+        static=("adapt", "roles", "when", *_COMMON),
     ),
     Method(
         "fisher_sam",

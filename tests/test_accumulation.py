@@ -98,7 +98,7 @@ def test_accumulated_gradients_train_as_the_large_batch(method):
     tx = method.optimizer()
     found = trained(step_of(tx, accumulated(GRADIENT, MICRO)), tx)
     # With the states: what was decided, counted and cached.
-    harness.assert_close(found, on_the_large_batch(method), 1e-4)
+    harness.assert_close_in_size(found, on_the_large_batch(method), 5e-5)
 
 
 @needs_microbatching
@@ -140,7 +140,7 @@ def test_esam_selects_from_the_whole_batch():
         return tx.update(grads, tx.init(params), params, per_example_loss_fn=losses)
 
     (d, state), wanted = update(small), update(large)
-    harness.assert_close((d, state), wanted, 1e-5)
+    harness.assert_close_in_size((d, state), wanted, 5e-6)
     assert state.num_ascents == 1
     # Of a selection, and not of all.
     sam = optax_sam.sam(RHO)
@@ -194,7 +194,8 @@ def test_batch_norm_sees_micro_batches():
         return sum(losses) / MICRO, state
 
     wanted, wanted_stats = jax.grad(by_hand, has_aux=True)(start)
-    harness.assert_close((stats, grads), (wanted_stats, wanted), 1e-5)
+    # BatchNorm subtracts the bias before it, whose gradient is rounding.
+    harness.assert_close((stats, grads), (wanted_stats, wanted), 1e-5, atol=1e-7)
     whole_stats, whole, _ = passes(1)
     assert optax.tree.norm(optax.tree.sub(grads, whole)) > 0.1
     assert optax.tree.norm(optax.tree.sub(stats, whole_stats)) > 0.1
@@ -298,7 +299,7 @@ def test_multi_steps_behind_is_m_sharpness():
         return optax.apply_updates(params, updates), state
 
     wanted, _ = trained(step, tx)
-    harness.assert_close(params, wanted, 1e-5)
+    harness.assert_close_in_size(params, wanted, 5e-6)
     assert count == 2 * MICRO
     assert optax_sam.metrics(state)["ascents"] == MICRO * UPDATES
     assert distance("behind") > 0.1
@@ -329,7 +330,7 @@ def test_multi_steps_around_msam_is_the_large_batch():
         for part in parts(PROBLEM.batch(t)):
             params, state = step(params, state, part)
     wanted, _ = on_the_large_batch(BY_NAME["msam"])
-    harness.assert_close(params, wanted, 1e-5)
+    harness.assert_close_in_size(params, wanted, 5e-6)
 
 
 # The page.

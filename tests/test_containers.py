@@ -124,7 +124,7 @@ def layers(params):
 def assert_same_network(named, method):
     """``named``: the trained layers as (kernel, bias) pairs."""
     desired = [(x["kernel"], x["bias"]) for x in layers(plainly_trained(method)[0])]
-    harness.assert_close(list(named), desired, 1e-5)
+    harness.assert_close_in_size(list(named), desired, 5e-6)
 
 
 @some_methods

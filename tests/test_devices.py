@@ -211,9 +211,7 @@ def test_averaging_by_hand_gives_one_perturbation_for_all(mesh):
     actual = jax.jit(
         jax.shard_map(emitted, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     )(params, batch)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected
-    )
+    harness.assert_close_in_size(actual, expected, 5e-6)
 
 
 def all_reduced_elements(compiled):
@@ -271,4 +269,5 @@ def test_pmap_smoke():
         expected, found = on_one(*expected, shards), on_each(*found, shards)
     found = jax.device_get(found)
     harness.assert_equal(found, copies(jax.tree.map(lambda x: x[0], found)))
-    harness.assert_close(found, copies(expected), 1e-5)
+    # Absolute: the normal that is kept is a difference of nearly equal gradients.
+    harness.assert_close(found, copies(expected), 0, atol=1e-5)

@@ -483,7 +483,7 @@ def test_amp_offsets_lie_in_their_balls(description, seed, epsilon):
             rule = ascent.raw_steps(1e9, 0.3, 2, projection=projection)
             e = offset_of(rule, g, g, grad_fn=grad_fn)
             wanted = 0.3 * (flattened(g) + flattened(other))
-            size = np.linalg.norm(np.abs(wanted) + 1)
+            size = np.linalg.norm(wanted)
             np.testing.assert_allclose(e, wanted, atol=ROUNDING * size)
 
 
@@ -1004,7 +1004,7 @@ def test_the_first_gradient_of_sam_on_may_be_zero_elsewhere(x64):
     )
     flops = lambda program: program.cost_analysis()["flops"]
     args = params, tx.init(params)
-    harness.assert_close(part(*args), whole(*args), 1e-12)
+    harness.assert_close_in_size(part(*args), whole(*args), 1e-12)
     products = sum(
         2 * examples * n * m for n, m in zip(sizes[:-1], sizes[1:], strict=True)
     )

@@ -633,7 +633,8 @@ def test_renyi_sam_warms_up_as_the_base_optimizer(x64):
 def test_random_sam_without_noise_is_sam(x64):
     for weight in (0.01, 2.0, 300.0):
         member = optax_sam.random_sam(RHO, sigma=0.0, gradient_weight=weight)
-        harness.assert_close(trained(member), trained_by("sam"), 1e-10)
+        # A small weight leaves the guard beside the norm more of the length.
+        harness.assert_close(trained(member), trained_by("sam"), 0, atol=1e-10)
     assert_apart(trained(optax_sam.random_sam(RHO, sigma=0.1)), trained_by("sam"))
 
 
@@ -859,7 +860,7 @@ def test_esam_of_all_leaves_and_examples_is_sam(x64):
     e = flat(jax.tree.map(jnp.subtract, point, w))
     np.testing.assert_allclose(e, RHO * flat(g) / (n + 1e-7), rtol=1e-9)
     member = esam_by_grad_fn(RHO, beta=1.0, gamma=1.0)
-    harness.assert_close(trained(member), trained_by("sam"), 1e-6)
+    harness.assert_close_in_size(trained(member), trained_by("sam"), 5e-7)
 
 
 @pytest.mark.parametrize("beta", [0.3, 0.6, 1.0])

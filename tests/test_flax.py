@@ -29,6 +29,8 @@ RHO, RATE = 0.3, 0.1
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
 KEY = jax.random.key(7)
+# BatchNorm subtracts the bias before it, which is thus trained by rounding alone.
+ROUNDING = 1e-6
 
 
 def sgd():
@@ -124,7 +126,7 @@ def test_linen_is_sam_by_hand_with_the_statistics_of_clean_passes():
         params, trace, stats, loss = by_hand(params, trace, stats, key)
         state, found = step(state, (X, Y))
         assert found == pytest.approx(float(loss), rel=1e-5)
-    harness.assert_close(state.params, params, 1e-5)
+    harness.assert_close(state.params, params, 1e-5, atol=ROUNDING)
     harness.assert_close(state.model_state, stats, 1e-5)
     assert state.step == 4
 
@@ -194,7 +196,7 @@ def test_linen_with_vsam_dispatched_scanned_and_plain():
         assert harness.kinds(other) == harness.kinds(one)
         found, wanted = optax_sam.metrics(other), optax_sam.metrics(one)
         assert 20 < found["ascents"] == wanted["ascents"] < steps
-        harness.assert_close(other.params, one.params, 1e-3)
+        harness.assert_close(other.params, one.params, 1e-3, atol=10 * ROUNDING)
         harness.assert_close(other.model_state, one.model_state, 1e-3)
 
 
@@ -497,7 +499,8 @@ def test_nnx_is_sam_by_hand_and_the_model_advances_once():
         step(model, optimizer, (X, Y))
         by_hand(other)
         assert model.dropout.rngs.count[...] == t + 1
-    harness.assert_close(arrays(model, nnx.Param), arrays(other, nnx.Param), 1e-5)
+    found, wanted = (arrays(m, nnx.Param) for m in (model, other))
+    harness.assert_close(found, wanted, 1e-5, atol=ROUNDING)
     harness.assert_close(others(model), others(other), 1e-5)
 
 
@@ -576,7 +579,8 @@ def test_nnx_with_vsam_jitted_and_dispatched():
     )
     assert 20 < found == wanted < steps
     assert two.dropout.rngs.count[...] == steps
-    harness.assert_close(arrays(two, nnx.Param), arrays(model, nnx.Param), 1e-3)
+    found, wanted = (arrays(m, nnx.Param) for m in (two, model))
+    harness.assert_close(found, wanted, 1e-3, atol=10 * ROUNDING)
     harness.assert_close(others(two), others(model), 1e-3)
 
 

@@ -559,39 +559,6 @@ def test_decay_after_refuses():
 # Errors.
 
 
-def partitioned():
-    labels = {"layer": "a", "gain": "b"}
-    return optax.partition({"a": SGD, "b": optax.adam(0.1)}, labels)
-
-
-REFUSED = {
-    "no momentum": (optax.sgd(0.1), "keeps none.*TraceState.trace.*momentum=0.9"),
-    "several": (optax.chain(SGD, optax.trace(0.5)), "keeps several: TraceState, Tr"),
-    "partition": (partitioned(), "keeps several.*optax.partition"),
-    "masked": (
-        optax.masked(SGD, {"layer": True, "gain": False}),
-        "a momentum of all parameters.*set_to_zero",
-    ),
-    "flatten": (optax.flatten(SGD), "another structure or in other shapes"),
-    "rmsprop": (optax.rmsprop(0.1, momentum=0.9), "one of steps, of the other sign"),
-    "lars": (optax.lars(0.1), "one of steps, of the other sign"),
-    "alone": (optax.trace(0.9), "one of steps, of the other sign"),
-    "a schedule before": (
-        optax.chain(optax.scale_by_schedule(lambda t: -0.1), SGD),
-        "one of steps, of the other sign",
-    ),
-}
-
-
-@pytest.mark.parametrize(("inner", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_refused_inner_optimizers(inner, message):
-    tx = optax_sam.msam(inner)
-    with pytest.raises(ValueError, match=message):
-        tx.init(harness.tree())
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(tx.init, harness.tree())
-
-
 def test_refused_arguments():
     with pytest.raises(ValueError, match=r"rho must be a number .* got -1\.0"):
         optax_sam.msam(SGD, rho=-1.0)

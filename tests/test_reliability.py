@@ -9,6 +9,7 @@ import saved_training
 import test_controllers
 import test_injected
 import test_killed
+import test_sweep
 import test_trees
 
 HERE = Path(__file__).parent
@@ -24,6 +25,7 @@ CASES = {
     "test_structure_and_dtypes_stay": test_trees.ABSTRACT,
     "test_one_ball_around_all_that_is_not_masked": test_trees.NUMERIC,
     "test_a_complex_leaf_is_refused_with_advice": test_trees.COMPLEX,
+    "test_random_programs": test_sweep.PROGRAMS,
 }
 
 

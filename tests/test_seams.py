@@ -168,7 +168,8 @@ def test_a_strange_leaf_among_the_parameters(method, kind):
     tx = method.build()
     with pytest.raises(ValueError, match=r"\['n'\]") as caught:
         tx.update(g, tx.init(params), params, grad_fn=lambda q: g)
-    assert "eqx.filter" in str(caught.value) or "has shape" in str(caught.value)
+    remedy = "imaginary leaf" if kind == "complex" else "eqx.filter"
+    assert remedy in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["int", "bool", "function"])
@@ -448,11 +449,10 @@ def test_ends_of_rho_from_lr_in_the_wrong_order():
 @pytest.mark.parametrize(
     "mask",
     [
-        False,
         jax.tree.map(lambda x: False, PARAMS),
         lambda p: jax.tree.map(lambda x: x.ndim > 7, p),
     ],
-    ids=["bool", "tree", "function"],
+    ids=["tree", "function"],
 )
 def test_a_mask_that_leaves_nothing(mask):
     for tx in (

@@ -121,7 +121,7 @@ def test_a_transformer(layout, shape, x64):
         specs = replicated(specs)
     problem = transformer.transformer
     trained = train(method, problem(), mesh_of(shape), specs, pinned=True)
-    harness.assert_close(trained, on_one_device(method, problem), 1e-10)
+    harness.assert_close_in_size(trained, on_one_device(method, problem), 1e-11)
 
 
 @SLOW
@@ -130,4 +130,4 @@ def test_a_transformer_with_explicit_axes(x64):
     mesh = mesh_of((2, 4), AxisType.Explicit)
     trained = train(method, transformer.explicit(), mesh, transformer.SPECS)
     wanted = on_one_device(method, transformer.transformer)
-    harness.assert_close(trained, wanted, 1e-10)
+    harness.assert_close_in_size(trained, wanted, 1e-11)

@@ -184,8 +184,14 @@ def check(settings):
     return None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+IN_CI = 4  # chunks; the others take half an hour on two cores
+EACH = [
+    pytest.param(i, marks=[pytest.mark.slow, *[pytest.mark.sweep] * (i >= IN_CI)])
+    for i in range(CHUNKS)
+]
+
+
+@pytest.mark.parametrize("chunk", EACH)
 def test_random_programs(chunk):
     refused = []
     for number in range(chunk, PROGRAMS, CHUNKS):
@@ -198,5 +204,6 @@ def test_random_programs(chunk):
             except AssertionError as error:
                 raise AssertionError(f"program {number}: {settings}") from error
         refused += [] if reason is None else [reason]
-        jax.clear_caches() if number % 7 == 0 else None
+        if number % (10 * CHUNKS) == chunk:  # programs would fill the memory
+            jax.clear_caches()
     assert len(refused) < 0.3 * PROGRAMS / CHUNKS, refused

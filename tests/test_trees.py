@@ -80,6 +80,8 @@ def test_one_ball_around_all_that_is_not_masked(name, tree, data):
     method, params, g = BY_NAME[name], numbers(tree, 0), numbers(tree, 1)
     number = len(jax.tree.leaves(tree))
     chosen = data.draw(st.lists(st.booleans(), min_size=number, max_size=number))
+    if number and not any(chosen):  # which is refused
+        chosen[0] = True
     mask = jax.tree.unflatten(jax.tree.structure(tree), chosen)
     tx, points = method.build(mask=mask), []
     grad_fn = lambda p: points.append(p) or g

@@ -87,7 +87,7 @@ def test_injected_schedule_is_the_plain_schedule():
         injected(rho=schedule, when=optax_sam.when.every_k(2)),
     )
     results = [trained(optax.chain(m, optax.sgd(0.1)))[0] for m in members]
-    harness.assert_close(*results, 1e-6)
+    harness.assert_close_in_size(*results, 5e-7)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_flatten_around_a_member_needs_a_flat_grad_fn(method):
         return optax.apply_updates(params, updates), state
 
     params, _ = harness.run(step, params, tx.init(params), problem, 12)
-    harness.assert_close(params, plainly_trained(method)[0], 1e-5)
+    harness.assert_close_in_size(params, plainly_trained(method)[0], 5e-6)
     update = lambda g: tx.update(g, tx.init(params), params, grad_fn=lambda v: params)
     with pytest.raises(ValueError, match="what grad_fn returned has another structure"):
         jax.eval_shape(update, params)

@@ -134,7 +134,7 @@ def test_the_sharpness_bypasses_the_optimizer(inner, max_norm, x64):
     tx = optax_sam.wsam(INNER[inner], learning_rate=lr, **settings)
     params, state = run(tx)
     harness.assert_close(params, wanted, 1e-9)
-    harness.assert_close(state.inner, wanted_state, 1e-9)
+    harness.assert_close_in_size(state.inner, wanted_state, 1e-10)
 
 
 def test_each_gradient_is_clipped_for_itself(x64):

@@ -11,6 +11,7 @@ import optax
 from optax_sam.arguments import Mask, at, resolve_mask
 from optax_sam.ascent.rule import ascent_rule, check_params, norm, rescale, scaled, wide
 from optax_sam.contract import check_schedule
+from optax_sam.roles import by_layer, is_weight, resolve_roles
 from optax_sam.step import Step
 
 
@@ -93,16 +94,22 @@ def weight_scaled(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationEx
     return ascent_rule(update)
 
 
-def trust_ratio(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-    r"""A ball for each leaf, as large as its weights: LookLayerSAM's ascent.
+def trust_ratio(
+    rho: optax.ScalarOrSchedule, *, roles: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""A ball for each layer, as large as its weights: LookLayerSAM's ascent.
 
     .. math::
       e_l = \rho\, \frac{\|w_l\|}{\|g_l\|}\, g_l, \qquad \|e_l\| = \rho\, \|w_l\|
 
-    The ratio is LAMB's: 1 where either norm is zero.
+    for each leaf ``l``, and for each layer of a leaf of stacked ones (``nn.scan``). The
+    ratio is LAMB's: 1 where either norm is zero.
 
     Args:
       rho: radius relative to the norm of a leaf's weights, at least 0, or a schedule.
+      roles: what each leaf is, for stacked layers: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
 
     Returns:
       A transformation from a gradient to an offset; it needs ``params``.
@@ -138,7 +145,8 @@ def trust_ratio(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtr
             ratio = jnp.where(both, weights / jnp.where(both, size, 1), 1)
             return scaled(x, radius * ratio)
 
-        return jax.tree.map(offset, g, params), state
+        of_layers = lambda x, w, role: by_layer(offset, role)(x, w)
+        return jax.tree.map(of_layers, g, params, resolve_roles(roles, params)), state
 
     return ascent_rule(update)
 
@@ -147,6 +155,8 @@ def adaptive(
     rho: optax.ScalarOrSchedule,
     eta: optax.ScalarOrSchedule = 0.01,
     adapt: Mask = None,
+    *,
+    roles: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The steepest point of an ellipsoid that follows the sizes of the weights.
 
@@ -159,15 +169,19 @@ def adaptive(
       eta: added to the sizes, so that zero weights move too; at least 0, or a
         schedule.
       adapt: the adapted leaves: a bool for all, a tree of bools or a prefix of it,
-        or a function from the parameters to one. Default: leaves with two or more
-        dimensions, and gains of normalization layers (named ``scale`` or
-        ``weight``).
+        or a function from the parameters to one. Default: kernels, embeddings and
+        gains of normalization layers, as ``roles`` tells them from biases, offsets
+        and others.
+      roles: what each leaf is, where ``adapt`` does not say it: a pytree of
+        :class:`optax_sam.Role` or a function from the parameters to one; ``None``
+        means :func:`optax_sam.roles`.
 
     Returns:
       A transformation from a gradient to an offset; it needs ``params``.
 
     Raises:
-      ValueError: if ``rho`` or ``eta`` is negative, or ``params`` is missing.
+      ValueError: if ``rho`` or ``eta`` is negative, both ``adapt`` and ``roles`` are
+        given, or ``params`` is missing.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam
@@ -182,7 +196,12 @@ def adaptive(
     """
     rho = check_schedule("rho", rho, 0.0)
     eta = check_schedule("eta", eta, 0.0)
-    chosen = _weights_and_gains if adapt is None else adapt
+    if adapt is not None and roles is not None:
+        raise ValueError(
+            "adapt says which leaves are adapted, so that roles would not be read:"
+            " write roles= alone, or"
+            " adapt=lambda params: jax.tree.map(choose, roles(params))."
+        )
 
     def update(
         g: Any, state: Any, params: Any, step: Step, **extra: Any
@@ -190,7 +209,10 @@ def adaptive(
         del extra
         check_params("An adaptive ascent", params)
         radius, eta_now = at(rho, step.count), at(eta, step.count)
-        adapted = resolve_mask(chosen, params, name="adapt")
+        if adapt is None:
+            adapted = jax.tree.map(is_weight, resolve_roles(roles, params))
+        else:
+            adapted = resolve_mask(adapt, params, name="adapt")
 
         def times_t(x: jax.Array, w: jax.Array, is_adapted: bool) -> jax.Array:
             return (jnp.abs(wide(w)) + eta_now) * wide(x) if is_adapted else wide(x)
@@ -200,13 +222,3 @@ def adaptive(
         return rescale(t2_g, norm(t_g), radius), state
 
     return ascent_rule(update)
-
-
-def _weights_and_gains(params: Any) -> Any:
-    """Kernels, embeddings and norm gains, as PyTorch's ``weight`` names them."""
-
-    def is_weight(path: Any, leaf: Any) -> bool:
-        names = {getattr(k, "key", getattr(k, "name", None)) for k in path[-2:]}
-        return jnp.ndim(leaf) >= 2 or bool(names & {"scale", "weight"})
-
-    return jax.tree_util.tree_map_with_path(is_weight, params)

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from optax_sam.arguments import at
 from optax_sam.ascent.rule import ascent_rule, norm, scaled, wide
 from optax_sam.contract import check_number, check_schedule
+from optax_sam.roles import Role, by_layer, resolve_roles
 from optax_sam.step import Step
 
 # Added to the sum and to the squared norm, as the authors do.
@@ -25,6 +26,7 @@ def renyi(
     *,
     layerwise: bool = False,
     max_offset_norm: ArrayLike | None = None,
+    roles: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The step along the gradient that adds a Renyi-type regularizer, to first order.
 
@@ -33,7 +35,8 @@ def renyi(
       e = -\mathrm{sign}(1 - \alpha)\, \rho\, \frac{S_\alpha(g)}{\|g\|^2}\, g,
       \qquad L(w + e) \approx L(w) - \mathrm{sign}(1 - \alpha)\, \rho\, S_\alpha(g)
 
-    The sum runs over all coordinates, or over the leaves with their norms. It goes
+    The sum runs over all coordinates, or over the layers with their norms: leaves, and
+    the layers of a leaf of stacked ones (``nn.scan``). It goes
     uphill for ``alpha > 1`` and downhill for ``alpha < 1``. The length of the offset,
     :math:`\rho S_\alpha / \|g\|`, has no bound as the gradient vanishes.
 
@@ -46,9 +49,12 @@ def renyi(
       alpha: order of the entropy, positive and not 1, or a schedule. Below 1 the sum
         grows with the number of weights to the power ``1 - alpha``, so ``rho`` must
         be smaller by orders of magnitude.
-      layerwise: whether the sum runs over leaves instead of coordinates.
+      layerwise: whether the sum runs over layers instead of coordinates.
       max_offset_norm: the largest norm of the offset, positive; ``None`` means no
         limit.
+      roles: what each leaf is, for stacked layers if ``layerwise``: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
 
     Returns:
       A transformation from a gradient to an offset; a zero gradient gives a zero
@@ -86,20 +92,25 @@ def renyi(
     def update(
         g: Any, state: Any, params: Any, step: Step, **extra: Any
     ) -> tuple[Any, Any]:
-        del params, extra
+        del extra
         n, a = norm(g), at(alpha, step.count)
         square = jnp.square(n) + _EPS
         length = jnp.sqrt(square)
 
-        def powers(x: jax.Array) -> jax.Array:
+        def powers(x: jax.Array, role: Role | None) -> jax.Array:
             # Divided before the power is taken, which float32 could not hold; and with
             # a logarithm, since XLA's power takes six times as long on a CPU.
-            sizes = norm(x) if layerwise else jnp.abs(wide(x))
+            sizes = by_layer(norm, role)(x) if role else jnp.abs(wide(x))
             # Nothing has the logarithm of zero, and no derivative of it either.
             share = jnp.where(sizes > 0, sizes / length, 1)
             return jnp.sum(jnp.where(sizes > 0, jnp.exp(2 * a * jnp.log(share)), 0))
 
-        s = sum(map(powers, jax.tree.leaves(g))) + _EPS / length ** (2 * a)
+        leaves = jax.tree.leaves(g)
+        layers = [None] * len(leaves)
+        if layerwise:
+            like = g if params is None else params
+            layers = jax.tree.leaves(resolve_roles(roles, like))
+        s = sum(map(powers, leaves, layers)) + _EPS / length ** (2 * a)
         # Shares to a power above 1 add up to 1 at most; with the epsilon those of a
         # small gradient would to anything.
         s = jnp.where(a > 1, jnp.minimum(s, 1), s)

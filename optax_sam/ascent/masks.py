@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.arguments import Mask, resolve_nonempty_mask
+from optax_sam.arguments import Mask, resolve_mask
 from optax_sam.ascent.rule import OwnGradient
+from optax_sam.roles import named_leaves, resolve_roles
 
 
 def keep(tree: Any, chosen: Any) -> Any:
@@ -52,9 +52,7 @@ def restrict(
         return inner
 
     def update(g: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        chosen = resolve_nonempty_mask(
-            mask, g if params is None else params, name="mask"
-        )
+        chosen = resolve_mask(mask, g if params is None else params)
         if grad_fn := extra.get("grad_fn"):
             extra["grad_fn"] = lambda p: keep(grad_fn(p), chosen)
         e, state = inner.update(keep(g, chosen), state, params, **extra)
@@ -69,18 +67,18 @@ def restrict(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-# As in BatchNorm_0, norm1, bn1 and conv_bn, and not as in subnet.
-_NORM = re.compile(r"norm|(?<![a-z])bn(?![a-z])")
-
-
-def normalization_layers(params: Any) -> Any:
+def normalization_layers(params: Any, *, roles: Any = None) -> Any:
     """The mask of the normalization layers, as ``sam_on`` perturbs them.
 
-    A layer counts if its name contains ``norm``, or ``bn`` as a word, in any case, or
-    if it has a parameter ``scale``, as those of Flax do whatever they are called.
+    Their leaves are the gains and offsets that :func:`optax_sam.roles` finds: those of
+    a layer without a kernel whose name contains ``norm``, or ``bn`` or ``ln`` as a
+    word, in any case, or that has a parameter ``scale``, as those of Flax do whatever
+    they are called, or a gain beside an offset of its shape.
 
     Args:
-      params: a tree of parameters whose leaves are named by dicts or attributes.
+      params: a pytree of parameters whose leaves are named by dicts or attributes.
+      roles: what each leaf is, a pytree of :class:`optax_sam.Role` or a function from
+        the parameters to one; ``None`` means :func:`optax_sam.roles`.
 
     Returns:
       A tree of bools like the parameters.
@@ -102,32 +100,16 @@ def normalization_layers(params: Any) -> Any:
       >>> print(no_norm(params)["Dense_0"])
       {'kernel': True}
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = [path_names(path) for path, _ in leaves]
-    with_scale = {tuple(name[:-1]) for name in names if name[-1:] == ["scale"]}
-
-    def is_chosen(name: list[Any]) -> bool:
-        # A layer at a position of a list is called as the list.
-        called = [key for key in name[:-1] if isinstance(key, str)]
-        layer = called[-1].lower() if called else ""
-        return bool(_NORM.search(layer)) or tuple(name[:-1]) in with_scale
-
-    chosen = [is_chosen(name) for name in names]
-    if not any(chosen):
-        have = ", ".join("/".join(map(str, x)) or "the root" for x in names[:5])
+    in_norm = lambda role: role.kind in ("gain", "offset")
+    chosen = jax.tree.map(in_norm, resolve_roles(roles, params))
+    if not any(jax.tree.leaves(chosen)):
+        names = [name or "the root" for name in named_leaves(params)]
         raise ValueError(
             "No normalization layer was found, by a name with norm or bn or a"
-            f" parameter called scale, among {have}{', ...' if len(names) > 5 else ''}."
+            " parameter called scale, among"
+            f" {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
             " Say which leaves to perturb: mask= a tree of bools like the parameters,"
-            " or a function that makes one from them."
+            " or a function that makes one from them; or roles=, see"
+            " optax_sam.roles_table."
         )
-    return jax.tree.unflatten(structure, chosen)
-
-
-def path_names(path: Any) -> list[Any]:
-    """The keys along a path: names of dict keys and attributes, and positions."""
-    kinds = ("key", "name", "idx")
-    names = [next((getattr(k, x) for x in kinds if hasattr(k, x)), k) for k in path]
-    # The last one of an NNX variable, an attribute, is that of its array.
-    of_array = path and getattr(path[-1], "name", None) in ("value", "raw_value")
-    return names[:-1] if of_array else names
+    return chosen

@@ -23,6 +23,7 @@ from optax_sam.ascent.rule import (
     wide,
 )
 from optax_sam.contract import check_key, check_schedule
+from optax_sam.roles import Role, resolve_roles
 from optax_sam.step import Step
 
 
@@ -43,6 +44,7 @@ def smoothed(
     key: ArrayLike = 0,
     *,
     mask: Mask = None,
+    roles: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Ascends along a gradient at randomly smoothed weights, mixed with the noise.
 
@@ -50,13 +52,15 @@ def smoothed(
       \Delta_u &= \sigma\, \|W_u\|\, z_u, \quad z \sim \mathcal N(0, I)
         && \text{for each output unit } u \text{ of a kernel} \\
       \Delta &= \sigma\, (\|b\| + 10^{-16})\, z
-        && \text{for leaves of one dimension or none} \\
+        && \text{for each other leaf, such as a bias} \\
       g_1 &= \nabla L(w + \Delta), \qquad
       e = \rho\, \frac{\lambda g_1 + \Delta}{\|\lambda g_1 + \Delta\|}
 
     The incoming gradient is not used: the rule takes its own, :math:`g_1`, which the
     engine also falls back to, as an :class:`optax_sam.ascent.OwnGradient`. Output
-    units are the last axis of a kernel, as in Flax.
+    units are counted along the axes that :func:`optax_sam.roles` finds: several in
+    Flax's attention, the first one in Equinox, else the last. The layers of a leaf of
+    stacked ones (``nn.scan``) are told apart, also those of its biases.
 
     Args:
       rho: radius of the perturbation, at least 0, or a schedule.
@@ -69,6 +73,9 @@ def smoothed(
       mask: the leaves that are smoothed and perturbed, a tree of bools like the
         parameters or a prefix of it, or a function from the parameters to one;
         ``None`` means all.
+      roles: what each leaf is, for units and stacked layers: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
 
     Returns:
       A transformation from a gradient to an offset; it needs ``params``, ``grad_fn``
@@ -125,7 +132,13 @@ def smoothed(
         sigma_now = at(sigma, step.count)
         chosen = resolve_nonempty_mask(mask, params, name="mask")
         delta = keep(
-            jax.tree.map(lambda w, z: sigma_now * _sizes(w) * z, params, noise), chosen
+            jax.tree.map(
+                lambda w, z, role: sigma_now * _sizes(w, role) * z,
+                params,
+                noise,
+                resolve_roles(roles, params),
+            ),
+            chosen,
         )
         g_1 = grad_fn(add(params, delta))
         weight = at(gradient_weight, step.count)
@@ -159,9 +172,8 @@ def _normal(key: jax.Array, like: Any, count: ArrayLike) -> Any:
     return jax.lax.platform_dependent(cpu=branch, default=normal)
 
 
-def _sizes(w: jax.Array) -> jax.Array:
-    """The norm of each output unit of a kernel, or of the whole of a smaller leaf."""
-    if w.ndim < 2:
-        return norm(w) + 1e-16
-    axes = tuple(range(w.ndim - 1))
-    return root(jnp.sum(jnp.square(wide(w)), axes, keepdims=True))
+def _sizes(w: jax.Array, role: Role) -> jax.Array:
+    """The norm of each output unit of a kernel, or of the whole of another leaf."""
+    axes = role.within_unit(w.ndim)
+    sizes = root(jnp.sum(jnp.square(wide(w)), axes, keepdims=True))
+    return sizes if role.output else sizes + 1e-16

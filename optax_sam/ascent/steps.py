@@ -12,6 +12,7 @@ import optax
 from optax_sam.arguments import at
 from optax_sam.ascent.rule import EPS, add, ascent_rule, norm, rescale, scaled
 from optax_sam.contract import check_integer, check_schedule
+from optax_sam.roles import by_layer, resolve_roles
 from optax_sam.step import Step
 
 # XLA's CPU backend runs backward convolutions in a loop many times slower than in the
@@ -119,6 +120,7 @@ def raw_steps(
     num_steps: int = 1,
     *,
     projection: Literal["leaf", "global"] = "leaf",
+    roles: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Ascent steps of the gradient's own length, inside a ball for each leaf: AMP.
 
@@ -127,16 +129,19 @@ def raw_steps(
       \delta_{i+1} = \Pi_\epsilon\big(\delta_i + s\, g_i\big), \qquad
       g_i = \nabla L(w + \delta_i), \qquad e = \delta_n
 
-    where :math:`\Pi_\epsilon` shortens each leaf, or the whole, to the norm
-    :math:`\epsilon` if it is longer: small gradients make small offsets. With a ball
-    for each leaf the whole offset can be as long as :math:`\epsilon` times the root of
-    their number.
+    where :math:`\Pi_\epsilon` shortens each leaf (of stacked layers, each of these), or
+    the whole, to the norm :math:`\epsilon` if it is longer: small gradients make small
+    offsets. With a ball for each leaf the whole offset can be as long as
+    :math:`\epsilon` times the root of their number.
 
     Args:
       epsilon: radius of the ball, at least 0, or a schedule.
       step_size: the factor ``s`` of a gradient, at least 0, or a schedule.
       num_steps: number ``n`` of steps, at least 1; up to 8 are unrolled.
       projection: ``"leaf"``, as the authors' code, or ``"global"``.
+      roles: what each leaf is, for stacked layers: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
 
     Returns:
       A transformation from a gradient to an offset; for several steps it needs
@@ -183,9 +188,14 @@ def raw_steps(
             n = norm(delta)
             return scaled(delta, jnp.where(n > radius, radius / (n + EPS), 1))
 
+        if projection == "leaf":
+            layers = resolve_roles(roles, g if params is None else params)
+
         def project(delta: Any) -> Any:
-            by_leaf = projection == "leaf"
-            return jax.tree.map(shortened, delta) if by_leaf else shortened(delta)
+            if projection == "global":
+                return shortened(delta)
+            of_layers = lambda x, role: by_layer(shortened, role)(x)
+            return jax.tree.map(of_layers, delta, layers)
 
         def again(_: Any, delta: Any) -> Any:
             g = grad_fn(add(params, delta))

@@ -36,8 +36,9 @@ def random_leaves(
       e = \frac{\rho}{\beta}\, \frac{g_S}{\|g_S\| + 10^{-7}}, \qquad
       l \in S \text{ where } u_l \le \beta, \quad u_l \sim U(0, 1)
 
-    The norm is over the chosen leaves. On the first step all are chosen; the draw at
-    the end of a step is for the next one.
+    The norm is over the chosen leaves. A leaf of stacked layers (``nn.scan``) moves as
+    one: the state holds one draw for each leaf. On the first step all are chosen; the
+    draw at the end of a step is for the next one.
 
     Args:
       rho: radius of the ball, at least 0, or a schedule; the offset's norm is

@@ -19,6 +19,7 @@ def amp(
     inner_lr: optax.ScalarOrSchedule = 1.0,
     inner_iter: int = 1,
     projection: Literal["leaf", "global"] = "leaf",
+    roles: Any = None,
     when: When = always(),
     mask: Mask = None,
     axis_name: Any = None,
@@ -32,9 +33,9 @@ def amp(
       \qquad d = \nabla L(w + \delta_n)
 
     where :math:`\Pi_\epsilon` shortens each leaf to the norm :math:`\epsilon` if it is
-    longer. The step is not normalized: small gradients perturb little. With ``n``
-    leaves at their bound the whole perturbation has the norm
-    :math:`\epsilon \sqrt n`.
+    longer; of a leaf of stacked layers (``nn.scan``), each layer. The step is not
+    normalized: small gradients perturb little. With ``n`` leaves at their bound the
+    whole perturbation has the norm :math:`\epsilon \sqrt n`.
 
     Cost: ``inner_iter + 1`` gradients per ascended step, 1 on others; a few scalars of
     state.
@@ -45,6 +46,9 @@ def amp(
       inner_lr: the factor ``zeta`` of a gradient, at least 0, or a schedule.
       inner_iter: number ``n`` of ascent steps, at least 1.
       projection: ``"leaf"``, or ``"global"`` for one ball of all leaves together.
+      roles: what each leaf is, for stacked layers: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
       when: on which steps to ascend, a rule of ``optax_sam.when``.
       mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
       axis_name: a mapped axis for m-sharpness, see
@@ -82,7 +86,9 @@ def amp(
       hiyouga/AMP-Regularizer
     """
     return sharpness_aware(
-        ascent.raw_steps(epsilon, inner_lr, inner_iter, projection=projection),
+        ascent.raw_steps(
+            epsilon, inner_lr, inner_iter, projection=projection, roles=roles
+        ),
         when,
         mask=mask,
         axis_name=axis_name,

@@ -18,6 +18,7 @@ def asam(
     *,
     eta: optax.ScalarOrSchedule = 0.01,
     adapt: Mask = None,
+    roles: Any = None,
     when: When = always(),
     mask: Mask = None,
     axis_name: Any = None,
@@ -43,7 +44,12 @@ def asam(
       eta: added to the sizes, at least 0, or a schedule.
       adapt: the adapted leaves: a bool for all, a tree of bools like the parameters
         or a prefix of it, or a function from the parameters to one; ``None`` means
-        leaves of two or more dimensions and norm gains.
+        kernels, embeddings and gains of normalization layers, and neither biases nor
+        offsets.
+      roles: what each leaf is, where ``adapt`` does not say it: a pytree of
+        :class:`optax_sam.Role` or a function from the parameters to one; ``None``
+        means :func:`optax_sam.roles`, whose table :func:`optax_sam.roles_table`
+        prints.
       when: on which steps to ascend, a rule of ``optax_sam.when``.
       mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
       axis_name: a mapped axis for m-sharpness, see
@@ -55,7 +61,8 @@ def asam(
       A transformation that stands first in a chain and needs ``grad_fn``.
 
     Raises:
-      ValueError: if ``rho`` or ``eta`` is negative.
+      ValueError: if ``rho`` or ``eta`` is negative, or both ``adapt`` and ``roles``
+        are given.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -72,8 +79,10 @@ def asam(
 
     Differs from the authors' code in:
       1. 1e-12 is added to the norm; there 1e-16, which float32 does not see.
-      2. The adapted leaves are found by shape and by the names ``scale`` and
-         ``weight``; there by the name ``weight``.
+      2. The adapted leaves are found by names and structure, see
+         :func:`optax_sam.roles`; there by ``weight`` in the name, which PyTorch gives
+         to kernels, embeddings and gains. What no name tells is adapted here if it
+         has two or more axes, such as a bare class token.
 
     References:
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
@@ -81,7 +90,7 @@ def asam(
       code: SamsungLabs/ASAM
     """
     return sharpness_aware(
-        ascent.adaptive(rho, eta, adapt),
+        ascent.adaptive(rho, eta, adapt, roles=roles),
         when,
         mask=mask,
         axis_name=axis_name,

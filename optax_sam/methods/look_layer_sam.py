@@ -19,6 +19,7 @@ def look_layer_sam(
     *,
     k: int = 5,
     alpha: optax.ScalarOrSchedule = 0.7,
+    roles: Any = None,
     mask: Mask = None,
     axis_name: Any = None,
     ascent_dtype: DTypeLike | None = None,
@@ -26,10 +27,11 @@ def look_layer_sam(
     r"""Look-LayerSAM: LookSAM for very large batches, with layer-wise perturbations.
 
     .. math::
-      e_l = \rho\, \frac{\|w_l\|}{\|g_l\|}\, g_l \quad\text{for each leaf } l
+      e_l = \rho\, \frac{\|w_l\|}{\|g_l\|}\, g_l \quad\text{for each layer } l
 
-    and otherwise :func:`optax_sam.looksam`. The ratio is LAMB's, 1 where either norm is
-    zero; the paper follows it with LAMB.
+    and otherwise :func:`optax_sam.looksam`. A layer is a leaf, or one of those that are
+    stacked in it (``nn.scan``). The ratio is LAMB's, 1 where either norm is zero; the
+    paper follows it with LAMB.
 
     Cost: 1 + 1/k gradients per step; one tree like the parameters and a few scalars of
     state.
@@ -40,6 +42,9 @@ def look_layer_sam(
       k: the period in steps, at least 1.
       alpha: length of what is added, relative to the plain gradient, at least 0, or a
         schedule.
+      roles: what each leaf is, for stacked layers: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
       mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
       axis_name: a mapped axis for m-sharpness, see
         :func:`optax_sam.sharpness_aware`.
@@ -74,7 +79,7 @@ def look_layer_sam(
       <https://arxiv.org/abs/2203.02714>`_, 2022
     """
     return sharpness_aware(
-        ascent.trust_ratio(rho),
+        ascent.trust_ratio(rho, roles=roles),
         every_k(k),
         reuse_normal(alpha),
         mask=mask,

@@ -8,24 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import contract
+from optax_sam import contract, momentum, probe
 from optax_sam.arguments import at
 from optax_sam.ascent.rule import norm, rescale, scaled
-from optax_sam.states import nodes, the_state
+from optax_sam.states import the_state, with_dicts, without_variables
 
-# Where Optax's optimizers keep their first moment.
-_MOMENTUM = {
-    optax.TraceState: "trace",
-    optax.EmaState: "ema",
-    optax.ScaleByAdamState: "mu",
-    optax.ScaleByAdanState: "m",
-    optax.ScaleByAmsgradState: "mu",
-    optax.ScaleByBeliefState: "mu",
-    optax.ScaleByLionState: "mu",
-    optax.ScaleByNovogradState: "mu",
-}
-# What scales updates: with a number (which has no state of its own), or a schedule.
-_SCALES = (optax.ScaleState, optax.EmptyState, optax.ScaleByScheduleState)
 _EXAMPLE = "optax_sam.msam(optax.sgd(0.1, momentum=0.9))"
 
 
@@ -35,7 +22,7 @@ class MSAMState(NamedTuple):
     Attributes:
       count: number of steps taken, () int32; drives the schedule of ``rho``.
       scale: ``c``, by which the momentum was multiplied for the perturbation that the
-        parameters carry now, () float.
+        parameters carry now, () float; negative for a momentum of steps.
       inner: state of the inner optimizer, with the momentum.
     """
 
@@ -48,7 +35,7 @@ class MSAMState(NamedTuple):
 
         The norm of the momentum is ``rho`` divided by it.
         """
-        return {"perturbation_scale": self.scale}
+        return {"perturbation_scale": jnp.abs(self.scale)}
 
 
 def msam(
@@ -94,12 +81,26 @@ def msam(
     jump afterwards, ``lambda t: jnp.where(t < warmup_steps, 0.0, 3.0)``; without that,
     the paper's ViT-S/32 loses 3 points.
 
+    **The momentum** is found in the state of ``inner``, in a field called ``mu``,
+    ``m``, ``trace``, ``ema``, ``exp_avg``, ``momentum`` or ``velocity``, or in the
+    only pytree there that is like the parameters. Every parameter needs one; those of
+    the parts of ``optax.partition`` are put together, and share one norm (SGD's is a
+    sum of gradients, about ten times as long as Adam's mean). Some optimizers keep a
+    momentum of steps, with the learning rate inside it: ``optax.rmsprop``,
+    ``optax.lars``. It points the other way, :math:`c` is negative for it, and
+    :math:`\tilde w` still lies further along the last step. Which of both it is,
+    ``init`` sees by running ``inner`` for a few steps on a small copy of the
+    parameters, with a gradient and with its negative. This takes about as long as
+    compiling the update of ``inner``.
+
     Cost: 1 gradient per step; two scalars of state.
 
     Args:
-      inner: the optimizer, with its learning rate and one momentum, which is found by
-        the type of its state: that of ``optax.sgd(..., momentum=0.9)``,
-        ``optax.adam``, ``optax.lion`` and their relatives.
+      inner: the optimizer, with its learning rate and a momentum:
+        ``optax.sgd(..., momentum=0.9)``, ``optax.adam``, ``optax.lion``,
+        ``optax.contrib.muon``, ``optax.contrib.prodigy``,
+        ``optax.rmsprop(..., momentum=0.9)``, an ``optax.partition`` of such, or your
+        own.
       rho: length of the perturbation in units of the weights, at least 0, or a
         schedule of the step. About 0.3 to 3 for CNNs with SGD, 1 to 10 for AdamW.
 
@@ -109,10 +110,10 @@ def msam(
 
     Raises:
       ValueError: if ``rho`` is negative or ``inner`` is no optimizer; on ``init``, if
-        the momentum of ``inner`` is missing, not alone, not one of gradients, or not
-        like the parameters; on ``init`` or ``update``, if it stands inside
-        ``optax.masked`` or ``optax.partition``; on ``update``, if ``params`` is
-        missing or a gradient does not fit them.
+        a parameter has no momentum or several, if what ``inner`` keeps is no momentum
+        of its steps, or if those steps lead uphill; on ``init`` or ``update``, if it
+        stands inside ``optax.masked`` or ``optax.partition``; on ``update``, if
+        ``params`` is missing or a gradient does not fit them.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -146,10 +147,31 @@ def msam(
     )
     inner = optax.with_extra_args_support(inner)
 
+    # Found once for parameters and states of one form, so that an eager step is quick.
+    places: dict[Any, tuple[int, ...]] = {}
+    signs: dict[Any, int] = {}
+
+    def place(inner_state: Any, params: Any) -> tuple[int, ...]:
+        form = jax.tree.structure(inner_state), _form(params)
+        if form not in places:
+            places[form] = momentum.locate(inner_state, params)
+        return places[form]
+
+    def which_way(params: Any, extra: dict[str, Any] | None) -> int | None:
+        form = _form(params)
+        if form not in signs:
+            sign = probe.sign(inner, params, extra)
+            if sign is None:
+                return None
+            signs[form] = sign
+        return signs[form]
+
     def init(params: Any) -> MSAMState:
         _check_not_masked(params)
         state = inner.init(params)
-        _check_like(_momentum(state), params)
+        if all(map(contract.is_perturbable, jax.tree.leaves(params))):
+            # Others update refuses. One that needs an extra argument is asked then.
+            which_way(params, None)
         return MSAMState(jnp.zeros((), jnp.int32), jnp.zeros((), float), state)
 
     def update(
@@ -161,14 +183,20 @@ def msam(
                 " the gradients taken at these same parameters."
             )
         _check_not_masked(updates, params)
+        contract.check_state("msam", MSAMState, state)
         contract.check_gradients("msam", "the incoming gradient", updates, params)
         # Python and NumPy numbers among the leaves become arrays, as in Optax.
         g, params = jax.tree.map(jnp.asarray, (updates, params))
-        before = scaled(_momentum(state.inner), state.scale)
+        where = place(state.inner, params)
+        before = scaled(momentum.take(state.inner, where, params), state.scale)
         w = optax.tree.cast_like(optax.tree.add(params, before), params)
         u, inner_state = inner.update(g, state.inner, w, **extra)
-        v = _momentum(inner_state)
-        scale = rescale(jnp.ones((), float), norm(v), at(rho, state.count))
+        v = momentum.take(inner_state, where, params)
+        # Against a momentum of gradients, along one of steps.
+        sign = which_way(params, extra)
+        assert sign is not None  # which only missing extra arguments leave open
+        radius = sign * at(rho, state.count)
+        scale = rescale(jnp.ones((), float), norm(v), radius)
         after = scaled(v, scale)
         # Not through w: a step that is small beside the weights would lose digits.
         moved = jax.tree.map(
@@ -207,74 +235,27 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
       [-0.3 -0.4]
     """
     state = the_state(MSAMState, "msam", opt_state, _EXAMPLE)
-    # By leaves: NNX keeps a momentum in another kind of variables than parameters.
     live, structure = jax.tree.flatten(params)
-    momentum = jax.tree.leaves(_momentum(state.inner))
-    if list(map(jnp.shape, live)) != list(map(jnp.shape, momentum)):
-        raise ValueError(
-            "msam_eval_params got parameters of other shapes than the momentum in the"
-            " state; pass those that this optimizer trains."
-        )
     live = [jnp.asarray(x) for x in live]
-    offset = scaled(momentum, state.scale)
+    # NNX keeps a momentum in other kinds of variables and mappings than parameters.
+    inner = with_dicts(state.inner)
+    try:
+        where = momentum.locate(inner, with_dicts(without_variables(params)))
+    except ValueError as error:
+        raise ValueError(
+            "msam_eval_params got parameters of another structure or of other shapes"
+            " than the momentum in the state; pass those that this optimizer trains."
+        ) from error
+    kept = jax.tree.leaves(inner)
+    offset = scaled([kept[i] for i in where], state.scale)
     w = [(x + y).astype(x.dtype) for x, y in zip(live, offset, strict=True)]
     return jax.tree.unflatten(structure, w)
 
 
-def _momentum(inner_state: Any) -> Any:
-    """The first moment in the state of an optimizer."""
-    states = nodes(inner_state, *_MOMENTUM, *_SCALES)
-    found = [x for x in states if not isinstance(x, _SCALES)]
-    names = [type(x).__name__ for x in found]
-    write = "Write for instance optax_sam.msam(optax.sgd(0.1, momentum=0.9), rho=3.0)."
-    if not found:
-        fields = (f"{kind.__name__}.{name}" for kind, name in _MOMENTUM.items())
-        raise ValueError(
-            "msam perturbs along the momentum, and the inner optimizer keeps none that"
-            f" it knows: {', '.join(fields)}. {write}"
-        )
-    if len(found) > 1:
-        raise ValueError(
-            "msam perturbs along the momentum, and the inner optimizer keeps several:"
-            f" {', '.join(names)}. {write} Optimizers of which each has a part of the"
-            " parameters (optax.partition) cannot be inside it."
-        )
-    if _is_of_steps(states):
-        raise ValueError(
-            "msam needs a momentum of gradients, but that of the inner optimizer"
-            f" ({names[0]}) is one of steps, of the other sign: the learning rate"
-            " stands before it, as in optax.lars and optax.rmsprop. Put the learning"
-            " rate behind the momentum; what scales gradients goes before msam, in a"
-            f" chain. {write}"
-        )
-    return getattr(found[0], _MOMENTUM[type(found[0])])
-
-
-def _is_of_steps(states: list[Any]) -> bool:
-    """Whether a momentum is what is emitted, or has a schedule before it."""
-    emitted = isinstance(states[-1], (optax.TraceState, optax.EmaState))
-    first = next(x for x in states if type(x) is not optax.EmptyState)
-    return emitted or isinstance(first, optax.ScaleByScheduleState)
-
-
-def _check_like(momentum: Any, params: Any) -> None:
-    if contract.has_placeholders(momentum):
-        raise ValueError(
-            "msam needs a momentum of all parameters, but optax.masked or"
-            " optax.partition inside it keeps some leaves from the inner optimizer's."
-            " To freeze leaves, write optax.chain(optax.masked(optax.set_to_zero(),"
-            " frozen), optax_sam.msam(optax.sgd(0.1, momentum=0.9)))."
-        )
-    # By leaves: optax.tree.map_params initializes with a tree that has none.
-    shapes = lambda tree: [jnp.shape(x) for x in jax.tree.leaves(tree)]
-    structure = jax.tree.structure
-    same = structure(momentum) == structure(params)  # type: ignore[operator]
-    if not same or shapes(momentum) != shapes(params):
-        raise ValueError(
-            "msam needs a momentum like the parameters, but the inner optimizer keeps"
-            " it in another structure or in other shapes (optax.flatten?); put what"
-            " reshapes around msam."
-        )
+def _form(params: Any) -> Any:
+    """Structure, shapes and dtypes."""
+    leaves, structure = jax.tree.flatten(params)
+    return structure, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 def _check_not_masked(*trees: Any) -> None:

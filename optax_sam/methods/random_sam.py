@@ -19,6 +19,7 @@ def random_sam(
     sigma: optax.ScalarOrSchedule = 5e-4,
     gradient_weight: optax.ScalarOrSchedule = 2.0,
     key: ArrayLike = 0,
+    roles: Any = None,
     when: When = always(),
     mask: Mask = None,
     axis_name: Any = None,
@@ -33,8 +34,9 @@ def random_sam(
       e = \rho\, \frac{\lambda g_1 + \Delta}{\|\lambda g_1 + \Delta\|}, \qquad
       d = \nabla L(w + e)
 
-    Small leaves (of one dimension or none) are one unit. The authors let the noise
-    grow by a half cosine to five times its start:
+    Leaves that are no kernels and no embeddings are one unit, in each layer of stacked
+    ones. Units are counted along the axes that :func:`optax_sam.roles` finds. The
+    authors let the noise grow by a half cosine to five times its start:
     ``sigma=optax.cosine_decay_schedule(5e-4, total_steps, alpha=5.0)``, and tie
     ``rho`` to the learning rate (:func:`optax_sam.rho_from_lr`). ``sigma=0`` is SAM.
 
@@ -57,6 +59,9 @@ def random_sam(
         0, or a schedule. The gradient is not normalized, so this depends on the scale
         of the loss.
       key: an int, a key from ``jax.random.key``, or raw key data, for the noise.
+      roles: what each leaf is, for units and stacked layers: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
       when: on which steps to ascend, a rule of ``optax_sam.when``.
       mask: the smoothed and perturbed leaves, see :func:`optax_sam.sharpness_aware`.
       axis_name: a mapped axis for m-sharpness, with noise of its own for each device,
@@ -98,7 +103,7 @@ def random_sam(
       RSAM-Optimizer/R-SAM
     """
     return sharpness_aware(
-        ascent.smoothed(rho, sigma, gradient_weight, key, mask=mask),
+        ascent.smoothed(rho, sigma, gradient_weight, key, mask=mask, roles=roles),
         when,
         axis_name=axis_name,
         ascent_dtype=ascent_dtype,

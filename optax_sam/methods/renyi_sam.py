@@ -21,6 +21,7 @@ def renyi_sam(
     layerwise: bool = False,
     max_offset_norm: ArrayLike | None = None,
     warmup_steps: int = 0,
+    roles: Any = None,
     when: When = always(),
     mask: Mask = None,
     axis_name: Any = None,
@@ -47,11 +48,14 @@ def renyi_sam(
     Args:
       rho: weight of the regularizer, at least 0, or a schedule of the step.
       alpha: order of the entropy, positive and not 1, or a schedule.
-      layerwise: whether the sum runs over leaves, with their norms, instead of
-        coordinates.
+      layerwise: whether the sum runs over layers, with their norms, instead of
+        coordinates: leaves, and the layers of a leaf of stacked ones (``nn.scan``).
       max_offset_norm: the largest norm of the offset, positive; ``None`` means no
         limit.
       warmup_steps: plain steps at the start; the authors take five to six epochs.
+      roles: what each leaf is, for stacked layers if ``layerwise``: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
       when: on which steps to ascend, a rule of ``optax_sam.when``.
       mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
       axis_name: a mapped axis for m-sharpness, see
@@ -94,7 +98,11 @@ def renyi_sam(
     """
     check_integer("warmup_steps", warmup_steps, 0)
     rule = ascent.renyi(
-        rho, alpha, layerwise=layerwise, max_offset_norm=max_offset_norm
+        rho,
+        alpha,
+        layerwise=layerwise,
+        max_offset_norm=max_offset_norm,
+        roles=roles,
     )
     return sharpness_aware(
         rule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import optax
@@ -18,6 +19,7 @@ def sam_on(
     *,
     adapt: Mask = False,
     eta: optax.ScalarOrSchedule = 0.01,
+    roles: Any = None,
     when: When = always(),
     mask: Mask = ascent.normalization_layers,
     axis_name: Any = None,
@@ -44,10 +46,13 @@ def sam_on(
       rho: radius of the perturbation, at least 0, or a schedule of the step; in units
         of the weights, or relative to their sizes where they are adapted.
       adapt: the adapted leaves, ``True`` for all that are perturbed, or a tree of bools
-        or a function as for ``mask``.
+        or a function as for ``mask``; ``None`` means gains and not offsets, as in ASAM.
       eta: added to the sizes of adapted weights, at least 0, or a schedule. The
         authors' script has 0, which keeps weights that are zero, such as new biases,
         where they are.
+      roles: what each leaf is, for the default of ``mask`` and for ``adapt=None``: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
       when: on which steps to ascend, a rule of ``optax_sam.when``.
       mask: the perturbed leaves, by default
         :func:`optax_sam.ascent.normalization_layers`; see
@@ -80,17 +85,19 @@ def sam_on(
       True
 
     Differs from the authors' code in:
-      1. The layers are found by the names of layers and by a parameter called
-         ``scale``; there by ``norm`` or ``bn`` in the name of a parameter. No layer at
-         all is an error.
+      1. The layers are found by names and structure, see :func:`optax_sam.roles`;
+         there by ``norm`` or ``bn`` in the name of a parameter. No layer at all is an
+         error, and a kernel is in no normalization layer, whatever that is called.
       2. 1e-12 is added to the norm; there 1e-16, which float32 does not see.
 
     References:
       Mueller et al., `Normalization Layers Are All That Sharpness-Aware Minimization
       Needs <https://arxiv.org/abs/2306.04226>`_, 2023; code: mueller-mp/SAM-ON
     """
+    if mask is ascent.normalization_layers:
+        mask = functools.partial(ascent.normalization_layers, roles=roles)
     return sharpness_aware(
-        ascent.adaptive(rho, eta, adapt),
+        ascent.adaptive(rho, eta, adapt, roles=roles if adapt is None else None),
         when,
         mask=mask,
         axis_name=axis_name,

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from optax_sam.arguments import Mask, resolve_mask
 from optax_sam.ascent.rule import wide
+from optax_sam.roles import Role, resolve_roles
 from optax_sam.sharpness.probes import typed_key
 
 
@@ -19,8 +20,9 @@ def filter_normalized_direction(
     *,
     norm: Literal["filter", "layer"] | None = "filter",
     ignore_1d: bool = True,
-    filter_axis: int | tuple[int, ...] = -1,
+    filter_axis: int | tuple[int, ...] | None = None,
     mask: Mask = None,
+    roles: Any = None,
 ) -> Any:
     r"""A random direction, each filter of which is as long as the one in the weights.
 
@@ -36,14 +38,19 @@ def filter_normalized_direction(
       params: the weights ``w``; their own dtype, or float32 if that is narrower, is
         the direction's.
       norm: ``"filter"``; ``"layer"``, which takes a whole leaf for one filter; or
-        ``None``, the draws as they are.
-      ignore_1d: whether leaves of at most one dimension, which are biases and the
-        scales of normalization layers, stay in place. Else each is one filter.
-      filter_axis: the axis along which the filters of a leaf are counted. It is the
-        last one in Flax, with kernels ``(in, out)`` and ``(height, width, in, out)``,
-        and 0 in PyTorch. Several for layers stacked along an axis: ``(0, -1)``.
+        ``None``, the draws as they are. Of a leaf of stacked layers (``nn.scan``), each
+        layer has filters of its own.
+      ignore_1d: whether all but kernels and embeddings, so biases and the gains and
+        offsets of normalization layers, and what has at most one axis in a layer, stay
+        in place. Else each of these is one filter.
+      filter_axis: the axis or axes of a kernel along which its filters are counted,
+        beside those of stacked layers; ``None`` means the output axes that ``roles``
+        finds: the last one in Flax, with kernels ``(in, out)`` and ``(height, width,
+        in, out)``, several for the heads of attention, the first one in Equinox.
       mask: the leaves to move: a tree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
+      roles: what each leaf is: a pytree of :class:`optax_sam.Role` or a function from
+        the parameters to one; ``None`` means :func:`optax_sam.roles`.
 
     Returns:
       A tree like ``params``, zero in leaves that stay in place. Zero filters have zero
@@ -70,8 +77,9 @@ def filter_normalized_direction(
     key = typed_key(key)
     chosen = jax.tree.leaves(resolve_mask(mask, params))
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    found = jax.tree.leaves(resolve_roles(roles, params))
 
-    def direction(i: int, path: Any, w: ArrayLike) -> jax.Array:
+    def direction(i: int, path: Any, w: ArrayLike, role: Role) -> jax.Array:
         if not chosen[i]:
             return jnp.zeros_like(w)
         at_path = f"The parameter at {jax.tree_util.keystr(path) or 'the root'}"
@@ -82,20 +90,26 @@ def filter_normalized_direction(
                 " out with mask=."
             )
         w = wide(jnp.asarray(w))
-        if w.ndim <= 1 and ignore_1d:
+        has_filters = role.is_matrix(w.ndim)
+        if not has_filters and ignore_1d:
             return jnp.zeros_like(w)
         d = jax.random.normal(jax.random.fold_in(key, i), w.shape, w.dtype)
         if norm is None:
             return d
-        axes = None
-        if norm == "filter" and w.ndim > 1:
-            kept = _axes(filter_axis, w.ndim, at_path)
-            axes = tuple(axis for axis in range(w.ndim) if axis not in kept)
+        axes = role.within_layer(w.ndim)
+        if norm == "filter" and has_filters:
+            kept = set(role.output)
+            if filter_axis is not None:
+                kept = _axes(filter_axis, w.ndim, at_path)
+            axes = tuple(axis for axis in axes if axis not in kept)
         length = lambda x: jnp.sqrt(jnp.sum(x**2, axes, keepdims=True))
         return d * (length(w) / (length(d) + 1e-10))
 
-    found = [direction(i, path, w) for i, (path, w) in enumerate(leaves)]
-    return jax.tree.unflatten(structure, found)
+    directions = [
+        direction(i, path, w, role)
+        for i, ((path, w), role) in enumerate(zip(leaves, found, strict=True))
+    ]
+    return jax.tree.unflatten(structure, directions)
 
 
 def _axes(filter_axis: int | tuple[int, ...], ndim: int, at_path: str) -> set[int]:
@@ -105,6 +119,6 @@ def _axes(filter_axis: int | tuple[int, ...], ndim: int, at_path: str) -> set[in
             raise ValueError(
                 f"{at_path} has {ndim} axes, so none is filter_axis={axis}. Filters of"
                 " kernels of all kinds are counted along -1 in Flax and 0 in PyTorch:"
-                " write filter_axis=-1."
+                " write filter_axis=-1, or leave it out (optax_sam.roles finds it)."
             )
     return {axis % ndim for axis in axes}

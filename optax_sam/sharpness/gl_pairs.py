@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from optax_sam.ascent.masks import path_names
+from optax_sam.roles import named_leaves
 
 
 class GLBlock(NamedTuple):
@@ -178,12 +177,6 @@ def attention_gl_pairs(
     out = GLBlock(f"{prefix}out/kernel", rank_axis=1, head_axis=0)
     pairs = [GLPair(rows("query"), rows("key"))] * qk
     return pairs + [GLPair(rows("value"), (out,))] * vo
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by their paths, joined by ``/``."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(map(str, path_names(path))): x for path, x in leaves}
 
 
 def describe(names: Any) -> str:

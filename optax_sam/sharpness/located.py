@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam.sharpness.gl_pairs import GLBlock, GLPair, describe, named_leaves
+from optax_sam.roles import named_leaves
+from optax_sam.sharpness.gl_pairs import GLBlock, GLPair, describe
 
 
 class Located(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_sam.sharpness.gl_pairs import named_leaves
+from optax_sam.roles import named_leaves
 from optax_sam.sharpness.located import Located
 
 Metric = Literal["mix", "inv"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from jax.typing import ArrayLike
 
 from optax_sam import contract
 from optax_sam.arguments import Mask, resolve_mask
+from optax_sam.ascent.rule import wide
+from optax_sam.roles import resolve_roles
 from optax_sam.sharpness.objective import LossFn
 from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
 from optax_sam.sharpness.probes import typed_key
@@ -50,6 +53,7 @@ def renyi_entropy(
     num_lanczos: int = 50,
     num_probes: int = 10,
     mask: Mask = None,
+    roles: Any = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
     mode: Mode = "fwd_rev",
@@ -76,20 +80,24 @@ def renyi_entropy(
       key: for the probes: an int or a key.
       alpha: one or more orders, above 0. The paper takes 0.5 for spectra with several
         clusters and 1.5 for a few outliers above a bulk near zero.
-      layerwise: whether to look at the diagonal block of each weight with two or more
-        dimensions by itself, instead of at all parameters together.
+      layerwise: whether to look at the diagonal block of each kernel and embedding with
+        two or more dimensions by itself, instead of at all parameters together; of a
+        leaf of stacked layers (``nn.scan``), at those of its layers, one by one.
       num_eigs: as in :func:`spectral_sum`.
       num_top_matvecs: as in :func:`spectral_sum`.
       num_lanczos: as in :func:`spectral_sum`.
       num_probes: as in :func:`spectral_sum`.
       mask: the leaves to look at, as in :func:`hvp`.
+      roles: what each leaf is, for layers and stacked layers if ``layerwise``: a pytree
+        of :class:`optax_sam.Role` or a function from the parameters to one; ``None``
+        means :func:`optax_sam.roles`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
       mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`RenyiResult`; if ``layerwise``, a tree like ``params`` of them, ``None``
-      at the other leaves.
+      at the other leaves. For stacked layers its fields have their axes in front.
 
     Raises:
       ValueError: if an order is not positive, there is no layer to look at, or for what
@@ -136,19 +144,47 @@ def renyi_entropy(
     if not layerwise:
         return entropy(key, chosen)
     leaves, structure = jax.tree.flatten(params)
-    included = jax.tree.leaves(chosen)
-    is_layer = [c and jnp.ndim(x) > 1 for c, x in zip(included, leaves, strict=True)]
+    found = jax.tree.leaves(resolve_roles(roles, params))
+    is_layer = [
+        kept and role.is_matrix(jnp.ndim(x))
+        for kept, role, x in zip(jax.tree.leaves(chosen), found, leaves, strict=True)
+    ]
     if not any(is_layer):
         raise ValueError(
-            "layerwise=True looks at weights with two or more dimensions, and there are"
+            "layerwise=True looks at kernels with two or more dimensions, and there are"
             f" none{'' if mask is None else ' among those that mask selects'}. Write"
             " layerwise=False to look at all weights at once."
         )
     only = lambda i: jax.tree.unflatten(structure, [j == i for j in range(len(leaves))])
-    results = [
-        entropy(jax.random.fold_in(key, i), only(i)) if layer else None
-        for i, layer in enumerate(is_layer)
-    ]
+
+    def of_stack(key: jax.Array, i: int) -> RenyiResult:
+        shape, w = jnp.shape(leaves[i])[: found[i].stack], wide(jnp.asarray(leaves[i]))
+
+        def of_layer(position: jax.Array) -> RenyiResult:
+            at = jnp.unravel_index(position, shape)
+
+            def layer_loss(x: jax.Array, batch: Any) -> jax.Array:
+                whole = [*leaves[:i], w.at[at].set(x), *leaves[i + 1 :]]
+                return loss_fn(jax.tree.unflatten(structure, whole), batch)
+
+            operator = hessian_operator(
+                layer_loss, w[at], batches, weights=weights, axis_name=axis_name
+            )
+            own_key = jax.random.fold_in(key, position)
+            return renyi_entropy_of(operator, own_key, alpha=alpha, **settings)
+
+        results = jax.lax.map(of_layer, jnp.arange(math.prod(shape)))
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
+
+    results: list[RenyiResult | None] = []
+    for i, layer in enumerate(is_layer):
+        own_key = jax.random.fold_in(key, i)
+        if not layer:
+            results.append(None)
+        elif found[i].stack:
+            results.append(of_stack(own_key, i))
+        else:
+            results.append(entropy(own_key, only(i)))
     return jax.tree.unflatten(structure, results)
 
 
@@ -165,6 +201,7 @@ def renyi_sharpness(
     num_lanczos: int = 50,
     num_probes: int = 10,
     mask: Mask = None,
+    roles: Any = None,
     weights: ArrayLike | None = None,
     axis_name: Any = None,
     mode: Mode = "fwd_rev",
@@ -183,19 +220,23 @@ def renyi_sharpness(
       batches: a tree of arrays ``(B, m, ...)``.
       key: for the probes: an int or a key.
       alpha: one or more orders, above 0.
-      layerwise: whether to look at each weight with two or more dimensions by itself.
+      layerwise: whether to look at each kernel and embedding with two or more
+        dimensions by itself.
       num_eigs: as in :func:`spectral_sum`.
       num_top_matvecs: as in :func:`spectral_sum`.
       num_lanczos: as in :func:`spectral_sum`.
       num_probes: as in :func:`spectral_sum`.
       mask: the leaves to look at, as in :func:`hvp`.
+      roles: what each leaf is, for layers and stacked layers if ``layerwise``: a pytree
+        of :class:`optax_sam.Role` or a function from the parameters to one; ``None``
+        means :func:`optax_sam.roles`.
       weights: ``(B,)``, the examples that count in each batch.
       axis_name: name of a mapped axis over which the batches are spread.
       mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`RenyiResult`; if ``layerwise``, a tree like ``params`` of them, ``None``
-      at the other leaves.
+      at the other leaves. For stacked layers its fields have their axes in front.
 
     Raises:
       ValueError: as :func:`renyi_entropy` does.
@@ -223,6 +264,7 @@ def renyi_sharpness(
         num_lanczos=num_lanczos,
         num_probes=num_probes,
         mask=mask,
+        roles=roles,
         weights=weights,
         axis_name=axis_name,
         mode=mode,

@@ -102,7 +102,7 @@ def mesa(
     def init(params: Any) -> MESAState:
         _check_whole(params)
         # A copy, so that parameters and state can both be donated.
-        wide = lambda x: jnp.array(x, widest(x))
+        wide = lambda x: jnp.array(x, x.dtype if jnp.iscomplexobj(x) else widest(x))
         return MESAState(jnp.zeros((), jnp.int32), jax.tree.map(wide, params))
 
     def update(

@@ -1,0 +1,755 @@
+"""MSAM around any momentum: where it is found, which way it points, what is refused."""
+
+import inspect
+import threading
+from typing import Any, NamedTuple
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import problems
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+import optax_sam
+from optax_sam import momentum, probe
+
+SGD = optax.sgd(0.1, momentum=0.9)
+RATE = 0.02
+
+
+class Base(NamedTuple):
+    """An optimizer with a momentum.
+
+    Attributes:
+      optimizer: built in the precision of the test.
+      field: the name of the fields of its state that hold the momentum.
+      sign: 1 if that is one of gradients, -1 if it is one of steps.
+      extra: of the loss and the value at hand, the extra arguments that it needs.
+      descends: whether twenty steps lower the loss by a tenth, too.
+    """
+
+    optimizer: Any
+    field: str
+    sign: int = 1
+    extra: Any = lambda loss, value: {}
+    descends: bool = True
+
+
+def optimizer(name, *args, **kwargs):
+    """An optimizer of Optax, under the name by which the tests count what they have."""
+    return lambda: getattr(optax, name)(*args, **kwargs)
+
+
+def contrib(name, *args, **kwargs):
+    return lambda: getattr(optax.contrib, name)(*args, **kwargs)
+
+
+def split(first, second):
+    """A partition: the kernels' and the biases' optimizer."""
+    by_rank = lambda p: jax.tree.map(lambda x: "ab"[x.ndim < 2], p)
+    return optax.partition({"a": first, "b": second}, by_rank)
+
+
+with_value = lambda loss, value: {"value": value}
+# By the names that Optax has for them.
+TAKEN = {
+    "sgd": Base(optimizer("sgd", 0.1, momentum=0.9), "trace"),
+    "signum": Base(optimizer("signum", RATE), "ema"),
+    "adabelief": Base(optimizer("adabelief", RATE), "mu"),
+    "adam": Base(optimizer("adam", RATE), "mu"),
+    "adamax": Base(optimizer("adamax", RATE), "mu"),
+    "adamaxw": Base(optimizer("adamaxw", RATE), "mu"),
+    "adamw": Base(optimizer("adamw", RATE), "mu"),
+    "adan": Base(optimizer("adan", RATE), "m"),
+    "amsgrad": Base(optimizer("amsgrad", RATE), "mu"),
+    "lamb": Base(optimizer("lamb", RATE), "mu"),
+    "lars": Base(optimizer("lars", 10.0), "trace", -1),
+    "lion": Base(optimizer("lion", RATE), "mu"),
+    "nadam": Base(optimizer("nadam", RATE), "mu"),
+    "nadamw": Base(optimizer("nadamw", RATE), "mu"),
+    "novograd": Base(optimizer("novograd", RATE), "mu"),
+    "optimistic_adam_v2": Base(optimizer("optimistic_adam_v2", RATE), "mu"),
+    "radam": Base(optimizer("radam", RATE), "mu"),
+    "sm3": Base(optimizer("sm3", 0.1), "nu"),
+    "yogi": Base(optimizer("yogi", RATE), "mu"),
+    "adopt": Base(contrib("adopt", RATE), "mu"),
+    "dadapt_adamw": Base(contrib("dadapt_adamw", estim_lr0=0.01), "exp_avg"),
+    "momo": Base(contrib("momo", 0.5), "exp_avg", extra=with_value),
+    "momo_adam": Base(contrib("momo_adam", RATE), "exp_avg", extra=with_value),
+    "muon": Base(contrib("muon", RATE), "mu"),
+    "prodigy": Base(contrib("prodigy", estim_lr0=0.01), "exp_avg"),
+    "simplified_ademamix": Base(contrib("simplified_ademamix", 0.001), "m"),
+    "sophia": Base(
+        contrib("sophia", RATE), "mu", extra=lambda loss, value: {"obj_fn": loss}
+    ),
+    "mechanize": Base(contrib("mechanize", SGD, s_init=0.1), "trace"),
+    # Others with a momentum only where one is asked for.
+    "rmsprop": Base(optimizer("rmsprop", RATE, momentum=0.9), "trace", -1),
+    "adafactor": Base(optimizer("adafactor", 0.1, momentum=0.9), "ema"),
+    "schedule_free": Base(
+        contrib("schedule_free", SGD, learning_rate=0.1), "trace"
+    ),
+}  # fmt: skip
+# Not by a name of Optax.
+MORE = {
+    "nesterov": Base(optimizer("sgd", 0.1, momentum=0.9, nesterov=True), "trace"),
+    "centered": Base(
+        optimizer("rmsprop", RATE, momentum=0.9, centered=True), "trace", -1
+    ),
+    "LaProp": Base(
+        lambda: optax.chain(optax.scale_by_rms(), optax.trace(0.9), optax.scale(-RATE)),
+        "trace",
+    ),
+    "LaProp by a mean": Base(
+        lambda: optax.chain(optax.scale_by_rss(), optax.ema(0.9), optax.scale(-0.1)),
+        "ema",
+    ),
+    "steps and a bound": Base(
+        lambda: optax.chain(
+            optax.rmsprop(RATE, momentum=0.9), optax.keep_params_nonnegative()
+        ),
+        "trace",
+        -1,
+        descends=False,
+    ),
+    "lars and a clip": Base(
+        lambda: optax.chain(optax.lars(10.0), optax.clip(1.0)), "trace", -1
+    ),
+    "steps and a decay": Base(
+        lambda: optax.chain(
+            optax.scale_by_learning_rate(0.1),
+            optax.trace(0.9),
+            optax.add_decayed_weights(-1e-3),
+        ),
+        "trace",
+        -1,
+    ),
+    "a schedule from zero": Base(
+        lambda: optax.sgd(harness.linear(0.0, 0.1, 5), momentum=0.9), "trace"
+    ),
+    "steps on a schedule from zero": Base(
+        lambda: optax.rmsprop(harness.linear(0.0, RATE, 5), momentum=0.9), "trace", -1
+    ),
+    "no rate yet": Base(optimizer("sgd", 0.0, momentum=0.9), "trace", descends=False),
+    "between": Base(
+        lambda: optax.chain(
+            optax.clip_by_global_norm(0.5),
+            optax.add_decayed_weights(1e-3),
+            SGD,
+            optax.zero_nans(),
+        ),
+        "trace",
+    ),
+    "parts": Base(lambda: split(SGD, optax.sgd(0.05, momentum=0.5)), "trace"),
+    "parts of steps": Base(
+        lambda: split(optax.rmsprop(RATE, momentum=0.9), optax.lars(10.0)), "trace", -1
+    ),
+    "parts in parts": Base(
+        lambda: split(split(optax.adam(RATE), SGD), optax.contrib.muon(RATE)), "mu"
+    ),
+    "guarded": Base(lambda: optax.apply_if_finite(SGD, 3), "trace"),
+    "injected": Base(
+        lambda: optax.inject_hyperparams(optax.rmsprop)(RATE, momentum=0.9),
+        "trace",
+        -1,
+    ),
+    "SAM inside": Base(
+        lambda: optax.chain(optax_sam.sam(0.05), SGD),
+        "trace",
+        extra=lambda loss, value: {"grad_fn": jax.grad(loss)},
+    ),
+}
+every_base = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            n,
+            marks=[]
+            if n in ("sgd", "rmsprop", "muon", "prodigy", "LaProp", "parts of steps")
+            else pytest.mark.slow,
+        )
+        for n in (*TAKEN, *MORE)
+    ],
+)
+
+
+def the_base(name):
+    base = {**TAKEN, **MORE}[name]
+    try:
+        return base, optax.with_extra_args_support(base.optimizer())
+    except AttributeError:
+        pytest.skip(f"this Optax has no {name}")
+
+
+def momentum_of(state, field):
+    """The fields of this name, those of parts put together, by hand."""
+    found = [tree for _, tree in optax.tree.get_all_with_path(state, field)]
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    both = lambda a, b: b if is_masked(a) else a
+    whole = found[0]
+    for more in found[1:]:
+        whole = jax.tree.map(both, whole, more, is_leaf=is_masked)
+    return whole
+
+
+@every_base
+def test_sign_length_and_evaluation_point(name, x64):
+    """``w`` takes the optimizer's steps, with gradients further along the last one."""
+    base, inner = the_base(name)
+    problem, rho = problems.mlp(), 0.3
+    tx = optax_sam.msam(inner, rho=rho)
+    update, plain = jax.jit(tx.update), inner.update
+    params = w = point = problem.params()
+    state, inner_state = tx.init(params), inner.init(w)
+    start = problem.loss_fn(w, problem.batch(0))
+    for t in range(20):
+        loss = lambda p, t=t: problem.loss_fn(p, problem.batch(t))
+        value, g = jax.value_and_grad(loss)(point)
+        extra = base.extra(loss, value)
+        if not extra.keys() - {"value"}:
+            updates, state = update(g, state, params, **extra)
+        else:
+            updates, state = tx.update(g, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+        u, inner_state = plain(g, inner_state, w, **extra)
+        w = optax.apply_updates(w, u)
+        v = momentum_of(inner_state, base.field)
+        scale = base.sign * rho / (optax.tree.norm(v) + 1e-12)
+        point = jax.tree.map(lambda x, y, c=scale: x - c * y, w, v)
+        # Sums of weights and offsets, which may cancel.
+        harness.assert_close_in_size(params, point, 1e-8)
+        found = optax_sam.msam_eval_params(state, params)
+        harness.assert_close_in_size(found, w, 1e-8)
+        distance = optax.tree.norm(optax.tree.sub(params, w))
+        moved = bool(optax.tree.norm(v) > 0)
+        assert float(distance) == pytest.approx(rho * moved, rel=1e-4)
+        assert np.sign(state.scale) == base.sign * moved
+        metric = optax_sam.metrics(state)["perturbation_scale"]
+        np.testing.assert_allclose(metric, abs(scale) if moved else 0, rtol=1e-4)
+    if base.descends:
+        assert problem.loss_fn(w, problem.batch(0)) < 0.9 * start
+
+
+@every_base
+def test_the_first_perturbation_is_downhill(name):
+    """Whatever the momentum is of: against the only gradient that there was."""
+    base, inner = the_base(name)
+    tx, params, g = optax_sam.msam(inner, rho=0.5), kernel(), kernel(1)
+    state = tx.init(params)
+    extra = base.extra(lambda p: optax.tree.vdot(p, g), jnp.float32(1.0))
+    extra |= {"grad_fn": lambda p: g} if "grad_fn" in extra else {}
+    for _ in range(2):  # a schedule from zero takes no step at first
+        updates, state = tx.update(g, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    offset = optax.tree.sub(params, optax_sam.msam_eval_params(state, params))
+    assert optax.tree.vdot(offset, g) < -0.1
+
+
+def kernel(seed=0):
+    """A kernel and a bias; SM3 takes no scalars."""
+    return harness.tree(seed)["layer"]
+
+
+# What is refused, by the names of Optax.
+
+NONE = "keeps none"
+SAM = r"optax.chain\(optax_sam.sam\(0.05\), optimizer\)"
+REFUSED = {
+    "adadelta": (optimizer("adadelta", 0.1), f"e_g, .*e_x.*{SAM}"),
+    "adagrad": (optimizer("adagrad", 0.1), f"sum_of_squares does not .*{SAM}"),
+    "fromage": (optimizer("fromage", 0.1), f"{NONE}.*{SAM}"),
+    "lbfgs": (optimizer("lbfgs", 0.1), f"LBFGSState.*{SAM}"),
+    "noisy_sgd": (optimizer("noisy_sgd", 0.1, key=0), f"{NONE}.*{SAM}"),
+    "optimistic_gradient_descent": (
+        optimizer("optimistic_gradient_descent", 0.1),
+        f"previous_gradient leads uphill.*{SAM}",
+    ),
+    "rprop": (optimizer("rprop", 0.1), f"prev_updates.*{SAM}"),
+    "sign_sgd": (optimizer("sign_sgd", 0.1), f"{NONE}.*{SAM}"),
+    "polyak_sgd": (optimizer("polyak_sgd", 0.1), f"{NONE}.*{SAM}"),
+    "acprop": (contrib("acprop", 0.1), f"mu does not move the weights.*{SAM}"),
+    "ademamix": (
+        contrib("ademamix", 0.1),
+        f"several: ScaleByAdemamixState.m1, .*m2.*simplified_ademamix.*{SAM}",
+    ),
+    "cocob": (contrib("cocob"), f"COCOBState.*{SAM}"),
+    "dog": (contrib("dog", 0.1), f"DoGState.*{SAM}"),
+    "dowg": (contrib("dowg", 0.1), f"DoWGState.*{SAM}"),
+    "galore": (contrib("galore", 0.1, rank=1), f"GaLoreState.*{SAM}"),
+    "madgrad": (contrib("madgrad", 0.1), f"MadgradState.s.*{SAM}"),
+    "schedule_free_sgd": (
+        contrib("schedule_free_sgd", 0.1),
+        r"ScheduleFreeState.z.*optax.chain\(optax_sam.sam.*schedule_free_sgd",
+    ),
+    "schedule_free_adamw": (
+        contrib("schedule_free_adamw", 0.1),
+        r"ScheduleFreeState.z.*optax.chain\(optax_sam.sam.*schedule_free_adamw",
+    ),
+}
+ALSO_REFUSED = {
+    "no momentum": (optax.sgd(0.1), rf"{NONE}. Write for .*momentum=0.9.*{SAM}"),
+    "rmsprop without": (optax.rmsprop(0.1), rf"ScaleByRmsState.nu does not.*{SAM}"),
+    "centered, without": (
+        optax.rmsprop(0.1, centered=True),
+        rf"ScaleByRStdDevState.mu.*{SAM}",
+    ),
+    "adafactor without": (optax.adafactor(0.1), rf"FactoredState.v does not.*{SAM}"),
+    "a momentum that is not used": (
+        optax.contrib.schedule_free(optax.adam(0.1, b1=0.0), learning_rate=0.1),
+        "ScaleByAdamState.mu does not move.*ScheduleFreeState.z.*optax.chain",
+    ),
+    "several": (
+        optax.chain(SGD, optax.trace(0.5)),
+        "keeps several: TraceState.trace, TraceState.trace. Leave one",
+    ),
+    "a part without": (
+        optax.partition({"a": SGD, "b": optax.sgd(0.1)}, {"kernel": "a", "bias": "b"}),
+        r"none for \['bias'\].*TraceState.trace.*each part.*set_to_zero",
+    ),
+    "a part for nothing": (
+        optax.masked(SGD, {"kernel": True, "bias": False}),
+        r"none for \['bias'\].*set_to_zero",
+    ),
+    "gradients and steps": (
+        split(SGD, optax.rmsprop(0.1, momentum=0.9)),
+        r"gradients for \['kernel'\].*steps.*for \['bias'\].*behind the momentum",
+    ),
+    "flatten": (optax.flatten(SGD), "TraceState.trace is kept in another.*flatten"),
+    "lookahead": (optax.lookahead(SGD, 5, 0.5), f"LookaheadState.*{SAM}"),
+    "accumulated gradients": (
+        optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation(),
+        rf"MultiStepsState.acc_grads does not move.*{SAM}",
+    ),
+    "no learning rate": (optax.trace(0.9), "up the gradient. It lacks its learning"),
+    "two signs": (
+        optax.chain(optax.scale_by_schedule(lambda t: -0.1), SGD),
+        "up the gradient. It lacks its learning rate",
+    ),
+    "maximizes": (optax.chain(optax.scale(-1.0), SGD), "minimize the negative"),
+    "no rate before": (
+        optax.rmsprop(0.0, momentum=0.9),
+        "stays zero.*optax.scale_by_learning_rate",
+    ),
+    "an optimizer that fails": (
+        optax.chain(SGD, optax.stateless(lambda u, p: 1 / 0)),
+        rf"TraceState.trace.*ZeroDivisionError: .*{SAM}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *ALSO_REFUSED])
+def test_refused(name):
+    inner, message = {**REFUSED, **ALSO_REFUSED}[name]
+    if name in REFUSED:
+        try:
+            inner = inner()
+        except AttributeError:
+            pytest.skip(f"this Optax has no {name}")
+    tx = optax_sam.msam(inner)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(tx.init, kernel())
+
+
+def test_all_of_optax_is_in_a_table():
+    """All that takes a learning rate."""
+    apart = {"dpsgd", "optimistic_adam"}  # gradients of examples; deprecated
+    for module in (optax, optax.contrib):
+        for name in dir(module):
+            function, part = getattr(module, name), name.startswith(("_", "scale_by_"))
+            if part or not inspect.isfunction(function):
+                continue
+            arguments = set(inspect.signature(function).parameters)
+            if "learning_rate" in arguments:
+                assert name in {*TAKEN, *REFUSED, *apart}, name
+
+
+# Momenta of one's own.
+
+
+class Own(NamedTuple):
+    velocity: Any
+    squares: Any
+
+
+class Unnamed(NamedTuple):
+    first: Any
+    second: Any
+
+
+def own(pack, unpack, sign=-1.0):
+    """SGD whose momentum is where one likes, perhaps beside squares."""
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return pack(zeros, jax.tree.map(jnp.ones_like, params))
+
+    def update(updates, state, params=None):
+        v, squares = unpack(state)
+        v = jax.tree.map(lambda v, g: 0.9 * v + g, v, updates)
+        squares = jax.tree.map(lambda n, g: n + g**2, squares, updates)
+        return jax.tree.map(lambda v: sign * 0.1 * v, v), pack(v, squares)
+
+    return optax.GradientTransformation(init, update)
+
+
+OWN = {
+    "field": own(Own, lambda s: s),
+    "key": own(lambda v, n: {"n": n, "Momentum": v}, lambda s: (s["Momentum"], s["n"])),
+    "bare": own(lambda v, n: v, lambda s: (s, s)),
+    "list": own(lambda v, n: [(), {"any": v}], lambda s: (s[1]["any"],) * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("names", [("kernel", "bias"), ("mu", "m"), ("trace", "nu")])
+def test_a_momentum_of_ones_own(name, names):
+    """Also where parameters have the names of momenta."""
+    params = dict(zip(names, kernel().values(), strict=True))
+    g = dict(zip(names, kernel(1).values(), strict=True))
+    results = []
+    for inner in (OWN[name], SGD):
+        tx = optax_sam.msam(inner, rho=0.5)
+        updates, state = tx.update(g, tx.init(params), params)
+        moved = optax.apply_updates(params, updates)
+        results.append((moved, optax_sam.msam_eval_params(state, moved)))
+    harness.assert_close(*results, 1e-6)
+
+
+def test_a_momentum_of_ones_own_that_is_refused():
+    two = optax_sam.msam(own(Unnamed, lambda s: s))
+    with pytest.raises(ValueError, match=r"Unnamed.first, Unnamed.second. Keep a mom"):
+        two.init(kernel())
+    uphill = own(lambda v, n: v, lambda s: (s, s), sign=1.0)
+    with pytest.raises(ValueError, match="its state leads uphill"):
+        optax_sam.msam(uphill).init(kernel())
+
+
+def test_parameters_that_are_one_array():
+    """Then every array of the shape is like them, and the names decide."""
+    for inner in (
+        optax.adam(0.1),
+        optax.inject_hyperparams(optax.rmsprop)(0.1, momentum=0.9),
+    ):
+        for w in (jnp.ones(()), jnp.ones(3)):
+            tx = optax_sam.msam(inner, rho=0.5)
+            updates, state = tx.update(w, tx.init(w), w)
+            w = optax_sam.msam_eval_params(state, w + updates)
+            assert float(jnp.linalg.norm(updates)) > 0.5
+            assert bool(jnp.all((w < 1) & (w > 0.6)))
+
+
+# Copies whose state has another form.
+
+
+def test_optimizers_that_follow_the_size_of_a_leaf():
+    params = {"large": jnp.ones((200, 5)), "small": jnp.ones((50, 5))}
+    by_size = lambda p: jax.tree.map(lambda x: "ab"[x.size > 500], p)
+    axis = lambda p: jax.tree.map(lambda x: "ab"[x.shape[0] > 120], p)
+    for labels in (by_size, axis):
+        inner = optax.partition({"a": SGD, "b": optax.adam(0.1)}, labels)
+        tx = optax_sam.msam(inner, rho=0.5)
+        updates, state = tx.update(params, tx.init(params), params)
+        params_ = optax.apply_updates(params, updates)
+        w = optax_sam.msam_eval_params(state, params_)
+        np.testing.assert_allclose(w["small"], 0.9, rtol=1e-5)  # SGD
+        assert float(optax.tree.norm(optax.tree.sub(params_, w))) == pytest.approx(
+            0.5, rel=1e-5
+        )
+
+
+def test_an_optimizer_that_holds_arrays_like_the_parameters():
+    rates = {"kernel": jnp.full((300, 2), -0.1), "bias": jnp.full(2, -0.2)}
+    own_rates = optax.stateless(lambda u, p: jax.tree.map(jnp.multiply, u, rates))
+    inner = optax.chain(own_rates, optax.trace(0.9))
+    tx = optax_sam.msam(inner, rho=0.5)
+    state = tx.init(jax.tree.map(jnp.ones_like, rates))
+    g = jax.tree.map(jnp.ones_like, rates)
+    assert tx.update(g, state, g)[1].scale < 0
+
+
+# Where it is asked.
+
+
+def counted(inner):
+    calls = []
+
+    def update(*args, **kwargs):
+        calls.append(threading.get_ident())
+        return inner.update(*args, **kwargs)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update), calls
+
+
+def test_it_is_asked_once():
+    inner, calls = counted(optax.with_extra_args_support(SGD))
+    tx, params = optax_sam.msam(inner, rho=0.5), kernel()
+    state = tx.init(params)
+    assert len(calls) == 1
+    for t in range(3):
+        tx.update(params, state, params)
+        assert len(calls) == 2 + t
+    jax.jit(tx.init)(params)
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    assert len(calls) == 4
+    tx.init(half)
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("inner", [SGD, optax.rmsprop(0.1, momentum=0.9)])
+def test_without_init(inner):
+    """A state from a file, in a program that has not made one."""
+    params, g = kernel(), kernel(1)
+    state = optax_sam.msam(inner, rho=0.5).init(params)
+    wanted = optax_sam.msam(inner, rho=0.5).update(g, state, params)
+    tx = optax_sam.msam(inner, rho=0.5)
+    harness.assert_close(jax.jit(tx.update)(g, state, params), wanted, 1e-6)
+
+
+def transformed():
+    """Ways to run ``f(x)`` in which numbers may not be numbers."""
+    devices = min(2, jax.device_count())
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"in_specs": PartitionSpec("d"), "out_specs": PartitionSpec("d")}
+    shard_map = lambda **k: lambda f: jax.shard_map(f, mesh=mesh, **specs, **k)
+    return {
+        "eager": lambda f: f,
+        "jit": jax.jit,
+        "vmap": jax.vmap,
+        "grad": lambda f: jax.grad(lambda x: f(x).sum()),
+        "scan": lambda f: lambda x: jax.lax.scan(lambda c, x: (c, f(x)), 0.0, x)[1],
+        "shard_map": shard_map(),
+        "unchecked": lambda f: jax.jit(shard_map(check_vma=False)(f)),
+        "pmap": lambda f: lambda x: jax.pmap(f)(x.reshape(1, *x.shape)),
+        "disable_jit": in_context(jax.disable_jit),
+        "guard": lambda f: in_context(lambda: jax.transfer_guard("disallow"))(
+            jax.jit(f)
+        ),
+        "debug_nans": in_context(lambda: jax.debug_nans(True)),
+        "set_mesh": in_context(lambda: jax.set_mesh(mesh)),
+        "another thread": in_thread,
+    }  # fmt: skip
+
+
+def in_context(context):
+    def run(f):
+        def call(x):
+            with context():
+                return f(x)
+
+        return call
+
+    return run
+
+
+def in_thread(f):
+    def call(x):
+        out = []
+        thread = threading.Thread(target=lambda: out.append(f(x)))
+        thread.start()
+        thread.join()
+        return out[0]
+
+    return call
+
+
+@pytest.mark.parametrize("way", transformed())
+def test_under_transformations(way):
+    """The state is made and used inside, where arrays may be traced or split."""
+    w = jnp.ones((2, 3))
+    for inner, sign in ((optax.rmsprop(0.1, momentum=0.9), -1), (optax.adam(0.1), 1)):
+        tx = optax_sam.msam(inner, rho=0.5)
+
+        def moved(x, tx=tx, sign=sign):
+            updates, state = tx.update(x, tx.init(x), x)
+            return updates * state.scale * sign
+
+        x = jax.device_put(w)
+        assert bool(jnp.all(transformed()[way](moved)(x) < 0)) or way == "grad"
+
+
+def test_abstract_parameters():
+    tx = optax_sam.msam(optax.contrib.muon(0.1))
+    shapes = jax.eval_shape(kernel)
+    state = jax.eval_shape(tx.init, shapes)
+    harness.assert_equal(
+        jax.tree.map(lambda x: x.shape, state),
+        jax.tree.map(lambda x: x.shape, tx.init(kernel())),
+    )
+    updates, _ = jax.eval_shape(tx.update, shapes, state, shapes)
+    assert jax.tree.map(lambda x: x.shape, updates) == jax.tree.map(
+        lambda x: x.shape, shapes
+    )
+
+
+def test_a_traced_learning_rate():
+    """One behind the momentum has no say; one before it has, and nobody knows it."""
+    w = jnp.ones(3)
+
+    def after_a_step(rate, base):
+        tx = optax_sam.msam(base(rate), rho=0.5)
+        updates, state = tx.update(w, tx.init(w), w)
+        return optax_sam.msam_eval_params(state, w + updates)
+
+    sgd = lambda rate: after_a_step(rate, lambda x: optax.sgd(x, momentum=0.9))
+    rates = jnp.array([0.1, 0.2])
+    np.testing.assert_allclose(jax.jit(sgd)(0.1), 0.9, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(sgd)(rates)[1], 0.8, rtol=1e-5)
+    np.testing.assert_allclose(jax.jacobian(sgd)(0.1), -1.0, rtol=1e-5)
+    adam = lambda x: optax.adamw(x, b1=x, b2=x, eps=x, weight_decay=x)
+    assert bool(jnp.all(jax.jit(lambda x: after_a_step(x, adam))(0.1) < 1))
+    steps = lambda rate: optax.rmsprop(rate, momentum=0.9)
+    with pytest.raises(ValueError, match=r"TraceState.trace.*traced. Put the learning"):
+        jax.jit(lambda rate: after_a_step(rate, steps))(0.1)
+    # As the error says.
+    behind = lambda rate: optax.chain(
+        optax.scale_by_rms(), optax.trace(0.9), optax.scale_by_learning_rate(rate)
+    )
+    assert bool(jnp.all(jax.jit(lambda x: after_a_step(x, behind))(0.1) < 1))
+
+
+# Extra arguments, axes and accumulation inside.
+
+
+def test_an_extra_argument_that_nobody_knows():
+    """It is asked when the argument is there, and not before."""
+
+    def heated(updates, state, params=None, *, temperature, **extra):
+        del params, extra
+        return jax.tree.map(lambda x: x * temperature, updates), state
+
+    heat = optax.GradientTransformationExtraArgs(optax.init_empty_state, heated)
+    for base, sign in ((SGD, 1), (optax.rmsprop(0.1, momentum=0.9), -1)):
+        tx, w = optax_sam.msam(optax.chain(heat, base), rho=0.5), jnp.ones(3)
+        state = tx.init(w)
+        step = jax.jit(
+            lambda t, s, tx=tx, w=w: tx.update(w, s, w, temperature=t, x="x")
+        )
+        updates, state = step(2.0, state)
+        assert np.sign(state.scale) == sign
+        assert bool(jnp.all(updates < 0))
+    uphill = optax_sam.msam(optax.chain(heat, optax.trace(0.9)))
+    state = uphill.init(w)
+    with pytest.raises(ValueError, match="up the gradient"):
+        uphill.update(w, state, w, temperature=1.0)
+
+
+@pytest.mark.parametrize("base", [SGD, optax.rmsprop(0.1, momentum=0.9)])
+def test_an_average_over_a_mapped_axis_inside(base):
+    mean = optax.stateless(lambda u, p: jax.lax.pmean(u, "seeds"))
+    g, w = jnp.arange(6.0).reshape(2, 3) - 2, jnp.ones(3)
+
+    def after_a_step(g, inner):
+        tx = optax_sam.msam(inner, rho=0.5)
+        return tx.update(g, tx.init(w), w)[0]
+
+    inside = jax.vmap(
+        lambda g: after_a_step(g, optax.chain(mean, base)), axis_name="seeds"
+    )(g)
+    harness.assert_close(inside[0], after_a_step(g.mean(0), base), 1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 5, 40])
+def test_accumulation_inside(k):
+    """The perturbation stays until the optimizer steps."""
+    w, g = jnp.ones(3), jnp.array([1.0, -2.0, 3.0])
+    base = optax.rmsprop(0.1, momentum=0.9)
+    tx = optax_sam.msam(optax.MultiSteps(base, k).gradient_transformation(), rho=0.5)
+    params, state = w, tx.init(w)
+    for t in range(k + 1):
+        updates, state = tx.update(g, state, params)
+        params = params + updates
+        moved = t >= k - 1
+        point = optax_sam.msam_eval_params(state, params)
+        length = float(jnp.linalg.norm(params - point))
+        assert length == pytest.approx(0.5 * moved, abs=1e-5)
+        assert bool(jnp.any(point != w)) == moved
+    wanted = optax_sam.msam(base, rho=0.5)
+    harness.assert_close(params, w + wanted.update(g, wanted.init(w), w)[0], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "inner",
+    [optax.rmsprop(0.1, momentum=0.9), optax.adabelief(0.1), optax.contrib.muon(0.1)],
+    ids=["rmsprop", "adabelief", "muon"],
+)
+def test_half_precision(inner, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), kernel())
+    tx = optax_sam.msam(inner, rho=0.5)
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(params, state, params)
+    assert harness.kinds((updates, after)) == harness.kinds((params, state))
+    w = optax_sam.msam_eval_params(after, optax.apply_updates(params, updates))
+    assert harness.is_finite(w)
+
+
+# Evaluation, from the state alone.
+
+
+def test_a_state_shows_its_momentum():
+    """Without the optimizer: as it is after a file, and in NNX's variables."""
+    for name in ("muon", "rmsprop", "parts in parts", "centered"):
+        base, inner = the_base(name)
+        state = inner.init(kernel())
+        numbered = iter(range(100))
+        state = jax.tree.map(lambda x, n=numbered: x + next(n), state)
+        where = momentum.locate(state, kernel())
+        found = momentum.take(state, where, kernel())
+        if name != "parts in parts":  # which has two names
+            harness.assert_equal(found, momentum_of(state, base.field))
+
+
+def test_evaluation_in_nnx():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    tx = optax_sam.msam(optax.contrib.muon(0.1), rho=0.5)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    params = {"kernel": model.kernel[...], "bias": model.bias[...]}
+    state = tx.init(params)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model))
+        loss = lambda p: jnp.mean((x @ p["kernel"] + p["bias"]) ** 2)
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    wanted = optax_sam.msam_eval_params(state, params)
+    live = nnx.state(model, nnx.Param)
+    for given in (live, nnx.to_pure_dict(live)):
+        w = optax_sam.msam_eval_params(optimizer.opt_state, given)
+        for leaf in ("kernel", "bias"):
+            harness.assert_close(jnp.asarray(w[leaf][...]), wanted[leaf], 1e-5)
+
+
+def test_schedule_free_around_a_momentum():
+    """Two perturbed points in one: first MSAM's, then the average is evaluated."""
+    inner = optax.contrib.schedule_free(SGD, learning_rate=0.1)
+    tx = optax_sam.msam(inner, rho=0.1)
+    problem = problems.logistic()
+    params = problem.params()
+    state = tx.init(params)
+    step = jax.jit(harness.make_step(tx, problem.loss_fn))
+    params, state = harness.run(step, params, state, problem, 40)
+    y = optax_sam.msam_eval_params(state, params)
+    average = optax.contrib.schedule_free_eval_params(state.inner, y)
+    loss = lambda p: float(problem.loss_fn(p, problem.batch(0)))
+    assert loss(average) < 0.6 * loss(problem.params())
+
+
+# The parts that decide.
+
+
+def test_what_the_probe_sees():
+    see = lambda inner: probe.sign(optax.with_extra_args_support(inner), kernel())
+    assert see(SGD) == see(optax.adam(0.1)) == 1
+    assert see(optax.lars(0.1)) == see(optax.rmsprop(0.1, momentum=0.9)) == -1
+    frozen = optax.masked(optax.set_to_zero(), {"kernel": True, "bias": False})
+    for base, sign in ((optax.adamw(0.1), 1), (optax.rmsprop(0.1, momentum=0.9), -1)):
+        assert see(optax.chain(frozen, base)) == sign
+        assert see(optax.chain(base, frozen)) == sign
+    nothing = {"kernel": jnp.ones((0, 3)), "bias": jnp.ones(3)}
+    assert probe.sign(optax.with_extra_args_support(SGD), nothing) == 1
+    assert probe.sign(optax.with_extra_args_support(SGD), {"kernel": jnp.ones((0, 3))})
