@@ -53,7 +53,8 @@ def test_haiku():
     params, state = names["model"].init(jax.random.key(1), x, is_training=True)
     found = names["hk_step"](params, state, names["tx"].init(params), key, x, y)
     wanted = by_hand(names["hk_loss"], params, state, key, x, y)
-    harness.assert_close(found[:2], wanted, 1e-5)
+    # Absolute: the bias before BatchNorm is trained by rounding alone.
+    harness.assert_close(found[:2], wanted, 1e-5, atol=1e-7)
     # Statistics of one pass, not of two.
     (counter,) = {int(v["counter"]) for v in found[1].values()}
     assert counter == 1 + int(state["batch_norm/~/mean_ema"]["counter"])

@@ -144,7 +144,17 @@ def live_module():
     step(module, optimizer)
 
 
+def without_forward_derivative():
+    kernel = jax.custom_vjp(jnp.sin)
+    kernel.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.cos(x) * g,))
+    inner = jax.custom_vjp(jnp.cos)
+    inner.defvjp(lambda x: (jnp.cos(x), x), lambda x, g: (-kernel(x) * g,))
+    loss_fn = lambda w, batch: jnp.sum(inner(w) * jnp.mean(batch))
+    optax_sam.sharpness.hessian_trace(loss_fn, jnp.ones(2), jnp.ones((1, 1)), 0)
+
+
 ELSEWHERE = {
+    "custom_vjp": without_forward_derivative,
     "keyword argument 'grad_fn'": lambda: updated(optax.scale(-0.1)),
     "extra_args['grad_fn']": lambda: updated(
         optax.chain(optax_sam.sam(), optax.sgd(0.1)), jax.jit

@@ -378,7 +378,9 @@ def test_nnx_averages_gradients_and_statistics(mapped, x64):
 
     found = mapped(step, state, (X, Y))
     alone = jax.jit(functools.partial(step, axis_name=None))
-    harness.assert_close(found, on_shards(functools.partial(alone, state)), 1e-10)
+    wanted = on_shards(functools.partial(alone, state))
+    # Absolute: the gradient of a bias before BatchNorm is zero but for rounding.
+    harness.assert_close(found, wanted, 1e-10, atol=1e-14)
 
 
 def test_nnx_pmap_smoke():
