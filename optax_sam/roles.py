@@ -221,8 +221,8 @@ def resolve_roles(given: Any, params: Any) -> Any:
             axes = (role.stack - 1, *role.output)
             if max(axes) >= len(_shape(x)):
                 raise ValueError(
-                    f"{role} names axis {max(axes)}, which the leaf at"
-                    f" {path or 'the root'} must have, but its shape is {_shape(x)}"
+                    f"{role} must not name axis {max(axes)} of a leaf of shape"
+                    f" {_shape(x)} at {path or 'the root'}"
                 )
         return jax.tree.map(lambda _: role, subtree)
 

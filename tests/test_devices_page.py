@@ -24,7 +24,7 @@ def test_the_page_runs():
     for trained in of_one_perturbation:
         # Absolute: the normal that is kept is a difference of nearly equal gradients.
         found, wanted = jax.device_get((trained, one_device))
-        harness.assert_close(found, wanted, 0, atol=1e-5)
+        harness.assert_close(tuple(found), wanted, 0, atol=1e-5)
     for name in ("step", "explicit_step", "m_sharp", "averaged", "whole"):
         assert names[name]._cache_size() == 1, name
     loss = lambda params: names["loss_fn"](params, *batch)

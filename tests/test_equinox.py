@@ -223,7 +223,9 @@ def test_means_over_devices_of_a_state():
 
     found = on_two_devices(step, False, (params, leaves), X, Y)
     alone = jax.jit(functools.partial(step, axis_name=None))
-    harness.assert_close(found, mean_of_halves(alone, (params, leaves)), 1e-5)
+    # Absolute: the gradient of a bias before BatchNorm is zero but for rounding.
+    halves = mean_of_halves(alone, (params, leaves))
+    harness.assert_close(found, halves, 1e-5, atol=1e-7)
 
 
 def test_means_over_devices_where_jax_tracks_what_varies():

@@ -108,25 +108,19 @@ def root(square: jax.Array) -> jax.Array:
     return jnp.where(positive, value, jnp.where(jnp.isnan(square), square, 0))
 
 
-def unit(tree: Any) -> jax.Array:
-    """A power of two that brings the largest entry to about 1.
+def lift(length: jax.Array) -> jax.Array:
+    """A factor for gradients of this norm, by which their squares do not vanish.
 
-    Squares of entries below 1e-19 vanish in float32. Multiplied by this first, they do
-    not, and ratios of other numbers stay the same to the bit.
+    In float32 squares of entries below 1e-19 do. It is a power of two, so that it
+    rounds nothing, and 1 for all but tiny gradients.
     """
-    largest = jnp.zeros((), jnp.float32)
-    for x in jax.tree.leaves(tree):
-        size = jnp.max(jnp.abs(wide(x)), initial=0)
-        dtype = widest(largest, size)
-        largest = jnp.maximum(largest.astype(dtype), size.astype(dtype))
-    largest = jax.lax.stop_gradient(largest)
-    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
-    return jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -120, 120))
+    tiny = jax.lax.stop_gradient(length) < 1e-12
+    return jnp.where(tiny, 2.0**80, 1).astype(length.dtype)
 
 
 def tiny_norm(tree: Any) -> jax.Array:
-    """The norm, also of entries whose squares vanish, for one pass more over them."""
-    factor = unit(tree)
+    """The norm, also of entries whose squares vanish."""
+    factor = lift(norm(tree))
     return norm(scaled(tree, factor)) / factor
 
 

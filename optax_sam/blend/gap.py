@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import norm, scaled, unit, widest
+from optax_sam.ascent.rule import lift, norm, scaled, widest
 from optax_sam.blend.rule import Blend, along
 from optax_sam.contract import check_schedule
 from optax_sam.step import Step
@@ -59,7 +59,7 @@ def surrogate_gap(
 
     def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
         main, other, sign = (g_s, g, -1) if minimize == "perturbed" else (g, g_s, 1)
-        factor = unit(main)
+        factor = lift(norm(main))
         lifted = scaled(main, factor)
         c = along(scaled(other, factor), lifted)
         # A zero gradient has no direction to be normal to.

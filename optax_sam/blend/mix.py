@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import norm, rescale, scaled, tiny_norm, unit, weighted
+from optax_sam.ascent.rule import lift, norm, rescale, scaled, tiny_norm, weighted
 from optax_sam.blend.rule import Blend, take_ascended
 from optax_sam.contract import check_schedule
 from optax_sam.step import Step
@@ -104,5 +104,5 @@ def renormalize(blend: Blend = take_ascended()) -> Blend:
 
 def _of_length(tree: Any, length: jax.Array) -> Any:
     """The direction of a tree, which may be tiny, at a given length."""
-    lifted = scaled(tree, unit(tree))
+    lifted = scaled(tree, lift(norm(tree)))
     return rescale(lifted, norm(lifted), length, 0)

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_sam.arguments import at
-from optax_sam.ascent.rule import cache, inner, norm, rescale, scaled, tiny_norm, unit
+from optax_sam.ascent.rule import cache, inner, norm, rescale
 from optax_sam.blend.rule import Blend, along
 from optax_sam.contract import check_integer, check_number, check_schedule
 from optax_sam.step import Step
@@ -115,7 +115,8 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
       d = g + \alpha\, \frac{\|g\|}{\|g_v\|}\, g_v \quad\text{on the others}
 
     1e-12 is added to the squared norm where that is above 1e-8. A normal part that is
-    not longer than rounding leaves it has no direction and is not reused. With
+    not longer than rounding leaves it has no direction and is not reused. Neither is
+    one whose squares vanish, as in float32 those of gradients below 1e-19. With
     ``axis_name``, norms are those of each device's own gradient.
 
     Args:
@@ -147,28 +148,23 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
     def fresh(
         g: Any, g_s: Any, state: ReuseNormalState, step: Step
     ) -> tuple[Any, ReuseNormalState]:
-        # All devices by one factor: what is stored is a mean over them.
-        factor = step.mean(unit(g))
-        lifted = lambda x: optax.tree.cast_like(scaled(x, factor), state.normal)
-        unit_g, unit_g_s = lifted(g), lifted(g_s)
-        eps = _EPS * jnp.square(factor)
-        eps = jnp.where(eps < 1e-4, eps, 0)
-        c = along(unit_g_s, unit_g, eps)
+        square = inner(g, g)
+        eps = jnp.where(square > 1e-8, _EPS, 0)
+        c = along(g_s, g, eps)
+        wide_g, wide_g_s = (optax.tree.cast_like(x, state.normal) for x in (g, g_s))
         rejection = lambda a, b: a - c.astype(a.dtype) * b
-        g_v = step.mean(jax.tree.map(rejection, unit_g_s, unit_g))
+        g_v = step.mean(jax.tree.map(rejection, wide_g_s, wide_g))
         # Without curvature (or with rho = 0) what rounding and the epsilon leave of g_v
         # must not be blown up to the length of a gradient.
         length, rounding = norm(g_v), 100 * jnp.finfo(c.dtype).eps
-        square = inner(unit_g, unit_g)
         share = 2 * eps / jnp.where(square > 0, square + eps, 1)
-        residue = (rounding + share) * norm(unit_g_s)
-        known = length > step.mean(residue)
+        known = length > step.mean((rounding + share) * norm(g_s))
         return g_s, ReuseNormalState(rescale(g_v, jnp.where(known, length, 0), 1, 0))
 
     def stale(
         g: Any, state: ReuseNormalState, step: Step
     ) -> tuple[Any, ReuseNormalState]:
-        length = tiny_norm(g)
+        length = norm(g)
         # One that is not finite lets its gradient through as it is.
         weight = at(alpha, step.count) * jnp.where(jnp.isfinite(length), length, 0)
         reused = lambda x, v: x.astype(v.dtype) + weight.astype(v.dtype) * v

@@ -14,10 +14,10 @@ from optax_sam.ascent.masks import keep
 from optax_sam.ascent.rule import (
     add,
     beyond_rounding,
+    lift,
     norm,
     rescale,
     scaled,
-    unit,
     weighted,
 )
 from optax_sam.blend.rule import along
@@ -159,7 +159,7 @@ def gam(
             h_plus = weighted(alpha, g_1, 1 - alpha, g_3)
             share = beta if h_minus == "paper" else jnp.ones_like(beta)
             h_less = weighted(share, g_0, 1 - beta, g_2)
-            factor = unit(h_plus)
+            factor = lift(norm(h_plus))
             lifted = scaled(h_plus, factor)
             c = along(scaled(h_less, factor), lifted)
             # A zero gradient has no direction to be normal to.
