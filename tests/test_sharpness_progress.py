@@ -319,7 +319,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     whole = jax.tree.map(lambda x: x[None], names["data"])
     params = names["params"]
     exact = sharpness.hvp(names["loss_fn"], params, whole, params)
-    harness.assert_close(names["Hg"], exact, 1e-4)
+    harness.assert_close_in_size(names["Hg"], exact, 1e-5)
     assert ["clu" in block for block in writers] == [True, False]
 
 
