@@ -60,8 +60,8 @@ def widest(*values: Any) -> Any:
 
     Not ``jnp.promote_types``, which refuses to mix dtypes where users ask it to.
     """
-    bits = [jnp.finfo(jnp.result_type(x)).bits for x in values]
-    return jnp.dtype(jnp.float64 if max(bits, default=0) > 32 else jnp.float32)
+    is_double = lambda x: jnp.result_type(x) in (jnp.float64, jnp.complex128)
+    return jnp.dtype(jnp.float64 if any(map(is_double, values)) else jnp.float32)
 
 
 def wide(x: jax.Array) -> jax.Array:
