@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam.contract import vary, varying
+from optax_sam.contract import is_perturbable, vary, varying
 
 
 class Axes(NamedTuple):
@@ -85,16 +85,16 @@ def mean_of_aux(
         return len(names(path)) > 1 and _key(path, x) in both
 
     rows: set[int] = set()
-    if any(is_float(x) and not is_statistic(path, x) for path, x in returned):
+    if any(is_perturbable(x) and not is_statistic(path, x) for path, x in returned):
         known = {id(x) for x in jax.tree.leaves(args)}
         inputs = [x for path, x in given if not is_statistic(path, x)]
         inputs += [x for x in outside() if id(x) not in known]
         rows = rows.union(*(_rows(x, axes) for x in inputs))
 
     def one(path: Any, x: Any) -> Any:
-        if is_float(x) and not is_statistic(path, x) and x.shape[0] in rows:
+        if is_perturbable(x) and not is_statistic(path, x) and x.shape[0] in rows:
             return x
-        return jax.tree.map(lambda x: mean(x, axes) if is_float(x) else x, x)
+        return jax.tree.map(lambda x: mean(x, axes) if is_perturbable(x) else x, x)
 
     return jax.tree.unflatten(structure, [one(path, x) for path, x in returned])
 
@@ -120,10 +120,3 @@ def names(path: Any) -> tuple[str, ...]:
     """The names on a path: keys of dictionaries and attributes."""
     found = (getattr(key, "key", getattr(key, "name", None)) for key in path)
     return tuple(name for name in found if isinstance(name, str))
-
-
-def is_float(x: Any) -> bool:
-    """Whether ``x`` is a real float, a number or an array."""
-    if isinstance(x, float):
-        return True
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from optax_sam.mapped import Axes, is_float, mapped_axes, mean, mean_of_aux, on_device
+from optax_sam.contract import is_perturbable
+from optax_sam.mapped import Axes, mapped_axes, mean, mean_of_aux, on_device
 from optax_sam.value_and_grad import (
     averaged,
     check_arguments,
@@ -110,7 +111,7 @@ def value_and_grad(
         value = mean(loss, axes)
         if axes.names:
             statistics = nnx.state(model, nnx.Not(nnx.Any(wrt, *_OTHERS)))
-            average = lambda x: mean(x, axes) if is_float(x) else x
+            average = lambda x: mean(x, axes) if is_perturbable(x) else x
             nnx.update(model, jax.tree.map(average, statistics))
         if has_aux:
             value = value, mean_of_aux(aux, [*args, *kwargs.values()], axes, list)

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_sam.contract import check_loss, varying
+from optax_sam.contract import check_loss, is_perturbable, varying
 from optax_sam.loss_scale import check_loss_scale, in_single, scale_of
-from optax_sam.mapped import Axes, is_float, mapped_axes, mean, mean_of_aux, on_device
+from optax_sam.mapped import Axes, mapped_axes, mean, mean_of_aux, on_device
 
 
 def value_and_grad(
@@ -107,7 +107,7 @@ def check_parameters(params: Any, axes: Axes) -> None:
     """Raises unless all leaves are real floats, and the same along the axes."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         where = jax.tree_util.keystr(path) or "the root"
-        if not is_float(leaf):
+        if not is_perturbable(leaf):
             kind = getattr(leaf, "dtype", None) or f"a {type(leaf).__name__}"
             raise ValueError(
                 f"The parameter at {where} is {kind}, but only real floats have a"
