@@ -78,22 +78,24 @@ def assert_equal_to_one_device(folder, name, expected, first=0):
 
 
 def test_two_processes_equal_one(tmp_path, x64):
-    """Data parallel, in one program with a conditional and in two without."""
-    codes, outputs = launch(tmp_path, 2, "conditional", "dispatch")
+    """Data parallel, in two programs against one with a conditional."""
+    codes, outputs = launch(tmp_path, 2, "dispatch")
     assert codes == [0, 0], outputs
-    for name in ("conditional", "dispatch"):
-        assert_equal_to_one_device(tmp_path, name, hosts.on_one_device("conditional"))
+    expected = hosts.on_one_device("conditional")
+    assert_equal_to_one_device(tmp_path, "dispatch", expected)
 
 
 @pytest.mark.slow
 def test_four_processes_die_and_two_go_on(tmp_path, x64):
-    """Parameters and state are split over all; and m-sharpness of four devices."""
+    """Parameters and state are split; then other runs on the same four devices."""
     codes, outputs = launch(tmp_path, 4, "split")
     assert codes[1] == -signal.SIGKILL, outputs
     assert not list(tmp_path.glob("split_*"))
-    codes, outputs = launch(tmp_path, 2, "split", "m_sharpness", devices=2)
+    names = "split", "conditional", "m_sharpness"
+    codes, outputs = launch(tmp_path, 2, *names, devices=2)
     assert codes == [0, 0], outputs
-    expected = hosts.on_one_device("split")
+    expected = hosts.on_one_device("conditional")
+    assert_equal_to_one_device(tmp_path, "conditional", expected)
     assert_equal_to_one_device(tmp_path, "split", expected, hosts.SAVED_AFTER)
     expected = hosts.train("m_sharpness", jax.devices()[:4])
     assert_equal_to_one_device(tmp_path, "m_sharpness", expected)

@@ -18,7 +18,6 @@ from registry import BY_NAME, METHODS, OTHERS, each
 import optax_sam
 
 STEPS = 12
-SLOW = pytest.mark.slow
 # Shapes of the mesh ("data", "model"), on each of which one and the same split of the
 # parameters over both axes is another layout.
 LAYOUTS = {
@@ -104,14 +103,8 @@ def test_every_method(method, layout, x64):
     harness.assert_close(trained, on_one_device(method, regression), 1e-10)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(layout, marks=[] if shape == (2, 4) else [SLOW])
-        for layout, shape in LAYOUTS.items()
-    ]
-    + [pytest.param("explicit_axes", marks=SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [*LAYOUTS, "explicit_axes"])
 def test_a_transformer(layout, x64):
     problem, specs = transformer.transformer, transformer.SPECS
     expected = on_one_device(VSAM, problem)
