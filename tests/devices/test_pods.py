@@ -135,7 +135,7 @@ def cases():
 
 
 @pytest.mark.parametrize(
-    ("method", "layout", "ascend"), cases(), ids=lambda x: getattr(x, "name", x)
+    ("method", "layout", "ascend"), [*cases()], ids=lambda x: getattr(x, "name", x)
 )
 def test_a_step_costs_its_gradients_and_scalars(method, layout, ascend):
     gradients = 1 if ascend is False else method.uses_incoming + method.calls

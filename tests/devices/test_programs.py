@@ -3,11 +3,8 @@
 import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
 
 # Two all-reduces of several arrays, one of them in a loop of three rounds; an
 # all-gather that goes on beside a product; a permutation in two parts.

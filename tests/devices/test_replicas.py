@@ -255,7 +255,7 @@ ON_AN_AXIS = [m for m in NAMED if has_axis_name(m) and m.calls]
 AVERAGED_BEFORE = [m for m in NAMED if m not in ON_AN_AXIS and keeps_something(m)]
 
 
-@each(*ON_AN_AXIS, slow=lambda m: m.name not in ("vsam", "gsam"))
+@each(*ON_AN_AXIS, slow=lambda m: m.name not in ("vsam", "random_sam"))
 def test_with_the_name_of_the_axis(method, x64):
     """m-sharpness; parameters, decisions and caches the same to the bit."""
     known = method.name in BY_HAND or method.name == "wsam"

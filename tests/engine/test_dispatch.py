@@ -106,7 +106,7 @@ def programs():
         yield pytest.param(*program, marks=marks, id="-".join(program))
 
 
-@pytest.mark.parametrize(("rule", "wrapper", "form"), programs())
+@pytest.mark.parametrize(("rule", "wrapper", "form"), [*programs()])
 def test_the_decisions_of_jit_by_any_rule_in_any_wrapper(rule, wrapper, form):
     tx = wrap(wrapper, sam(RULES[rule]()))
     bad = () if wrapper == "alone" else (4, 9)
