@@ -357,17 +357,9 @@ def test_a_state_continues_under_other_settings(case):
     carry, step = (W, before.init(W)), jax.jit(make_step(before))
     for x in inputs(4):
         carry = step(*carry, x)
-    assert check(make_step(after), carry[1], inputs(90), carry[0]) > 0
-
-
-def test_a_changed_period_is_that_of_the_new_rule():
-    step, state = optax_sam.dispatch(make_step(EVERY_3)), sam(when.every_k(5)).init(W)
-    w, seen = W, []
-    for x in inputs(13):
-        seen.append(bool(optax_sam.ascends_next(state)))
-        w, state = step(w, state, x)
-    assert seen == [t % 3 == 0 for t in range(13)]
-    assert optax_sam.ascent_plan(state)[:3].tolist() == [False, False, True]
+    taken = check(make_step(after), carry[1], inputs(90), carry[0])
+    # Of every_k(5) one in four steps, and of every_k(3) from the third one on.
+    assert taken == 1 + 30 if case == "every_k" else taken > 0
 
 
 def test_any_other_state_is_noticed():
