@@ -158,9 +158,12 @@ def check(settings):
     return None
 
 
-IN_CI = 4  # chunks; the others take half an hour on two cores
+# Without `make sweep`; the others take half an hour on two cores.
+IN_THE_FULL_TIER = 4
 EACH = [
-    pytest.param(i, marks=[pytest.mark.slow, *[pytest.mark.sweep] * (i >= IN_CI)])
+    pytest.param(
+        i, marks=[pytest.mark.slow, *[pytest.mark.sweep] * (i >= IN_THE_FULL_TIER)]
+    )
     for i in range(CHUNKS)
 ]
 
