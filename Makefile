@@ -75,11 +75,11 @@ ON_PODS := TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost \
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 JAX_OPTIMIZATION_LEVEL=O0
 
 sweep: .venv/main/.stamp  ## Run 2,000 random programs, plain and dispatched
-	$(call PYTEST,.venv/main) tests/test_sweep.py $(ARGS)
+	$(call PYTEST,.venv/main) tests/engine/test_sweep.py $(ARGS)
 
 test-pods: .venv/tpu/.stamp  ## Compile training steps for TPU pods (no TPU needed)
 	@.venv/tpu/bin/python requirements/show.py tpu
-	$(ON_PODS) $(call PYTEST,.venv/tpu) tests/test_pods.py $(ARGS)
+	$(ON_PODS) $(call PYTEST,.venv/tpu) tests/devices/test_pods.py $(ARGS)
 
 # The sdist, and the wheel from it.
 dist: .venv/build/.stamp  ## Build the wheel and the sdist in dist/

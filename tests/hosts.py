@@ -1,4 +1,4 @@
-"""The training runs that ``test_multihost.py`` compares, and what a process does.
+"""The training runs that ``test_processes.py`` compares, and what a process does.
 
 A run is a function of the devices alone. Whether they belong to one process or to
 several makes no difference to it, so the test calls it for the numbers to expect, and
@@ -110,6 +110,25 @@ def train(name, devices, checkpoints=None):
         "ascents": np.array(ascents),
         "plan": optax_sam.ascent_plan(trained),
     } | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@functools.cache
+def on_one_device(name):
+    """What is to be expected of any number of devices; in the precision of the call."""
+    return train(name, jax.devices()[:1])
+
+
+def assert_equal(actual, expected, first=0):
+    """The same decisions, counters and keys; numbers to rounding."""
+    assert 0.2 < np.mean(expected["decisions"]) < 0.8
+    np.testing.assert_array_equal(expected["ascents"], np.cumsum(expected["decisions"]))
+    assert set(actual) == set(expected)
+    for key, value in expected.items():
+        wanted = value[first:] if key in ("decisions", "ascents") else value
+        tolerance = 1e-9 if np.issubdtype(value.dtype, np.floating) else 0
+        np.testing.assert_allclose(
+            actual[key], wanted, rtol=tolerance, atol=tolerance, err_msg=key
+        )
 
 
 def own_part(problem, t, mesh):

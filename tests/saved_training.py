@@ -1,6 +1,6 @@
 """A training of every method at once that saves as it goes and resumes where it was.
 
-``test_killed.py`` runs it as a process of its own::
+``test_processes.py`` runs it as a process of its own::
 
     python tests/saved_training.py DIRECTORY STEPS EVERY
 
@@ -21,6 +21,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from registry import METHODS, OTHERS
 
+STEPS, EVERY = 24, 3
+# After as many steps in a process as drawn, and a little later; then in a write.
+KILLS_BETWEEN, KILLS_IN_A_WRITE = 2, 1
 TRAINED = [method for method in METHODS + OTHERS if not method.variant]
 # Each axis of a parameter, and of a batch, divides by eight devices.
 PROBLEM = problems.mlp((8, 8), batch_size=16)

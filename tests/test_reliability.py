@@ -8,13 +8,12 @@ import pytest
 import saved_training
 import test_controllers
 import test_injected
-import test_killed
-import test_sweep
 import test_trees
+import wrapped
 
 HERE = Path(__file__).parent
 PAGE = harness.page("reliability.md")
-KILLS = test_killed.KILLS_BETWEEN + test_killed.KILLS_IN_A_WRITE
+KILLS = saved_training.KILLS_BETWEEN + saved_training.KILLS_IN_A_WRITE
 TRAINED = len(saved_training.TRAINED)
 CASES = {
     "test_resumes_to_the_bit": TRAINED * KILLS,
@@ -25,7 +24,7 @@ CASES = {
     "test_structure_and_dtypes_stay": test_trees.ABSTRACT,
     "test_one_ball_around_all_that_is_not_masked": test_trees.NUMERIC,
     "test_a_complex_leaf_is_refused_with_advice": test_trees.COMPLEX,
-    "test_random_programs": test_sweep.PROGRAMS,
+    "test_random_programs": wrapped.PROGRAMS,
 }
 
 
@@ -34,7 +33,7 @@ def test_numbers_of_cases():
     assert {name: int(cases.replace(",", "")) for cases, name in rows} == CASES
     assert f"{test_controllers.STEPS} steps" in PAGE
     assert f"first {test_injected.STEPS} steps" in PAGE
-    assert f"all {test_killed.STEPS} steps" in PAGE
+    assert f"all {saved_training.STEPS} steps" in PAGE
 
 
 @pytest.mark.parametrize("trap", range(1, 11))
@@ -47,4 +46,5 @@ def test_the_tests_exist():
     named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGE))
     assert len(named) == len(set(re.findall(r"::(\w+)", PAGE))) > 30
     for file, test in named:
-        assert f"\ndef {test}(" in (HERE / file).read_text(), f"{file}::{test}"
+        (path,) = HERE.rglob(file)
+        assert f"\ndef {test}(" in path.read_text(), f"{file}::{test}"

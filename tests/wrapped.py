@@ -5,10 +5,12 @@ import functools
 import jax
 import numpy as np
 import optax
+import pytest
 
 import optax_sam
 from optax_sam import when
 
+PROGRAMS = 2000  # random ones, of `make sweep`
 RULES = {
     "every_2": lambda: when.every_k(2),
     "every_3": lambda: when.every_k(3, phase=1),
@@ -79,3 +81,30 @@ def to_host_and_back(carry):
     is_key = lambda x: jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
     move = lambda x: x if is_key(x) else jax.numpy.asarray(np.asarray(x))
     return jax.tree.map(move, carry)
+
+
+def compare(plain, dispatched, carry, xs, restored=(), raising=()):
+    """The same decisions and weights on every step; returns the ascents.
+
+    What two programs round differently does not grow: both have the weights of the
+    plain one before each step, and each a state of its own. On the ``restored`` steps
+    both go on from an older one; on the ``raising`` ones a call fails before.
+    """
+    a = b = carry
+    history = [a]
+    for t, x in enumerate(xs):
+        if t in restored:
+            a = b = to_host_and_back(history[t // 2])
+        if t in raising:
+            with pytest.raises(TypeError):
+                dispatched(*b, "no batch")
+        a, b = plain(*a, x), dispatched(*b, x)
+        history.append(a)
+        np.testing.assert_array_equal(ascents(a[1]), ascents(b[1]), err_msg=str(t))
+        for x, y in zip(*map(jax.tree.leaves, (a[0], b[0])), strict=True):
+            assert x.dtype == y.dtype
+            tolerance = 40 * float(jax.numpy.finfo(x.dtype).eps)
+            x, y = np.asarray(x, float), np.asarray(y, float)
+            np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+        b = a[0], b[1]
+    return ascents(a[1])

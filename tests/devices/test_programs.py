@@ -3,11 +3,8 @@
 import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
 
 # Two all-reduces of several arrays, one of them in a loop of three rounds; an
 # all-gather that goes on beside a product; a permutation in two parts.
@@ -60,17 +57,12 @@ def test_what_a_program_sends(benchmark):
         list(programs.collectives(PROGRAM))
 
 
-def test_every_row_of_the_study_is_there(benchmark):
+def test_the_study_is_whole_and_costs_are_those_promised(benchmark):
+    """``make test-pods`` compiles and asserts for small models."""
     pods = benchmark("pods")
     results = json.loads(pods.RESULTS.read_text())["rows"]
     found = {pods.Row(*(x[k] for k in pods.Row._fields)) for x in results}
     assert found == set(pods.rows())
-
-
-def test_costs_are_those_promised(benchmark):
-    """Of the whole study; ``make test-pods`` compiles and asserts for small models."""
-    pods = benchmark("pods")
-    results = json.loads(pods.RESULTS.read_text())["rows"]
     for cells in pods.compared(results):
         name, _, form = cells["method"].partition(", ")
         if name == "esam_unplaced":

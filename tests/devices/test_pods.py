@@ -13,7 +13,7 @@ import optax
 import problems
 import pytest
 from jax.sharding import PartitionSpec as P
-from registry import BY_NAME, METHODS, OTHERS, each, grad_fn_only
+from registry import BY_NAME, METHODS, OTHERS, grad_fn_only
 
 import optax_sam
 import optax_sam.linen
@@ -117,46 +117,30 @@ def assert_costs(method, layout, actual, gradients):
     assert actual.temporaries - plain.temporaries < allowed
 
 
-def gradients_of(method):
-    return method.uses_incoming + method.calls
-
-
-@each(*(m for m in METHODS + OTHERS if not m.variant))
-def test_ascended_step_with_sharded_parameters(method):
-    actual = program("FSDP", method, ascend=True)
-    assert_costs(method, "FSDP", actual, gradients_of(method))
-
-
 # Each reduces, draws or gathers in a way of its own.
 DIFFERENT = ("sam", "vsam", "look_layer_sam", "esam", "random_sam", "gam", "sampa")
 
 
-@pytest.mark.parametrize("layout", ["data parallel", "FSDP x TP"])
-@each(*(BY_NAME[name] for name in DIFFERENT))
-def test_ascended_step_in_other_layouts(method, layout):
-    actual = program(layout, method, ascend=True)
-    assert_costs(method, layout, actual, gradients_of(method))
+def cases():
+    """A method, where it lies, and the step: ascended, skipped, or either."""
+    named = [m for m in METHODS + OTHERS if not m.variant]
+    yield from ((m, "FSDP", True) for m in named)
+    for layout in ("data parallel", "FSDP x TP"):
+        yield from ((BY_NAME[name], layout, True) for name in DIFFERENT)
+    # Of a conditional both branches are counted: the second gradient is in one alone.
+    for m in named:
+        if m.skips:
+            yield from ((m, "FSDP x TP", ascend) for ascend in (False, None))
+    yield BY_NAME["vsam"], "data parallel", None
 
 
-SKIPPING = [m for m in METHODS if m.skips and not m.variant]
-
-
-@each(*SKIPPING)
-def test_skipped_step(method):
-    actual = program("FSDP x TP", method, ascend=False)
-    assert_costs(method, "FSDP x TP", actual, 1)
-
-
-@each(*SKIPPING)
-def test_step_with_a_conditional(method):
-    """Both branches are counted: the second gradient is in one of them alone."""
-    actual = program("FSDP x TP", method, ascend=None)
-    assert_costs(method, "FSDP x TP", actual, gradients_of(method))
-
-
-def test_conditional_with_whole_parameters():
-    actual = program("data parallel", BY_NAME["vsam"], ascend=None)
-    assert_costs(BY_NAME["vsam"], "data parallel", actual, 2)
+@pytest.mark.parametrize(
+    ("method", "layout", "ascend"), [*cases()], ids=lambda x: getattr(x, "name", x)
+)
+def test_a_step_costs_its_gradients_and_scalars(method, layout, ascend):
+    gradients = 1 if ascend is False else method.uses_incoming + method.calls
+    actual = program(layout, method, ascend=ascend)
+    assert_costs(method, layout, actual, gradients)
 
 
 TASKS = {

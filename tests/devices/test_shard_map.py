@@ -1,0 +1,134 @@
+"""Perturbations of each device under ``shard_map``: what JAX's types and programs show.
+
+That replicas stay one, and are m-sharpness, is in ``test_replicas.py``.
+"""
+
+import functools
+import re
+
+import harness
+import jax
+import numpy as np
+import optax
+import problems
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from registry import METHODS, each
+
+import optax_sam
+
+DEVICES = 8
+PROBLEM = problems.mlp((8, 16, 4), batch_size=64)
+PARAMS, BATCH = PROBLEM.params(), PROBLEM.batch(0)
+VSAM = functools.partial(optax_sam.vsam, 0.1, window=10, num_slices=5)
+of_device = functools.partial(jax.lax.pcast, axis_name="data", to="varying")
+
+
+def mapped(function):
+    """Of parameters, a state and a batch; the results are the same on all devices."""
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (P(), P(), P("data"))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P())
+
+
+def update(tx, params, state, batch, at=of_device, spoil=lambda g: g, ascend=None):
+    """An update by each device's gradients, the first one ``at`` its parameters."""
+    gradient = lambda p: jax.grad(PROBLEM.loss_fn)(p, batch)
+    grad_fn = lambda p: spoil(gradient(p))
+    return tx.update(
+        gradient(at(params)), state, params, grad_fn=grad_fn, ascend=ascend
+    )
+
+
+def kernels(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+@each(
+    *(m for m in METHODS if "axis_name" in m.static and not m.variant),
+    # What is kept of gradients: by a rule and a blend, by a rule, by an ascent.
+    slow=lambda m: m.name not in ("vsam", "ae_sam", "friendly_sam", "random_sam"),
+)
+def test_nothing_that_stays_varies_over_devices(method):
+    """By JAX's types, for which ``out_specs=P()`` is a proof: nothing is run.
+
+    With the parameters themselves for ``update``, so that their decay is not one of a
+    device, and with leaves that are not perturbed.
+    """
+    member = method.build(axis_name="data", mask=kernels)
+    tx = optax.chain(member, optax.add_decayed_weights(0.1))
+    state = jax.eval_shape(tx.init, PARAMS)
+    for ascend in (None, True, False):
+        emitted = mapped(functools.partial(update, tx, ascend=ascend))
+        d, after = jax.eval_shape(emitted, PARAMS, state, BATCH)
+        assert harness.kinds(d) == harness.kinds(PARAMS)
+        assert harness.kinds(after) == harness.kinds(state)
+
+
+def test_one_bad_device_rejects_the_ascent_for_all():
+    tx = optax_sam.sam(0.1, axis_name="data")
+
+    def emitted(params, state, batch):
+        # Only device 3 has a second gradient that is not finite.
+        bad = jax.numpy.where(jax.lax.axis_index("data") == 3, np.nan, 1.0)
+        spoil = lambda g: optax.tree.scale(bad, g)
+        g = jax.grad(PROBLEM.loss_fn)(of_device(params), batch)
+        return update(tx, params, state, batch, spoil=spoil), jax.lax.pmean(g, "data")
+
+    (d, state), g = jax.jit(mapped(emitted))(PARAMS, tx.init(PARAMS), BATCH)
+    assert int(state.num_rejected) == 1
+    harness.assert_equal(d, g)
+
+
+def test_a_gradient_summed_already_is_refused():
+    tx = optax_sam.sam(0.1, axis_name="data")
+    emitted = mapped(functools.partial(update, tx, at=lambda params: params))
+    with pytest.raises(ValueError, match=re.escape("pcast(params, 'data', to=\"var")):
+        jax.eval_shape(emitted, PARAMS, tx.init(PARAMS), BATCH)
+
+
+def all_reduced_elements(compiled):
+    """Numbers sent through all-reduces of a compiled program."""
+    total = 0
+    for line in compiled.as_text().splitlines():
+        if match := re.search(r"= (.*?) all-reduce(?:-start)?\(", line):
+            for shape in re.findall(r"\[([\d,]*)\]", match[1]):
+                total += int(np.prod([int(n) for n in shape.split(",") if n]))
+    return total
+
+
+# m-sharpness averages what is emitted, once, and a cached tree once more.
+@pytest.mark.parametrize(
+    ("member", "ascend", "trees"),
+    [
+        (functools.partial(optax_sam.sam, 0.1), True, 1),
+        (functools.partial(optax_sam.sam, 0.1), False, 1),
+        (VSAM, True, 2),
+        (VSAM, False, 1),
+    ],
+)
+def test_communication_is_one_reduction_per_gradient(member, ascend, trees):
+    tx = optax.chain(member(axis_name="data"), optax.sgd(0.05))
+    step = jax.jit(mapped(functools.partial(update, tx, ascend=ascend)))
+    sent = all_reduced_elements(step.lower(PARAMS, tx.init(PARAMS), BATCH).compile())
+    size, scalars = sum(x.size for x in jax.tree.leaves(PARAMS)), 20
+    assert trees * size <= sent <= trees * size + scalars
+
+
+def test_pmap():
+    """What is carried by each device is the same, and that of ``vmap`` on one."""
+    member = optax_sam.looksam(0.1, k=2, axis_name="data")
+    step = harness.make_step(member, PROBLEM.loss_fn)
+    on_one = jax.jit(jax.vmap(step, (None, None, 0), None, axis_name="data"))
+    on_each = jax.pmap(step, axis_name="data")
+    copies = lambda tree: jax.tree.map(lambda x: np.stack([x] * DEVICES), tree)
+    expected = (PARAMS, member.init(PARAMS))
+    found = copies(expected)
+    for t in range(4):
+        shards = [x.reshape(DEVICES, -1, *x.shape[1:]) for x in PROBLEM.batch(t)]
+        expected, found = on_one(*expected, shards), on_each(*found, shards)
+    found = jax.device_get(found)
+    harness.assert_equal(found, copies(jax.tree.map(lambda x: x[0], found)))
+    # Absolute: the normal that is kept is a difference of nearly equal gradients.
+    harness.assert_close(found, copies(expected), 0, atol=1e-5)

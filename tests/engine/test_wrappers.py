@@ -1,0 +1,328 @@
+"""Members inside, around and beside what Optax offers to combine optimizers."""
+
+import functools
+import inspect
+
+import harness
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from registry import BY_NAME, METHODS, OTHERS, each
+
+import optax_sam
+
+VSAM = BY_NAME["vsam"]
+
+
+def quick(*names, methods=METHODS):
+    """By all methods but the variants; those that are named here run quickly."""
+    found = [method for method in methods if not method.variant]
+    return each(*found, slow=lambda method: method.name not in names)
+
+
+def trained(tx, steps=12, problem=problems.mlp):
+    """The parameters and state after some steps."""
+    step = jax.jit(harness.make_step(tx, problem().loss_fn))
+    params = problem().params()
+    return harness.run(step, params, tx.init(params), problem(), steps)
+
+
+plainly_trained = functools.cache(lambda: trained(VSAM.optimizer()))
+
+
+# inject_hyperparams.
+
+
+def test_no_shape_and_no_function_is_traced_as_a_hyperparameter():
+    for method in METHODS:
+        assert optax_sam.static_args(method.factory) == method.static
+        factory = optax.inject_hyperparams(method.factory, static_args=method.static)
+        state = jax.eval_shape(factory(**method.settings).init, harness.tree())
+        arguments = inspect.signature(method.factory).parameters.values()
+        given = {a.name for a in arguments if a.default is not None}
+        assert set(state.hyperparams) == given - set(method.static)
+
+
+# A method for each way to make an offset of the radius.
+@quick("sam", "esam", "friendly_sam", "gam")
+def test_an_injected_radius_counts(method):
+    """A rho that is put into the state counts, and nothing else changes."""
+    factory = optax.inject_hyperparams(method.factory, static_args=method.static)
+    tx = factory(**method.settings)
+    params, g = harness.tree(), harness.tree(1)
+    state = tx.init(params)
+
+    @jax.jit
+    def update(state):
+        points = []
+        grad_fn = lambda p: points.append(p) or g
+        d, state = tx.update(g, state, params, grad_fn=grad_fn, ascend=True)
+        return d, state, points[-1]
+
+    for rho in (method.settings[method.radius], 0.5, 0.0, 0.25):
+        state.hyperparams[method.radius] = jnp.asarray(rho)
+        _, state, point = update(state)
+        offset = jax.tree.map(jnp.subtract, point, params)
+        length = method.norm(offset, params, g)
+        np.testing.assert_allclose(length, rho, rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose(state.hyperparams[method.radius], rho)
+    assert optax_sam.metrics(state)["ascents"] == 4
+
+
+def test_injected_method_is_the_plain_one():
+    factory = optax.inject_hyperparams(VSAM.factory, static_args=VSAM.static)
+    tx = optax.chain(factory(**VSAM.settings), optax.sgd(0.1, momentum=0.9))
+    (params, state), (wanted, plain) = trained(tx), plainly_trained()
+    harness.assert_close(params, wanted, 1e-6)
+    assert harness.ascents(state) == harness.ascents(plain)
+    assert optax_sam.ascends_next(state) == optax_sam.ascends_next(plain)
+
+
+def test_injected_schedule_is_the_plain_schedule():
+    settings = {
+        "rho": optax.linear_schedule(0.0, 0.2, 10),
+        "when": optax_sam.when.every_k(2),
+    }
+    static = optax_sam.static_args(optax_sam.sam)
+    injected = optax.inject_hyperparams(optax_sam.sam, static_args=static)
+    results = [
+        trained(optax.chain(build(**settings), optax.sgd(0.1)))[0]
+        for build in (optax_sam.sam, injected)
+    ]
+    harness.assert_close_in_size(*results, 5e-7)
+
+
+@pytest.mark.parametrize(
+    ("factory", "settings", "static"),
+    [
+        (optax_sam.vsam, {"window": 4}, ()),
+        # The first is traced.
+        (
+            optax_sam.vsam,
+            {"warmup_steps": 7, "window": 4, "num_slices": 2},
+            ("window", "num_slices", "key"),
+        ),
+        (optax_sam.sam, {"num_ascent_steps": 2}, ()),
+        (optax_sam.esam, {"gamma": 0.5}, ()),
+    ],
+)
+def test_a_traced_shape_is_named(factory, settings, static):
+    tx = optax.inject_hyperparams(factory, static_args=static)(**settings)
+    message = rf"{[*settings][0]} sets a shape or a loop(.|\n)*static_args"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(tx.init, harness.tree())
+
+
+# masked, partition.
+
+
+def test_masked_around_a_member_is_refused():
+    params = harness.tree()
+    mask = {"layer": True, "gain": False}
+    advice = r"stands inside optax\.masked or optax\.partition(.|\n)*mask="
+    around = optax.masked(VSAM.build(), mask)
+    with pytest.raises(ValueError, match=advice):
+        around.init(params)
+    split = optax.partition(
+        {"sam": VSAM.optimizer(), "sgd": optax.sgd(0.1)},
+        {"layer": "sam", "gain": "sgd"},
+    )
+    with pytest.raises(ValueError, match=advice):
+        split.init(params)
+    # A state that was made elsewhere does not get through either.
+    state = optax.MaskedState(VSAM.build().init(params))
+    with pytest.raises(ValueError, match=advice):
+        around.update(params, state, params, grad_fn=lambda p: p)
+
+
+@quick("look_layer_sam", "friendly_sam")
+def test_partition_after_a_member(method):
+    """Frozen layers stay; the perturbation still sees them unless it has a mask."""
+    labels = {"layer0": "train", "layer1": "frozen"}
+    transforms = {"train": optax.sgd(0.1), "frozen": optax.set_to_zero()}
+    tx = optax.chain(
+        method.build(mask={"layer0": True, "layer1": False}),
+        optax.partition(transforms, labels),
+    )
+    params, state = trained(tx, steps=4)
+    start = problems.mlp().params()
+    harness.assert_equal(params["layer1"], start["layer1"])
+    assert not np.allclose(params["layer0"]["kernel"], start["layer0"]["kernel"])
+    assert optax_sam.metrics(state)["rejected_ascents"] == 0
+
+
+# Guards.
+
+
+def test_apply_if_finite():
+    """The guard around the chain sees what is not finite, and nothing stays of it."""
+    problem = problems.mlp()
+    tx = optax.apply_if_finite(VSAM.optimizer(), max_consecutive_errors=5)
+    step = jax.jit(harness.make_step(tx, problem.loss_fn))
+    params = problem.params()
+    params, state = harness.run(step, params, tx.init(params), problem, 3)
+    x, y = problem.batch(0)
+    poisoned = step(params, state, (x.at[0, 0].set(jnp.nan), y))
+    harness.assert_equal(poisoned[0], params)
+    assert poisoned[1].total_notfinite == 1
+    harness.assert_equal(poisoned[1].inner_state, state.inner_state)
+    params, state = harness.run(step, *poisoned, problem, 9, first=3)
+    harness.assert_close(params, plainly_trained()[0], 1e-6)
+
+
+# Reshaping, averaging, order.
+
+
+@pytest.mark.parametrize("around", ["masked everywhere", "flatten after it"])
+def test_what_changes_nothing(around):
+    if around == "masked everywhere":
+        everything = jax.tree.map(lambda _: True, problems.mlp().start)
+        tx = optax.masked(VSAM.optimizer(), everything)
+    else:
+        tx = VSAM.optimizer(optax.flatten(optax.sgd(0.1, momentum=0.9)))
+    harness.assert_close(trained(tx)[0], plainly_trained()[0], 1e-6)
+
+
+def test_flatten_around_a_member_needs_a_flat_grad_fn():
+    """``grad_fn`` is handed the vector: it has to speak vectors itself."""
+    problem = problems.mlp()
+    tx = optax.flatten(VSAM.optimizer())
+    params = problem.params()
+    ravel = jax.flatten_util.ravel_pytree
+    unravel = ravel(params)[1]
+
+    @jax.jit
+    def step(params, state, batch):
+        grad_fn = lambda p: jax.grad(problem.loss_fn)(p, batch)
+        flat = lambda v: ravel(grad_fn(unravel(v)))[0]
+        updates, state = tx.update(grad_fn(params), state, params, grad_fn=flat)
+        return optax.apply_updates(params, updates), state
+
+    params, _ = harness.run(step, params, tx.init(params), problem, 12)
+    harness.assert_close_in_size(params, plainly_trained()[0], 5e-6)
+    update = lambda g: tx.update(g, tx.init(params), params, grad_fn=lambda v: params)
+    with pytest.raises(ValueError, match="what grad_fn returned has another structure"):
+        jax.eval_shape(update, params)
+
+
+def test_schedule_free_around_the_chain():
+    """Both gradients belong to the interpolated weights that are being trained."""
+    problem, member = problems.logistic(), VSAM.build()
+    chain = optax.chain(member, optax.sgd(0.5))
+    tx = optax.contrib.schedule_free(chain, learning_rate=0.5, b1=0.9)
+    params, state = trained(tx, steps=60, problem=problems.logistic)
+    average = optax.contrib.schedule_free_eval_params(state, params)
+    loss = lambda p: float(problem.loss_fn(p, problem.batch(0)))
+    assert loss(average) < 0.6 * loss(problem.params())
+    # By hand: the same member, then the published recurrence.
+    sgd = jax.jit(harness.make_step(chain, problem.loss_fn))
+    z = x = problem.params()
+    state = chain.init(x)
+    for t in range(60):
+        y = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, z, x)
+        moved, state = sgd(y, state, problem.batch(t))
+        z = jax.tree.map(lambda a, b, c: a + b - c, z, moved, y)
+        x = jax.tree.map(lambda a, b, c=1 / (t + 1): (1 - c) * a + c * b, x, z)
+    harness.assert_close(average, x, 1e-4)
+
+
+@quick("sam", "gsam")
+def test_clipping_belongs_after_a_member(method):
+    """Clipped before, the ascent is the same and the emitted gradient is whole."""
+    g, g_s = harness.tree(1, scale=10.0), harness.tree(2, scale=10.0)
+    params, member = harness.tree(), method.build()
+    clip = optax.clip_by_global_norm(1.0)
+
+    def emitted(tx):
+        update = lambda: tx.update(
+            g, tx.init(params), params, grad_fn=lambda p: g_s, ascend=True
+        )
+        return jax.jit(update)()[0]
+
+    after = emitted(optax.chain(member, clip))
+    np.testing.assert_allclose(optax.tree.norm(after), 1.0, rtol=1e-5)
+    before = emitted(optax.chain(clip, member))
+    clipped, _ = clip.update(g, clip.init(params))
+    harness.assert_emits(method, before, clipped, g_s, 1e-5)
+
+
+@quick("sam", "msam", methods=METHODS + OTHERS)
+def test_a_base_that_lowers_its_rate_on_a_plateau(method):
+    """The whole is trained, and what the base gets as ``value`` counts."""
+    problem = problems.logistic()
+    plateau = optax.contrib.reduce_on_plateau(0.5, patience=1)
+    tx = method.optimizer(optax.chain(optax.adamw(0.02), plateau))
+
+    @jax.jit
+    def step(params, state, batch):
+        value, grads = jax.value_and_grad(problem.loss_fn)(params, batch)
+        extra = method.extra_args(problem.loss_fn, batch)
+        updates, state = tx.update(grads, state, params, value=value, **extra)
+        return optax.apply_updates(params, updates), state
+
+    params = problem.params()
+    params, state = harness.run(step, params, tx.init(params), problem, 12)
+    losses = [problem.loss_fn(params, problem.batch(t)) for t in range(4)]
+    assert np.mean(losses) < np.log(2)  # where it started
+    assert jnp.isfinite(optax.tree.get(state, "best_value"))
+
+
+# lookahead.
+
+
+def test_lookahead_as_on_the_page_is_sam_with_slow_weights(x64):
+    names = harness.defined("troubleshooting.md", "lookahead_step")
+    batches = np.random.default_rng(0).normal(size=(12, 4, 3))
+    pair = optax.LookaheadParams.init_synced(jnp.zeros(3))
+    state = names["lookahead"](names["fast"]).init(pair)
+    step = names["lookahead_step"]
+    fast = slow = trace = np.zeros(3)
+    for t, x in enumerate(batches, 1):
+        pair, state = step(pair, state, x)
+        gradient = lambda w, x=x: 2 * x.T @ (x @ w - 1) / len(x)
+        g = gradient(fast)
+        trace = 0.9 * trace + gradient(fast + 0.05 * g / np.linalg.norm(g))
+        fast = fast - 0.1 * trace
+        if t % 5 == 0:
+            fast = slow = slow + 0.5 * (fast - slow)
+        np.testing.assert_allclose(pair.fast, fast, rtol=1e-10)
+        np.testing.assert_allclose(pair.slow, slow, rtol=1e-10)
+    assert harness.ascents(state) == 12
+    assert step._cache_size() == 2  # on the page, and here
+
+
+def test_what_the_page_says_of_lookahead():
+    fast = optax.chain(
+        optax_sam.sam(0.1, when=optax_sam.when.every_k(2)), optax.sgd(0.1)
+    )
+    pair = optax.LookaheadParams.init_synced(jnp.ones(2))
+    around = optax.lookahead(fast, 5, 0.5)
+    for tx, error, message in (
+        (around, TypeError, "unexpected keyword argument 'grad_fn'"),
+        (
+            optax.with_extra_args_support(around),
+            ValueError,
+            "something on the way dropped it",
+        ),
+        (
+            optax.chain(optax_sam.sam(0.1), around),
+            ValueError,
+            r"missing: \.fast, \.slow",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            tx.update(pair.fast, tx.init(pair), pair, grad_fn=lambda p: p)
+    # Bound, but reset: the count starts again, flags become integers.
+    update = functools.partial(fast.update, grad_fn=lambda p: p)
+    bound = optax.GradientTransformation(fast.init, update)
+    reset = optax.lookahead(bound, 2, 0.5, reset_state=True)
+    state = reset.init(pair)
+    flags = lambda state: sum(x.dtype == bool for x in jax.tree.leaves(state))
+    assert flags(state) == 1
+    for _ in range(2):
+        _, state = reset.update(pair.fast, state, pair)
+    assert (flags(state), harness.member_state(state).count) == (0, 0)
