@@ -1,0 +1,423 @@
+"""Flax Linen: one clean pass, and a second one that leaves nothing behind."""
+
+import functools
+from typing import Any
+
+import flax
+import flax.linen as nn
+import flax.serialization
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training import train_state
+from flax.training.dynamic_scale import DynamicScale
+
+import optax_sam
+from optax_sam.linen import TrainState, value_and_grad
+
+RHO, RATE = 0.3, 0.1
+X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+Y = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
+KEY = jax.random.key(7)
+# BatchNorm subtracts the bias before it, which is thus trained by rounding alone.
+ROUNDING = 1e-6
+W = {"w": jnp.ones(2)}
+
+
+def sgd():
+    return optax.sgd(RATE, momentum=0.9)
+
+
+@functools.cache  # a train state's structure includes its optimizer
+def sam():
+    return optax.chain(optax_sam.sam(RHO), sgd())
+
+
+@functools.cache
+def vsam():
+    # Quick to choose: windows of ten steps, so both kinds of step occur.
+    method = optax_sam.vsam(0.1, window=10, num_slices=5, sensitivity=0.5, key=1)
+    return optax.chain(method, sgd())
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(8)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(jnp.tanh(x))
+        return nn.Dense(2)(x)
+
+
+NET = Net()
+
+
+def applied(params, model_state, key=KEY):
+    """The prediction and the new state of a pass in training."""
+    return NET.apply(
+        {"params": params, **model_state},
+        X,
+        mutable=list(model_state),
+        rngs={"dropout": key},
+    )
+
+
+def loss_fn(params, model_state, key):
+    prediction, model_state = applied(params, model_state, key)
+    return jnp.mean((prediction - Y) ** 2), model_state
+
+
+def train_step(state, ascend=None):
+    (loss, model_state), grads, grad_fn = value_and_grad(loss_fn, has_aux=True)(
+        state.params, state.model_state, jax.random.fold_in(KEY, state.step)
+    )
+    state = state.apply_gradients(
+        grads=grads, grad_fn=grad_fn, ascend=ascend, model_state=model_state
+    )
+    return state, loss
+
+
+jitted = jax.jit(train_step, static_argnames="ascend")
+
+
+@functools.cache
+def initial_variables():
+    init = jax.jit(NET.init, static_argnames="train")
+    return init(jax.random.key(0), X, train=False)
+
+
+def started(tx):
+    variables = jax.tree.map(jnp.copy, initial_variables())  # may be donated
+    params = variables.pop("params")
+    return TrainState.create(
+        apply_fn=NET.apply, params=params, tx=tx, model_state=variables
+    )
+
+
+def created(kind=TrainState, tx=None, **fields):
+    params = fields.pop("params", W)
+    return kind.create(apply_fn=None, params=params, tx=tx or sgd(), **fields)
+
+
+def test_it_is_sam_by_hand_with_the_statistics_of_clean_passes():
+    state = started(sam())
+    by_hand = harness.sam_by_hand(loss_fn, RHO, RATE, 0.9)
+    carry = state.params, optax.tree.zeros_like(state.params), state.model_state
+    for t in range(4):
+        carry, loss = by_hand(carry, jax.random.fold_in(KEY, t))
+        state, found = jitted(state)
+        assert found == pytest.approx(float(loss), rel=1e-5)
+    harness.assert_close(state.params, carry[0], 1e-5, atol=ROUNDING)
+    harness.assert_close(state.model_state, carry[2], 1e-5)
+    assert state.step == 4
+
+
+@pytest.mark.slow
+def test_linen_statistics_equal_one_clean_pass_exactly():
+    state = started(sam())
+    _, stats = loss_fn(state.params, state.model_state, jax.random.fold_in(KEY, 0))
+    after, _ = train_step(state, ascend=True)  # outside jit, operation by it
+    harness.assert_equal(after.model_state, stats)
+    assert optax_sam.metrics(after)["ascents"] == 1
+    assert np.any(after.model_state["batch_stats"]["BatchNorm_0"]["mean"] != 0)
+
+
+class Revealing(nn.Module):
+    """Its gradient is 2 where dropout keeps and 0 elsewhere, plus 10 times a count."""
+
+    @nn.compact
+    def __call__(self):
+        count = self.variable("counts", "calls", jnp.zeros, ())
+        w = self.param("w", nn.initializers.ones, (32,))
+        before = count.value
+        count.value = before + 1
+        return jnp.sum(nn.Dropout(0.5, deterministic=False)(w) + 10 * before * w)
+
+
+def test_linen_second_pass_has_the_mask_and_the_state_of_the_first():
+    def loss_fn(params, model_state, key):
+        variables = {"params": params, **model_state}
+        return Revealing().apply(variables, mutable=["counts"], rngs={"dropout": key})
+
+    model_state = {"counts": {"calls": jnp.zeros(())}}
+    params, masks = {"w": jnp.ones(32)}, []
+    for t in range(3):
+        (_, model_state), grads, grad_fn = value_and_grad(loss_fn, has_aux=True)(
+            params, model_state, jax.random.fold_in(KEY, t)
+        )
+        for _ in range(2):
+            np.testing.assert_array_equal(grad_fn({"w": 1.5 * params["w"]})["w"], grads["w"])
+        assert set(np.unique(grads["w"])) == {10 * t, 10 * t + 2}
+        assert model_state["counts"]["calls"] == t + 1
+        masks.append(grads["w"] - 10 * t)
+    assert np.any(masks[0] != masks[1])
+
+
+@pytest.mark.slow
+def test_vsam_dispatched_scanned_and_plain():
+    steps = 40
+    plain = jax.jit(train_step, donate_argnums=0)
+    dispatched = optax_sam.dispatch(train_step, donate_argnums=0)
+    one, two = started(vsam()), started(vsam())
+    for _ in range(steps):
+        (one, _), (two, _) = plain(one), dispatched(two)
+    body = lambda state, _: train_step(state)
+    scanned = jax.jit(lambda state: jax.lax.scan(body, state, length=steps))
+    three, losses = scanned(started(vsam()))
+    assert losses[-1] < losses[0]
+    for other in (two, three):
+        assert harness.kinds(other) == harness.kinds(one)
+        found, wanted = optax_sam.metrics(other), optax_sam.metrics(one)
+        assert 20 < found["ascents"] == wanted["ascents"] < steps
+        harness.assert_close(other.params, one.params, 1e-3, atol=10 * ROUNDING)
+        harness.assert_close(other.model_state, one.model_state, 1e-3)
+
+
+def test_a_train_state_is_dispatched():
+    tx = optax.chain(optax_sam.sam(0.1, when=optax_sam.when.every_k(2)), sgd())
+    state = created(tx=tx)
+
+    @functools.partial(optax_sam.dispatch, donate_argnums=0)
+    def step(state, target, ascend=None):
+        loss_fn = lambda params: jnp.sum((params["w"] - target) ** 2)
+        loss, grads, grad_fn = value_and_grad(loss_fn)(state.params)
+        after = state.apply_gradients(grads=grads, grad_fn=grad_fn, ascend=ascend)
+        return after, loss
+
+    state = created(tx=tx, params={"w": jnp.ones(2)})  # donated
+    for _ in range(5):
+        state, _ = step(state, 3.0)
+    assert (state.step, optax_sam.metrics(state)["ascents"]) == (5, 3)
+
+
+def test_training_resumes_from_a_file(tmp_path):
+    half = started(vsam())
+    for _ in range(3):
+        half, _ = jitted(half)
+    target, after = started(vsam()), jitted(half)
+    saved = flax.serialization.to_bytes(half)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", half)
+        checkpointer.wait_until_finished()
+        by_orbax = checkpointer.restore(tmp_path / "state", target)
+    for restored in (flax.serialization.from_bytes(target, saved), by_orbax):
+        assert type(restored) is TrainState
+        harness.assert_equal(restored, half)
+        harness.assert_equal(jitted(restored), after)
+        assert restored.step == 3
+
+
+def test_keywords_are_fields_or_extra_arguments():
+    seen = {}
+
+    def update(updates, state, params=None, **extra):
+        seen.update(extra)
+        return updates, state
+
+    class WithNotes(TrainState):
+        notes: int = 0
+
+    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    state = created(WithNotes, tx)
+    after = state.apply_gradients(grads=W, notes=3, value=1.5)
+    assert (seen, after.notes, after.step) == ({"value": 1.5}, 3, 1)
+    state.apply_gradients(grads=W, grad_fn=abs, ascend=False)
+    assert seen == {"value": 1.5, "grad_fn": abs, "ascend": False}
+    assert after.tx is tx
+    np.testing.assert_array_equal(after.params["w"], 2)
+
+
+def test_a_baseline_in_the_same_loop_is_that_of_flax():
+    state = started(sgd())
+    ours, _ = jitted(state, ascend=True)
+    gradients = jax.jit(jax.grad(loss_fn, has_aux=True))
+    grads, _ = gradients(state.params, state.model_state, jax.random.fold_in(KEY, 0))
+    theirs = train_state.TrainState.create(
+        apply_fn=state.apply_fn, params=state.params, tx=state.tx
+    ).apply_gradients(grads=grads)
+    harness.assert_close(ours.params, theirs.params, 1e-6)
+
+
+def test_what_overwrites_parameters_is_handed_on():
+    """Scales of fp8: the gradient is the new value, and SAM has no part in it."""
+    params = {"params": {"w": jnp.array([3.0, 4.0])}}
+    params[OVERWRITE_WITH_GRADIENT] = {"scale": jnp.array(2.0)}
+    tx = optax.chain(optax_sam.sam(0.5), optax.sgd(0.1))
+
+    def loss_fn(params):
+        w, scale = params["params"]["w"], params[OVERWRITE_WITH_GRADIENT]["scale"]
+        return jnp.sum(w**2) / 2 + 7 * scale
+
+    _, grads, grad_fn = value_and_grad(loss_fn)(params)
+    state = created(tx=tx, params=params)
+    after = state.apply_gradients(grads=grads, grad_fn=grad_fn).params
+    assert after[OVERWRITE_WITH_GRADIENT]["scale"] == 7
+    np.testing.assert_allclose(after["params"]["w"], [2.67, 3.56], rtol=1e-6)
+
+
+# The model's state may not be forgotten.
+
+
+class WithStatistics(TrainState):
+    """The usual subclass."""
+
+    batch_stats: Any
+
+
+class WithMore(TrainState):
+    """Fields that a step need not name."""
+
+    batch_stats: Any
+    dropout_key: Any
+    ema_params: Any
+    ema_batch_stats: Any
+    dynamic_scale: Any = None
+    metrics: Any = None
+    best: dict = flax.struct.field(default_factory=dict)
+
+
+class Renamed(TrainState):
+    """Other names for the same."""
+
+    running: Any = None
+    mutable: Any = None
+
+
+STATISTICS = {"BatchNorm_0": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
+NESTED = {"batch_stats": STATISTICS}
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({}, "got none in model_state.*mutable=list.*To keep the old one"),
+        ({"model_state": {}}, "got none in model_state"),
+        ({"model_state": None}, "got none in model_state"),
+        ({"model_state": {"losses": 1}}, r"a model_state with \['losses'\]"),
+        ({"batch_stats": {}}, "batch_stats is a collection of model_state"),
+    ],
+)
+def test_linen_advises_on_forgotten_collections(keywords, message):
+    state = created(model_state=NESTED)
+    with pytest.raises(ValueError, match=message):
+        state.apply_gradients(grads=W, **keywords)
+
+
+def test_subclasses_have_fields_without_a_default():
+    state = created(WithStatistics, batch_stats={})
+    assert (state.batch_stats, state.model_state) == ({}, {})
+    assert state.apply_gradients(grads=W).step == 1  # nothing to forget
+    state = created(WithStatistics, batch_stats=STATISTICS)
+    new = jax.tree.map(lambda x: x + 1, STATISTICS)
+    after = jax.jit(lambda s: s.apply_gradients(grads=W, batch_stats=new))(state)
+    harness.assert_equal(after.batch_stats, new)
+    with pytest.raises(TypeError, match="batch_stats"):
+        created(WithStatistics)
+    own = created(WithStatistics, batch_stats=STATISTICS, model_state={"a": {}})
+    assert own.model_state == {"a": {}}
+
+
+@pytest.mark.parametrize(
+    ("field", "held", "given", "message"),
+    [
+        ("batch_stats", STATISTICS, None, "statistics batch_stats, but"),
+        (
+            "batch_stats",
+            flax.core.freeze(STATISTICS),
+            None,
+            r'batch_stats=updates\["batch_stats"\].*batch_stats=state.batch_stats',
+        ),
+        ("batch_stats", {"custom": {"ema": jnp.ones(3)}}, None, "old ones for ever"),
+        (
+            "batch_stats",
+            STATISTICS,
+            {},
+            r"batch_stats holds \['BatchNorm_0'\].*got batch_stats with \[\]",
+        ),
+        ("batch_stats", STATISTICS, NESTED, r"got batch_stats with \['batch_stats'\]"),
+        ("running", STATISTICS, None, "statistics running, but"),
+        ("mutable", NESTED, None, "mutable=updates"),
+    ],
+)
+def test_forgotten_fields_of_subclasses_are_named(field, held, given, message):
+    kind = WithStatistics if field == "batch_stats" else Renamed
+    state = created(kind, **{field: held})
+    with pytest.raises(ValueError, match=message):
+        state.apply_gradients(grads=W, **({} if given is None else {field: given}))
+    assert state.apply_gradients(grads=W, **{field: held}).step == 1
+
+
+def test_ordinary_fields_may_be_forgotten():
+    fields = {
+        "batch_stats": STATISTICS,
+        "dropout_key": jax.random.key(0),
+        "ema_params": {"w": jnp.ones(2), "layer": {"mean_head": jnp.ones(3)}},
+        "ema_batch_stats": STATISTICS,
+        "dynamic_scale": DynamicScale(),
+        "metrics": {"loss": jnp.zeros(()), "count": jnp.zeros((), int)},
+        "best": {"params": W, "accuracy": jnp.zeros(())},
+    }
+    state = created(WithMore, **fields)
+    after = state.apply_gradients(grads=W, batch_stats=STATISTICS)
+    harness.assert_equal(after.ema_batch_stats, STATISTICS)
+    fields |= {"batch_stats": {}, "ema_batch_stats": None}
+    assert created(WithMore, **fields).apply_gradients(grads=W).step == 1
+
+
+# Recipes of docs/flax.md: statistics at parameters that the model did not see.
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def estimated(params, model_state, steps):
+    one = lambda state, _: (applied(params, state)[1], None)
+    return jax.lax.scan(one, model_state, length=steps)[0]
+
+
+def errors(params, model_state):
+    """How far its statistics are from those at the parameters, in deviations."""
+    hidden = X @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+    (found,) = model_state["batch_stats"].values()
+    mean = np.max(abs(found["mean"] - hidden.mean(0)) / hidden.std(0))
+    return mean, np.max(abs(found["var"] / hidden.var(0) - 1))
+
+
+def test_statistics_for_msam_are_estimated_at_its_parameters():
+    state = started(optax_sam.msam(sgd(), rho=3.0))
+    for _ in range(3):
+        state, _ = jitted(state)
+    params = optax_sam.msam_eval_params(state.opt_state, state.params)
+    assert errors(params, state.model_state)[0] > 0.1
+    assert max(errors(params, estimated(params, state.model_state, 100))) < 1e-3
+
+
+@pytest.mark.slow
+def test_statistics_for_mesa_begin_with_estimated_ones():
+    """And what that avoids. The recipe is run as such with its page."""
+    decay = 0.9998
+    state = started(optax.chain(sgd(), optax_sam.mesa(decay)))
+    first = state.model_state
+    state = state.replace(model_state=estimated(state.params, first, 50))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def trained(carry, steps):
+        def body(carry, _):
+            state, averages = carry
+            state, _ = train_step(state)
+            new = lambda old: optax.incremental_update(state.model_state, old, 1 - decay)
+            return (state, [new(average) for average in averages]), None
+
+        return jax.lax.scan(body, carry, length=steps)[0]
+
+    state, averages = trained((state, [first, state.model_state]), 400)
+    params = optax_sam.mesa_params(state)
+    for moment in (0, 1):
+        naive, recipe, live = (
+            errors(params, s)[moment] for s in (*averages, state.model_state)
+        )
+        assert recipe < 0.2 * min(naive, live)
+    # What the page says of the variances.
+    assert (round(naive + 1), round(recipe, 1)) == (28, 0.5)
