@@ -150,7 +150,9 @@ def test_linen_second_pass_has_the_mask_and_the_state_of_the_first():
             params, model_state, jax.random.fold_in(KEY, t)
         )
         for _ in range(2):
-            np.testing.assert_array_equal(grad_fn({"w": 1.5 * params["w"]})["w"], grads["w"])
+            np.testing.assert_array_equal(
+                grad_fn({"w": 1.5 * params["w"]})["w"], grads["w"]
+            )
         assert set(np.unique(grads["w"])) == {10 * t, 10 * t + 2}
         assert model_state["counts"]["calls"] == t + 1
         masks.append(grads["w"] - 10 * t)
@@ -407,7 +409,9 @@ def test_statistics_for_mesa_begin_with_estimated_ones():
         def body(carry, _):
             state, averages = carry
             state, _ = train_step(state)
-            new = lambda old: optax.incremental_update(state.model_state, old, 1 - decay)
+            new = lambda old: optax.incremental_update(
+                state.model_state, old, 1 - decay
+            )
             return (state, [new(average) for average in averages]), None
 
         return jax.lax.scan(body, carry, length=steps)[0]

@@ -22,7 +22,9 @@ BASES = {
         optax.clip_by_global_norm(0.1), optax.adamw(0.01, weight_decay=0.1)
     ),
 }
-every_base = pytest.mark.parametrize("base", BASES)
+every_base = pytest.mark.parametrize(
+    "base", ["sgd", pytest.param("adam", marks=pytest.mark.slow), "clipped adamw"]
+)
 
 
 def contrib(base, sync_period=2, ascent=None, **options):
@@ -75,23 +77,22 @@ def test_opaque_mode(base, x64):
     harness.assert_close(trained_by_sam(base), expected, 0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("steps", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "base",
-    ["sgd", *(pytest.param(b, marks=pytest.mark.slow) for b in [*BASES][1:])],
+    "base", ["sgd", *(pytest.param(b, marks=pytest.mark.slow) for b in [*BASES][1:])]
 )
 def test_opaque_mode_of_several_steps(base, steps, x64):
     """Not projected: ``num_ascent_steps`` is something else."""
     rule = optax_sam.ascent.n_step(RHO, steps, project=False)
-    ours = optax.chain(optax_sam.sharpness_aware(rule), BASES[base]())
-    assert_trained_alike(ours, opaque(BASES[base](), sync_period=steps + 1))
-
-
-def test_several_steps_of_sam_are_projected(x64):
-    base = BASES["sgd"]
-    ours = optax.chain(optax_sam.sam(RHO, num_ascent_steps=2), base())
-    with pytest.raises(AssertionError):
-        assert_trained_alike(ours, opaque(base(), sync_period=3))
+    members = {
+        "alike": optax_sam.sharpness_aware(rule),
+        "projected": optax_sam.sam(RHO, num_ascent_steps=steps),
+    }
+    expected, _ = trained_by_contrib(opaque(BASES[base](), sync_period=steps + 1))
+    for name, member in members.items():
+        found, _ = trained(optax.chain(member, BASES[base]()))
+        apart = optax.tree.norm(optax.tree.sub(found, expected), ord=jnp.inf)
+        assert (apart <= TOLERANCE) == (name == "alike")
 
 
 @every_base
@@ -99,12 +100,13 @@ def test_transparent_mode_on_repeated_batches(base, x64):
     theirs = contrib(BASES[base]())
 
     def step(carry, batch):
-        for _ in range(2):
+        def one(carry, _):
             params, state = carry
             grads = gradient(params, batch)
             updates, state = theirs.update(grads, state, params)
-            carry = optax.apply_updates(params, updates), state
-        return carry, None
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(one, carry, length=2)
 
     @jax.jit
     def run(params, batches):

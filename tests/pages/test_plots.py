@@ -1,5 +1,6 @@
 """Pictures show what was given, with names and units, and leave no trace."""
 
+import importlib
 import sys
 
 import numpy as np
@@ -27,29 +28,33 @@ def record(samples=5.0, psf=0.5, rate=0.5):
     return dict(zip(names, (samples, psf, rate), strict=True), ascents=3)
 
 
-def line(**options):
-    return plots.loss_line(STEPS, STEPS**2, **options)
+def line(losses=STEPS**2, **options):
+    return plots.loss_line(STEPS, losses, **options)
 
 
-def surface(**options):
-    return plots.loss_surface(STEPS, STEPS[:3], np.ones((4, 3)), **options)
+def surface(losses=np.ones((4, 3)), **options):
+    return plots.loss_surface(STEPS, STEPS[:3], losses, **options)
 
 
-def spectrum(**options):
-    return plots.spectral_density(density(), **options)
+def spectrum(found=density(), **options):
+    return plots.spectral_density(found, **options)
 
 
-def history(**options):
-    return plots.sharpness_history(STEPS, STEPS + 1.0, learning_rate=0.5, **options)
+def history(rate=0.5, **options):
+    return plots.sharpness_history(STEPS, STEPS + 1.0, learning_rate=rate, **options)
 
 
-def sampling(**options):
-    return plots.sampling_rate(STEPS, [record()] * 4, window=10, **options)
+def sampling(records=(record(),) * 4, window=10, **options):
+    return plots.sampling_rate(STEPS, records, window=window, **options)
 
 
 every_picture = pytest.mark.parametrize(
     "draw", [line, surface, spectrum, history, sampling]
 )
+
+
+def figure_axes(*shape):
+    return matplotlib.figure.Figure().subplots(*shape)
 
 
 def data(artist):
@@ -78,52 +83,36 @@ def test_a_figure_of_its_own_is_legible_and_leaves_no_trace(draw, tmp_path):
 
 
 @every_picture
-def test_it_draws_where_it_is_told(draw):
-    ax = matplotlib.figure.Figure().subplots()
-    assert draw(ax=ax) is ax
+def test_it_draws_where_it_is_told_and_names_units(draw):
+    ax = figure_axes()
+    assert draw(ax=ax, unit="J") is ax
     assert ax.lines
-
-
-@every_picture
-def test_units_are_named(draw):
-    ax = draw(unit="J")
     named = [x.get_ylabel() + x.get_xlabel() for x in ax.figure.axes]
     assert any("(J" in text for text in named)
 
 
-@every_picture
-def test_without_matplotlib_the_extra_is_named(draw, monkeypatch):
-    for name in [x for x in sys.modules if x.partition(".")[0] == "matplotlib"]:
+def test_without_matplotlib_it_is_imported_and_the_extra_is_named(monkeypatch):
+    removed = "matplotlib", "optax_sam.plots"
+    for name in [x for x in sys.modules if x.startswith(removed)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'optax_sam\[plots\]'"):
-        draw()
-
-
-def test_importing_it_needs_no_matplotlib(monkeypatch):
-    for name in [x for x in sys.modules if x.startswith("optax_sam.plots")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    import optax_sam.plots as again
-
+    again = importlib.import_module("optax_sam.plots")
     assert again is not plots
     assert set(again.__all__) == set(plots.__all__)
+    for draw in (line, surface, spectrum, history, sampling):
+        with pytest.raises(ImportError, match=r"pip install 'optax_sam\[plots\]'"):
+            draw()
 
 
 def test_several_lines():
-    losses = {"SGD": STEPS**2.0, "SAM": STEPS**2.0}
-    ax = plots.loss_line(STEPS, losses)
+    ax = line({"SGD": STEPS**2.0, "SAM": STEPS**2.0})
     assert [data(x) for x in ax.lines] == [[[0, 1, 2, 3], [0, 1, 4, 9]]] * 2
     assert labels(ax) == ["SGD", "SAM"]
     assert [x.get_text() for x in ax.get_legend().get_texts()] == ["SGD", "SAM"]
     # Equal curves: both are seen, the upper one has gaps.
-    assert ax.lines[0].get_linestyle() == "-"
-    assert ax.lines[1].get_linestyle() == "--"
+    assert [x.get_linestyle() for x in ax.lines] == ["-", "--"]
     assert line().get_legend() is None
-
-
-def test_many_lines_differ():
-    ax = plots.loss_line(STEPS, {str(i): STEPS for i in range(28)})
+    ax = line({str(i): STEPS for i in range(28)})
     style = lambda x: (x.get_color(), str(x._unscaled_dash_pattern))
     assert len({style(x) for x in ax.lines}) == 28
 
@@ -135,8 +124,7 @@ def test_surfaces_share_their_colours():
     assert [ax.get_title() for ax in axes] == ["SGD", "SAM"]
     filled = [ax.collections[0] for ax in axes]
     for drawn in filled:
-        assert drawn.norm.vmin == pytest.approx(0.01)
-        assert drawn.norm.vmax == pytest.approx(9.09)
+        assert [drawn.norm.vmin, drawn.norm.vmax] == pytest.approx([0.01, 9.09])
         assert isinstance(drawn.norm, matplotlib.colors.LogNorm)
         np.testing.assert_array_equal(drawn.levels, filled[0].levels)
         assert len(drawn.levels) == 14
@@ -151,50 +139,42 @@ def test_surfaces_share_their_colours():
     assert len(axes[0].figure.axes) == 3
     assert axes[0].figure.axes[-1].get_ylabel() == "Loss (nats)"
     assert len(axes[0].figure.axes[-1].get_yticks()) <= 8
-    one = plots.loss_surface(x, y, {"SGD": bowl})
-    assert isinstance(one, np.ndarray)
+    # On the given axes, and an array of them also for one name.
+    given = figure_axes(2, 1)
+    losses = {"a": np.ones((4, 3)), "b": np.ones((4, 3))}
+    assert list(surface(losses, ax=given)) == list(given)
+    assert [ax.get_title() for ax in given] == ["a", "b"]
+    assert isinstance(plots.loss_surface(x, y, {"SGD": bowl}), np.ndarray)
 
 
 def test_surfaces_with_holes_and_flat_ones():
     losses = np.array([[-1.0, np.nan, 3.0], [2.0, np.inf, 0.0]])
     ax = plots.loss_surface([0, 1], [0, 1, 2], losses, num_levels=5)
     assert ax.collections[0].levels.tolist() == [-1, 0, 1, 2, 3]
-    flat = plots.loss_surface([0, 1], [0, 1], np.zeros((2, 2)))
-    flat.figure.draw_without_rendering()
-    flat = plots.loss_surface([0, 1], [0, 1], np.full((2, 2), 1e6, np.float32))
-    flat.figure.draw_without_rendering()
-
-
-def test_surfaces_on_given_axes():
-    axes = matplotlib.figure.Figure().subplots(2, 1)
-    losses = {"a": np.ones((4, 4)), "b": np.ones((4, 4))}
-    assert list(plots.loss_surface(STEPS, STEPS, losses, ax=axes)) == list(axes)
-    assert [ax.get_title() for ax in axes] == ["a", "b"]
+    for flat in (np.zeros((4, 3)), np.full((4, 3), 1e6, np.float32)):
+        surface(flat).figure.draw_without_rendering()
 
 
 def test_densities_with_a_band():
-    ax = plots.spectral_density({"SGD": density(scale=3), "SAM": density(num_probes=1)})
+    ax = spectrum({"SGD": density(scale=3), "SAM": density(num_probes=1)})
     assert labels(ax) == ["SGD", "SAM"]
     assert ax.get_yscale() == "log"
     assert ax.get_ylim()[0] == pytest.approx(1e-7, rel=0.1)
-    assert len(ax.collections) == 1  # of one probe there is no error
-    (band,) = ax.collections
+    (band,) = ax.collections  # of one probe there is no error
     assert band.get_facecolor()[0, 3] < 0.5
     x, y = density(scale=3).grid, density(scale=3).density
     assert data(ax.lines[0]) == [x.tolist(), y.tolist()]
     vertices = band.get_paths()[0].vertices
     assert vertices[:, 1].max() == pytest.approx(1.1 * y.max())
-    higher = plots.spectral_density(density(), floor=0.1)
-    assert higher.get_ylim()[0] > 0.09
+    assert spectrum(floor=0.1).get_ylim()[0] > 0.09
 
 
 def test_the_edge_follows_the_learning_rate():
-    rates = np.array([0.1, 0.05, 0.01, 0.0])
     ax = plots.sharpness_history(
         STEPS,
-        {"SGD": [5.0, 9.0, np.nan, 30.0], "SAM": [1.0, 1.0, 1.0, 1.0]},
-        learning_rate=rates,
-        sam_edge={"SAM": [4.0, 4.0, 4.0, 4.0]},
+        {"SGD": [5.0, 9.0, np.nan, 30.0], "SAM": [1.0] * 4},
+        learning_rate=np.array([0.1, 0.05, 0.01, 0.0]),
+        sam_edge={"SAM": [4.0] * 4},
     )
     assert labels(ax) == ["SGD", "SAM", "SAM's edge", r"$2 / \eta$"]
     sgd, sam, sam_edge, edge = ax.lines
@@ -206,78 +186,59 @@ def test_the_edge_follows_the_learning_rate():
     assert ax.get_ylim()[1] == 60
 
 
-def test_the_edge_of_a_schedule():
-    schedule = optax.linear_schedule(0.5, 0.25, 3)
-    ax = plots.sharpness_history(STEPS, STEPS + 1, learning_rate=schedule)
+def test_the_edge_of_a_schedule_and_with_momentum():
+    ax = history(optax.linear_schedule(0.5, 0.25, 3))
     assert data(ax.lines[-1])[1] == pytest.approx([4, 4.8, 6, 8])
-
-
-def test_the_edge_with_momentum():
-    ax = plots.sharpness_history(STEPS, STEPS + 1, learning_rate=0.1, momentum=0.9)
+    ax = history(0.1, momentum=0.9)
     assert data(ax.lines[-1])[1] == pytest.approx([38] * 4)
     assert r"\beta" in labels(ax)[-1]
-    assert len(plots.sharpness_history(STEPS, STEPS + 1).lines) == 1
-    with_edge = plots.sharpness_history(STEPS, STEPS + 1, sam_edge=STEPS + 2)
-    assert labels(with_edge) == ["SAM's edge"]
+    assert len(history(None).lines) == 1
+    assert labels(history(None, sam_edge=STEPS + 2)) == ["SAM's edge"]
 
 
 def test_sampling_rate_of_a_warm_up_and_after():
     records = [record(1.0, 0.0, 0.0), record(1.0, 2.0, 1.0), record(), record(2.0, 1.0)]
-    ax = plots.sampling_rate(STEPS, records, window=10)
-    right = ax.figure.axes[-1]
-    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [np.nan, 100, 50, 20])
-    np.testing.assert_array_equal(right.lines[0].get_ydata(), [np.nan, 2, 0.5, 1])
+    columns = {name: np.array([x[name] for x in records]) for name in records[0]}
+    for given in (records, columns):
+        ax = sampling(given)
+        right = ax.figure.axes[-1]
+        np.testing.assert_array_equal(ax.lines[0].get_ydata(), [np.nan, 100, 50, 20])
+        np.testing.assert_array_equal(right.lines[0].get_ydata(), [np.nan, 2, 0.5, 1])
     assert ax.get_ylabel() == "Steps that ascend (%)"
     assert right.get_ylabel() == "PSF norm (nats per weight)"
-    assert ax.yaxis.label.get_color() == ax.lines[0].get_color()
-    assert right.yaxis.label.get_color() == right.lines[0].get_color()
-    columns = {name: np.array([x[name] for x in records]) for name in records[0]}
-    again = plots.sampling_rate(STEPS, columns, window=10)
-    np.testing.assert_array_equal(again.lines[0].get_ydata(), ax.lines[0].get_ydata())
+    for side in (ax, right):
+        assert side.yaxis.label.get_color() == side.lines[0].get_color()
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("draw", "given", "message"),
     [
-        (lambda: plots.loss_line(STEPS, [1.0, 2.0]), r"losses must have shape \(4,\)"),
+        (line, [[1.0, 2.0]], r"losses must have shape \(4,\)"),
+        (line, [{"SAM": [1.0]}], r"losses\['SAM'\] must have.*got \(1,\)"),
+        (line, [{}], "no entries"),
+        (surface, [np.ones((3, 4))], r"shape \(4, 3\).*got \(3, 4\)"),
+        (surface, [np.full((4, 3), np.nan)], "finite.*smaller"),
+        (surface, {"ax": (2,)}, "1 surfaces need as many axes; got 2"),
+        (surface, {"num_levels": 1}, "num_levels"),
+        (spectrum, {"floor": 0}, "floor"),
+        (spectrum, [{}], "no entries"),
+        (history, {"momentum": 1.0}, "momentum"),
+        (history, {"sam_edge": {"SAM": STEPS}}, "'SAM', which lambda_max has not"),
+        (history, {"sam_edge": [1.0]}, "sam_edge must have shape"),
+        (history, [[0.1, 0.2]], r"learning_rate must be.*\(4,\)"),
+        (sampling, [[record()]], "shape"),
+        (sampling, [[]], "shape"),
         (
-            lambda: plots.loss_line(STEPS, {"SAM": [1.0]}),
-            r"losses\['SAM'\] must have.*got \(1,\)",
-        ),
-        (lambda: plots.loss_line(STEPS, {}), "no entries"),
-        (
-            lambda: plots.loss_surface(STEPS, STEPS[:3], np.ones((3, 4))),
-            r"shape \(4, 3\).*got \(3, 4\)",
-        ),
-        (
-            lambda: plots.loss_surface(STEPS, STEPS, np.full((4, 4), np.nan)),
-            "finite.*smaller",
-        ),
-        (
-            lambda: plots.loss_surface(
-                STEPS, STEPS, np.ones((4, 4)), ax=matplotlib.figure.Figure().subplots(2)
-            ),
-            "1 surfaces need as many axes; got 2",
-        ),
-        (lambda: surface(num_levels=1), "num_levels"),
-        (lambda: spectrum(floor=0), "floor"),
-        (lambda: plots.spectral_density({}), "no entries"),
-        (lambda: history(momentum=1.0), "momentum"),
-        (lambda: history(sam_edge={"SAM": STEPS}), "'SAM', which lambda_max has not"),
-        (lambda: history(sam_edge=[1.0]), "sam_edge must have shape"),
-        (
-            lambda: plots.sharpness_history(STEPS, STEPS, learning_rate=[0.1, 0.2]),
-            r"learning_rate must be.*\(4,\)",
-        ),
-        (lambda: plots.sampling_rate(STEPS, [record()], window=10), "shape"),
-        (lambda: plots.sampling_rate(STEPS, [], window=10), "shape"),
-        (
-            lambda: plots.sampling_rate(STEPS, [{"ascents": 1}] * 4, window=10),
+            sampling,
+            [[{"ascents": 1}] * 4],
             "no samples_per_window, psf_norm, ascent_rate; .*vsam",
         ),
-        (lambda: plots.sampling_rate(STEPS, [record()] * 4, window=0), "window"),
+        (sampling, {"window": 0}, "window"),
     ],
 )
-def test_bad_input_is_refused(call, message):
+def test_bad_input_is_refused(draw, given, message):
+    positional, options = ((), given) if isinstance(given, dict) else (given, {})
+    if "ax" in options:
+        options = {"ax": figure_axes(*options["ax"])}
     with pytest.raises(ValueError, match=message):
-        call()
+        draw(*positional, **options)

@@ -16,10 +16,7 @@ PROGRAMS = {
     "Plain JAX": ("params", "opt_state"),
     "Flax Linen with BatchNorm": ("state.params", "state"),
     "Flax NNX": ("nnx.state(model, nnx.Param)", "optimizer.opt_state"),
-    "Equinox with a state": (
-        "eqx.filter(model, eqx.is_inexact_array)",
-        "opt_state",
-    ),
+    "Equinox with a state": ("eqx.filter(model, eqx.is_inexact_array)", "opt_state"),
     "`shard_map`": ("params", "opt_state"),
     "`pmap`, BatchNorm, loss scaling": ("state.params", "state"),
     "A sharded transformer": ("state.params", "state"),

@@ -14,7 +14,7 @@ from flax import nnx
 import optax_sam
 
 PAGE = harness.page("troubleshooting.md")
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 _spec = importlib.util.spec_from_file_location("errors", DOCS / "errors.py")
 errors = importlib.util.module_from_spec(_spec)
