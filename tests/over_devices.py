@@ -6,10 +6,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 DEVICES = 8
+REPLICATED = P()
 KINDS = ("shard_map", "shard_map without check_vma", "pmap", "vmap")
 
 
-def run(kind, step, replicated, rows, out=P(), devices=DEVICES):
+def run(kind, step, replicated, rows, out=REPLICATED, devices=DEVICES):
     """``step(replicated, *rows)`` over the axis ``data``, each device with its rows.
 
     ``out`` is the specification of what it returns, or a tree of them. What is

@@ -1,7 +1,5 @@
 """Loss scaling: an overflow of either gradient lowers the scale and skips the step."""
 
-import functools
-
 import harness
 import jax
 import jax.numpy as jnp

@@ -28,23 +28,26 @@ def record(samples=5.0, psf=0.5, rate=0.5):
     return dict(zip(names, (samples, psf, rate), strict=True), ascents=3)
 
 
+ONES, RECORDS = np.ones((4, 3)), [record()] * 4
+
+
 def line(losses=STEPS**2, **options):
     return plots.loss_line(STEPS, losses, **options)
 
 
-def surface(losses=np.ones((4, 3)), **options):
+def surface(losses=ONES, **options):
     return plots.loss_surface(STEPS, STEPS[:3], losses, **options)
 
 
-def spectrum(found=density(), **options):
-    return plots.spectral_density(found, **options)
+def spectrum(found=None, **options):
+    return plots.spectral_density(density() if found is None else found, **options)
 
 
 def history(rate=0.5, **options):
     return plots.sharpness_history(STEPS, STEPS + 1.0, learning_rate=rate, **options)
 
 
-def sampling(records=(record(),) * 4, window=10, **options):
+def sampling(records=RECORDS, window=10, **options):
     return plots.sampling_rate(STEPS, records, window=window, **options)
 
 
