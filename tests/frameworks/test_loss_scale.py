@@ -95,31 +95,6 @@ def test_an_overflow_of_either_gradient_lowers_the_scale_and_skips(
     assert (dynamic.scale, bool(finite)) == (scale, True)  # three steps were finite
 
 
-def test_the_scale_moves_as_that_of_flax_where_the_first_gradient_decides():
-    """Without SAM, over steps of which some overflow."""
-    tx = optax.sgd(0.01)
-    step = make_step(tx, convex)
-    w = w_flax = jnp.array([1.2])
-    state = tx.init(w)
-    ours = flax = DynamicScale(scale=jnp.float32(2.0**13), growth_interval=2)
-
-    @jax.jit
-    def theirs(w, scale, x):
-        scale, finite, _, g = scale.value_and_grad(convex)(w, x)
-        return jnp.where(finite, w - 0.01 * g, w), scale, finite
-
-    kinds = set()
-    for t in range(12):
-        x = half(8.0 if t % 5 == 4 else 1.0)
-        w, state, ours, finite = step(w, state, ours, x)
-        w_flax, flax, wanted = theirs(w_flax, flax, x)
-        assert finite == wanted
-        assert (ours.scale, ours.fin_steps) == (flax.scale, flax.fin_steps)
-        kinds.add(bool(finite))
-        np.testing.assert_allclose(w, w_flax, rtol=1e-6)
-    assert kinds == {True, False}
-
-
 # The helper averages, or each device makes a perturbation of its own.
 AVERAGES = {
     "value_and_grad": (optax_sam.sam(RHO), "data", None),

@@ -127,17 +127,6 @@ def test_a_part_of_the_model_trains():
     harness.assert_equal(after["inner"], before["inner"])
 
 
-def test_msam_parameters_go_into_the_model():
-    """The recipe of docs/flax.md: then statistics are estimated at them."""
-    model, optimizer = optimized(optax_sam.msam(sgd(), rho=3.0))
-    nnx.jit(step)(model, optimizer)
-    before, live = arrays(model, nnx.Param), nnx.state(model, nnx.Param)
-    nnx.update(model, optax_sam.msam_eval_params(optimizer.opt_state, live))
-    after = arrays(model, nnx.Param)
-    moved = optax.tree.norm(jax.tree.map(jnp.subtract, before, after))
-    assert moved == pytest.approx(3.0, rel=1e-4)
-
-
 @pytest.mark.slow
 def test_training_resumes_from_a_file(tmp_path):
     """To the bit: parameters, statistics, random streams, and what vSAM remembers."""
@@ -202,24 +191,17 @@ def test_training_under_nnx_pmap():
     assert optax_sam.metrics(optimizer.opt_state)["ascents"] == 31
 
 
-# What is refused.
-
-
 @pytest.mark.parametrize(
     ("has_aux", "returned", "message"),
     [
         (True, lambda w: w, r"must return a pair, \(loss, aux\)"),
         (False, lambda w: (w, {}), r"return \(loss, aux\) and write .*has_aux=True"),
+        (False, lambda w: w, "takes the module first.*nnx.merge"),
     ],
 )
-def test_losses_with_and_without_aux_are_told_apart(has_aux, returned, message):
+def test_it_says_what_to_write(has_aux, returned, message):
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    given = nnx.state(model) if "merge" in message else model
     loss = lambda model: returned(jnp.sum(model.kernel[...]))
     with pytest.raises(ValueError, match=message):
-        optax_sam.nnx.value_and_grad(loss, has_aux=has_aux)(model)
-
-
-def test_a_state_in_place_of_the_module_is_refused():
-    state = nnx.state(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="takes the module first.*nnx.merge"):
-        optax_sam.nnx.value_and_grad(lambda state: 1.0)(state)
+        optax_sam.nnx.value_and_grad(loss, has_aux=has_aux)(given)

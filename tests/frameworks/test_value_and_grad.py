@@ -3,7 +3,6 @@
 import functools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import harness
 import jax
 import jax.numpy as jnp
@@ -161,8 +160,9 @@ class Statistics:
 def test_what_is_averaged_of_aux(kind, x64):
     """Statistics are, even where they are as long as the rows of a device.
 
-    They are told by names that an argument has, as in Haiku, or by its type. A batch of
-    tokens has rows as one long axis too.
+    They are told by the name of Flax's collection, by names that an argument has, as in
+    Haiku, or by its type. A batch of tokens has rows as one long axis too. Arrays that
+    the loss takes from outside are inputs as well.
     """
     state = {"norm/mean_ema": {"average": jnp.zeros(4), "counter": jnp.zeros((), int)}}
     tokens = np.arange(DEVICES * 4 * 5, dtype=np.int32).reshape(-1, 5)
@@ -178,69 +178,33 @@ def test_what_is_averaged_of_aux(kind, x64):
         )
         sums, old = x @ jnp.ones(3), state["norm/mean_ema"]
         new = {"norm/mean_ema": {"average": sums, "counter": old["counter"] + 1}}
-        aux = new, Statistics(objects.mean + sums), {"of": {"x": sums}}, extra
-        return jnp.mean(x @ params["w"]), aux
+        known = {"batch_stats": {"mean": sums}}, {"of": {"x": sums}}, extra
+        return jnp.mean(x @ params["w"]), (new, Statistics(objects.mean + sums), known)
 
     def step(held, x, tokens):
-        both = optax_sam.value_and_grad(loss_fn, True, axis_name="data")
-        (_, (new, objects, sums, extra)), *_ = both(*held, {"x": x, "tokens": tokens})
-        return new["norm/mean_ema"], objects.mean, sums["of"]["x"], extra
+        params, *held = held
+        args = *held, {"x": x, "tokens": tokens}
+        both = functools.partial(optax_sam.value_and_grad, axis_name="data")
+        (_, (new, objects, known)), *_ = both(loss_fn, True)(params, *args)
+        closure = lambda params: loss_fn(params, *args)
+        (_, (*_, outside)), *_ = both(closure, True)(params)
+        return new["norm/mean_ema"], objects.mean, [known, outside]
 
-    out = P(), P(), P("data"), Extra(P(), P("data"), P("data"), P(), P())
+    extra = Extra(P(), P("data"), P("data"), P(), P())
+    out = P(), P(), [(P(), P("data"), extra)] * 2
     held = PARAMS, state, Statistics(jnp.zeros(4))
-    found = over_devices.run(kind, step, held, (X, tokens), out)
-    new, mean, sums, extra = found
+    new, mean, both = over_devices.run(kind, step, held, (X, tokens), out)
     wanted = X.sum(-1).reshape(DEVICES, 4).mean(0)
-    np.testing.assert_allclose(new["average"], wanted, rtol=1e-6)
-    np.testing.assert_allclose(mean, wanted, rtol=1e-6)
-    np.testing.assert_allclose(sums, X.sum(-1), rtol=1e-6)
+    for stats, sums, extra in both:
+        for found in (stats["batch_stats"]["mean"], new["average"], mean):
+            np.testing.assert_allclose(found, wanted, rtol=1e-6)
+        for found in (sums["of"]["x"], extra.rows):
+            np.testing.assert_allclose(found, X.sum(-1), rtol=1e-6)
+        np.testing.assert_allclose(extra.average, X.mean(0), rtol=1e-6)
+        np.testing.assert_array_equal(extra.tokens, tokens.reshape(-1))
+        assert (extra.count, extra.count.dtype, extra.constant) == (3, np.int32, None)
     assert new["counter"] == 1
     assert np.issubdtype(new["counter"].dtype, np.integer)
-    np.testing.assert_allclose(extra.average, X.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(extra.rows, X.sum(-1), rtol=1e-6)
-    np.testing.assert_array_equal(extra.tokens, tokens.reshape(-1))
-    assert (extra.count, extra.count.dtype, extra.constant) == (3, np.int32, None)
-
-
-class Net(nn.Module):
-    """As many features as a device has examples."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.BatchNorm(use_running_average=False, momentum=0.9)(nn.Dense(4)(x))
-        return nn.Dense(2)(x)
-
-
-@on_each_kind
-def test_statistics_are_averaged_and_logits_are_not(kind):
-    """Also in the loss of many programs: all in a closure, logits beside the state."""
-    model_state = {**jax.jit(Net().init)(jax.random.key(0), X)}
-    params = model_state.pop("params")
-
-    def applied(params, model_state, x, y):
-        logits, model_state = Net().apply(
-            {"params": params, **model_state}, x, mutable=["batch_stats"]
-        )
-        return jnp.mean((logits - y) ** 2), (model_state, logits)
-
-    def step(held, x, y):
-        params, model_state = held
-        as_arguments = optax_sam.value_and_grad(applied, True, axis_name="data")
-        closure = lambda params: applied(params, model_state, x, y)
-        from_outside = optax_sam.value_and_grad(closure, True, axis_name="data")
-        return [as_arguments(params, model_state, x, y)[0], from_outside(params)[0]]
-
-    out = (P(), (P(), P("data")))
-    found = over_devices.run(kind, step, (params, model_state), (X, Y), [out, out])
-    alone = jax.jit(functools.partial(applied, params, model_state))
-    shards = zip(np.split(X, DEVICES), np.split(Y, DEVICES), strict=True)
-    losses, aux = zip(*(alone(*rows) for rows in shards), strict=True)
-    states, logits = zip(*aux, strict=True)
-    mean = lambda *leaves: sum(leaves) / DEVICES
-    for loss, (state, rows) in found:
-        assert loss == pytest.approx(float(mean(*losses)), rel=1e-5)
-        harness.assert_close(state, jax.tree.map(mean, *states), 1e-5)
-        np.testing.assert_allclose(rows, np.concatenate(logits), rtol=1e-4, atol=1e-5)
 
 
 # What is refused.
