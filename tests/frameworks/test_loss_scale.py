@@ -23,20 +23,6 @@ convex = lambda w, x, dtype=jnp.float16: jnp.sum(w.astype(dtype) ** 2) / 2 * x
 concave = lambda w, x, dtype=jnp.float16: -jnp.sum((w.astype(dtype) - 2) ** 2) / 2 * x
 
 
-def make_step(tx, loss_fn):
-    @jax.jit
-    def train_step(w, opt_state, scale, x):
-        both = optax_sam.value_and_grad(loss_fn, loss_scale=scale)
-        _, grads, grad_fn = both(w, x)
-        updates, after = tx.update(grads, opt_state, w, grad_fn=grad_fn)
-        scale, finite = optax_sam.update_loss_scale(scale, grads, opt_state, after)
-        new = optax.apply_updates(w, updates), after
-        w, opt_state = optax.tree.where(finite, new, (w, opt_state))
-        return w, opt_state, scale, finite
-
-    return train_step
-
-
 @pytest.mark.parametrize("scale", [2.0**20, np.float32(2.0**20), 2**20, "array"])
 def test_both_gradients_are_scaled_and_unscaled(scale):
     """They would underflow in half precision; the value is not scaled."""
@@ -73,7 +59,16 @@ def test_an_overflow_of_either_gradient_lowers_the_scale_and_skips(
 ):
     assert [scale * gradient(w) > 65504 for w in (start, start + RHO)] == overflows
     tx = optax.chain(optax_sam.sam(RHO), optax.sgd(RATE, momentum=0.9))
-    step = make_step(tx, loss_fn)
+
+    @jax.jit
+    def step(w, opt_state, scale, x):
+        both = optax_sam.value_and_grad(loss_fn, loss_scale=scale)
+        _, grads, grad_fn = both(w, x)
+        updates, after = tx.update(grads, opt_state, w, grad_fn=grad_fn)
+        scale, finite = optax_sam.update_loss_scale(scale, grads, opt_state, after)
+        new = optax.apply_updates(w, updates), after
+        return *optax.tree.where(finite, new, (w, opt_state)), scale, finite
+
     held = jnp.array([start], jnp.float32), tx.init(jnp.zeros(1))
     at, dynamic = held, DynamicScale(scale=jnp.float32(scale), growth_interval=3)
     *at, dynamic, finite = step(*at, dynamic, jnp.float16(1.0))

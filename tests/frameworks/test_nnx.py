@@ -51,8 +51,9 @@ def loss_fn(model, rngs=None, x=X, *, y=Y):
 
 
 def step(model, optimizer, rngs=None):
-    captured = optax_sam.nnx.grad_fn(loss_fn, model, rngs, has_aux=True)
-    both = optax_sam.nnx.value_and_grad(loss_fn, has_aux=True)
+    options = {"has_aux": True, "loss_scale": 1024.0}
+    captured = optax_sam.nnx.grad_fn(loss_fn, model, rngs, **options)
+    both = optax_sam.nnx.value_and_grad(loss_fn, **options)
     (_, metrics), grads, grad_fn = both(model, rngs)
     elsewhere = [f(nnx.state(model, nnx.Param)) for f in (captured, grad_fn)]
     optimizer.update(model, grads, grad_fn=grad_fn)

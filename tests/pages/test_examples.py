@@ -24,17 +24,19 @@ PARTS = {
 }
 
 
+ENVIRONMENT = {
+    "PYTHONPATH": str(EXAMPLES.parent),
+    "PYTHONIOENCODING": "utf-8",
+    "COLUMNS": "100",
+}
+
+
 def run(folder: Path, name: str, *arguments: str, **env: str) -> str:
     """What an example prints, progress bars among it."""
-    for package in ("equinox", "flax", "rich", "sklearn", "tensorboardX"):
-        pytest.importorskip(package)
     done = subprocess.run(
         [sys.executable, EXAMPLES / name, *arguments],
         cwd=folder,
-        env=os.environ
-        | {"PYTHONPATH": str(EXAMPLES.parent), "PYTHONIOENCODING": "utf-8"}
-        | {"COLUMNS": "100"}
-        | env,
+        env=os.environ | ENVIRONMENT | env,
         capture_output=True,
         encoding="utf-8",
         timeout=600,
@@ -50,9 +52,8 @@ def run(folder: Path, name: str, *arguments: str, **env: str) -> str:
 def test_the_readme_runs(steps: int, least: float, capsys) -> None:
     (code,) = harness.code("../README.md")
     assert code.count("range(500)") == 1
-    exec(
-        compile(code.replace("range(500)", f"range({steps})"), "README.md", "exec"), {}
-    )
+    code = code.replace("range(500)", f"range({steps})")
+    exec(compile(code, "README.md", "exec"), {})
     rate, loss = capsys.readouterr().out.split()
     assert 0 < float(rate) <= 1
     assert float(loss) < least
@@ -88,8 +89,6 @@ def test_cifar_trains_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_cifar_reads_the_archive_and_arrays(tmp_path: Path, monkeypatch) -> None:
-    pytest.importorskip("flax")
-    pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import cifar_parts
 
@@ -152,8 +151,6 @@ def test_a_sharded_transformer_trains_as_on_one_device(tmp_path: Path) -> None:
 
 
 def test_own_method_trains(capsys) -> None:
-    pytest.importorskip("flax")
-    pytest.importorskip("sklearn")
     runpy.run_path(str(EXAMPLES / "own_method.py"), run_name="__main__")
     printed = capsys.readouterr().out
     pattern = r"Loss (.*) after 200 steps, (\d+) of them ascents.\n"

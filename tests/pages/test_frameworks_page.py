@@ -23,14 +23,12 @@ def run(function):
 
 
 def test_equinox():
-    pytest.importorskip("equinox")
     names = run("eqx_step")
     assert names["eqx_loss_value"] < 1
     assert optax_sam.metrics(names["eqx_opt_state"])["ascents"] == 20
 
 
 def test_haiku():
-    pytest.importorskip("haiku")
     names = run("hk_step")
     assert names["hk_loss_value"] < 1
     assert optax_sam.metrics(names["hk_opt_state"])["ascents"] == 20

@@ -3,14 +3,17 @@
 import importlib
 import sys
 
+import matplotlib
+import matplotlib.axes
+import matplotlib.colors
+import matplotlib.figure
+import matplotlib.text
 import numpy as np
 import optax
 import pytest
 
 from optax_sam import plots
 from optax_sam.sharpness import SpectralDensity
-
-matplotlib = pytest.importorskip("matplotlib")
 
 STEPS = np.arange(4)
 

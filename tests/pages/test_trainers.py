@@ -93,8 +93,6 @@ def test_at_most_five_lines_change(heading):
     [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in PROGRAMS],
 )
 def test_a_program_before_and_after(heading):
-    if "Equinox" in heading:
-        pytest.importorskip("equinox")
     found = [run(program, heading) for program in versions(heading)]
     before, sam, vsam, dispatched = found
     first = np.log(16 if "transformer" in heading else 4)
