@@ -3,11 +3,7 @@
 import importlib
 import sys
 
-import matplotlib
-import matplotlib.axes
-import matplotlib.colors
 import matplotlib.figure
-import matplotlib.text
 import numpy as np
 import optax
 import pytest
@@ -216,6 +212,9 @@ def test_sampling_rate_of_a_warm_up_and_after():
         assert side.yaxis.label.get_color() == side.lines[0].get_color()
 
 
+NEEDED = "no samples_per_window, psf_norm, ascent_rate; .*vsam"
+
+
 @pytest.mark.parametrize(
     ("draw", "given", "message"),
     [
@@ -234,11 +233,7 @@ def test_sampling_rate_of_a_warm_up_and_after():
         (history, [[0.1, 0.2]], r"learning_rate must be.*\(4,\)"),
         (sampling, [[record()]], "shape"),
         (sampling, [[]], "shape"),
-        (
-            sampling,
-            [[{"ascents": 1}] * 4],
-            "no samples_per_window, psf_norm, ascent_rate; .*vsam",
-        ),
+        (sampling, [[{"ascents": 1}] * 4], NEEDED),
         (sampling, {"window": 0}, "window"),
     ],
 )
