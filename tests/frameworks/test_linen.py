@@ -51,8 +51,8 @@ class Net(nn.Module):
         count = self.variable("counts", "calls", jnp.zeros, ())
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(8)(x))
         x = nn.Dropout(0.5, deterministic=not train)(jnp.tanh(x))
-        x, count.value = nn.Dense(2)(x) * (1 + count.value), count.value + 1
-        return x
+        before, count.value = count.value, count.value + 1
+        return nn.Dense(2)(x) * (1 + 0.01 * (before % 2))
 
 
 NET = Net()
@@ -111,8 +111,7 @@ def test_it_is_sam_by_hand_with_one_mask_and_the_state_of_clean_passes():
         assert found == pytest.approx(float(loss), rel=1e-5)
     harness.assert_close(state.params, carry[0], 1e-5, atol=ROUNDING)
     harness.assert_close(state.model_state, carry[2], 1e-5)
-    assert (state.step, state.model_state["counts"]["calls"]) == (4, 4)
-    assert optax_sam.metrics(state)["ascents"] == 4
+    assert state.step == optax_sam.metrics(state)["ascents"] == 4
 
 
 def test_a_train_state_is_dispatched_donated_and_scanned():
