@@ -101,6 +101,28 @@ def run(step, params, state, problem, count, first=0):
     return params, state
 
 
+def sam_by_hand(loss_fn, rho, rate, momentum=0.0):
+    """Compiled: a step of SAM before SGD, of what a framework's model is made of.
+
+    ``loss_fn(params, state, *args)`` returns the loss and the model's new state.
+    ``step((params, trace, state), *args)`` returns the same after it, and the loss.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    @jax.jit
+    def step(carry, *args):
+        params, trace, state = carry
+        (loss, after), g = value_and_grad(params, state, *args)
+        norm = optax.tree.norm(g)
+        perturbed = jax.tree.map(lambda w, x: w + rho * x / norm, params, g)
+        _, g_s = value_and_grad(perturbed, state, *args)
+        trace = jax.tree.map(lambda v, x: momentum * v + x, trace, g_s)
+        params = jax.tree.map(lambda w, v: w - rate * v, params, trace)
+        return (params, trace, after), loss
+
+    return step
+
+
 def tree(seed=0, scale=1.0, dtype=None):
     """Random numbers in a small tree: a kernel, a bias and a scalar."""
     rng = np.random.default_rng(seed)

@@ -1,16 +1,13 @@
 """Loss scaling: an overflow of either gradient lowers the scale and skips the step."""
 
-import functools
-
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import over_devices
 import pytest
 from flax.training.dynamic_scale import DynamicScale
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 import optax_sam
 
@@ -24,28 +21,6 @@ def half(w):
 # Of one weight, whose gradient in half precision reaches 65504 at the latest.
 convex = lambda w, x, dtype=jnp.float16: jnp.sum(w.astype(dtype) ** 2) / 2 * x
 concave = lambda w, x, dtype=jnp.float16: -jnp.sum((w.astype(dtype) - 2) ** 2) / 2 * x
-
-
-def make_step(tx, loss_fn, **options):
-    value_and_grad = functools.partial(optax_sam.value_and_grad, loss_fn, **options)
-
-    @jax.jit
-    def train_step(w, opt_state, scale, x):
-        loss, grads, grad_fn = value_and_grad(loss_scale=scale)(w, x)
-        updates, after = tx.update(grads, opt_state, w, grad_fn=grad_fn)
-        scale, finite = optax_sam.update_loss_scale(scale, grads, opt_state, after)
-        new = optax.apply_updates(w, updates), after
-        w, opt_state = optax.tree.where(finite, new, (w, opt_state))
-        return w, opt_state, scale, (loss, finite)
-
-    return train_step
-
-
-def sam_by_hand(w, trace, gradient):
-    """One step of SAM and SGD with momentum, in float64 and without a scale."""
-    g = gradient(w)
-    trace = 0.9 * trace + gradient(w + RHO * g / np.linalg.norm(g))
-    return w - RATE * trace, trace
 
 
 @pytest.mark.parametrize("scale", [2.0**20, np.float32(2.0**20), 2**20, "array"])
@@ -72,121 +47,96 @@ def test_both_gradients_are_scaled_and_unscaled(scale):
 
 
 @pytest.mark.parametrize(
-    ("loss_fn", "gradient", "only"),
+    ("loss_fn", "gradient", "start", "scale", "overflows"),
     [
-        (convex, lambda w: w, "perturbed"),  # 1.6 at w, 2.1 at w + e
-        (concave, lambda w: 2 - w, "first"),  # 1.2 at w = 0.8, 0.7 at w + e
+        (convex, lambda w: w, 1.6, 2.0**15, [False, True]),  # 1.6 at w, 2.1 at w + e
+        (concave, lambda w: 2 - w, 0.8, 2.0**16, [True, False]),  # 1.2 and 0.7
     ],
+    ids=["perturbed", "first"],
 )
 def test_an_overflow_of_either_gradient_lowers_the_scale_and_skips(
-    loss_fn, gradient, only
+    loss_fn, gradient, start, scale, overflows
 ):
-    w = np.array([1.6 if only == "perturbed" else 0.8])
-    scale = 2.0**15 if only == "perturbed" else 2.0**16
-    first, second = gradient(w)[0], gradient(w + RHO)[0]
-    assert (scale * first > 65504, scale * second > 65504) == (
-        (False, True) if only == "perturbed" else (True, False)
-    )
+    assert [scale * gradient(w) > 65504 for w in (start, start + RHO)] == overflows
     tx = optax.chain(optax_sam.sam(RHO), optax.sgd(RATE, momentum=0.9))
-    step = make_step(tx, loss_fn)
-    held = jnp.array(w, jnp.float32), tx.init(jnp.array(w, jnp.float32))
+
+    @jax.jit
+    def step(w, opt_state, scale, x):
+        both = optax_sam.value_and_grad(loss_fn, loss_scale=scale)
+        _, grads, grad_fn = both(w, x)
+        updates, after = tx.update(grads, opt_state, w, grad_fn=grad_fn)
+        scale, finite = optax_sam.update_loss_scale(scale, grads, opt_state, after)
+        new = optax.apply_updates(w, updates), after
+        return *optax.tree.where(finite, new, (w, opt_state)), scale, finite
+
+    held = jnp.array([start], jnp.float32), tx.init(jnp.zeros(1))
     at, dynamic = held, DynamicScale(scale=jnp.float32(scale), growth_interval=3)
-    *at, dynamic, (_, finite) = step(*at, dynamic, jnp.float16(1.0))
+    *at, dynamic, finite = step(*at, dynamic, jnp.float16(1.0))
     assert (bool(finite), dynamic.scale, dynamic.fin_steps) == (False, scale / 2, 0)
     harness.assert_equal(tuple(at), held)
     # From here on as without a scale, in double precision.
-    exact, trace, scales = w.astype(float), np.zeros(1), []
+    exact, trace = start, 0.0
     for _ in range(3):
-        *at, dynamic, (_, finite) = step(*at, dynamic, jnp.float16(1.0))
-        exact, trace = sam_by_hand(exact, trace, gradient)
-        np.testing.assert_allclose(at[0], exact, rtol=2e-3)
-        scales.append(float(dynamic.scale))
+        assert dynamic.scale == scale / 2
+        *at, dynamic, finite = step(*at, dynamic, jnp.float16(1.0))
+        trace = 0.9 * trace + gradient(exact + RHO * np.sign(gradient(exact)))
+        exact -= RATE * trace
+        np.testing.assert_allclose(at[0], [exact], rtol=2e-3)
         assert finite
-    assert scales == [scale / 2] * 3
+    assert dynamic.scale == scale / 2
     assert optax_sam.metrics(at[1])["ascents"] == 3
     assert optax_sam.metrics(at[1])["rejected_ascents"] == 0
-    *at, dynamic, (_, finite) = step(*at, dynamic, jnp.float16(1.0))
+    *at, dynamic, finite = step(*at, dynamic, jnp.float16(1.0))
     assert (dynamic.scale, bool(finite)) == (scale, True)  # three steps were finite
 
 
-def test_the_scale_moves_as_that_of_flax_where_the_first_gradient_decides():
-    """Without SAM, over steps of which some overflow."""
-    tx = optax.sgd(0.01)
-    step = make_step(tx, convex)
-    w = {"ours": jnp.array([1.2]), "flax": jnp.array([1.2])}
-    state = tx.init(w["ours"])
-    ours = flax = DynamicScale(scale=jnp.float32(2.0**13), growth_interval=2)
-
-    @jax.jit
-    def theirs(w, scale, x):
-        scale, finite, _, g = scale.value_and_grad(convex)(w, x)
-        return jnp.where(finite, w - 0.01 * g, w), scale, finite
-
-    kinds = set()
-    for t in range(12):
-        x = half(8.0 if t % 5 == 4 else 1.0)
-        w["ours"], state, ours, (_, finite) = step(w["ours"], state, ours, x)
-        w["flax"], flax, wanted = theirs(w["flax"], flax, x)
-        assert (ours.scale, ours.fin_steps, finite) == (
-            flax.scale,
-            flax.fin_steps,
-            wanted,
-        )
-        kinds.add(bool(finite))
-        np.testing.assert_allclose(w["ours"], w["flax"], rtol=1e-6)
-    assert kinds == {True, False}
-
-
-DEVICES = 8
-METHODS = {
+# The helper averages, or each device makes a perturbation of its own.
+AVERAGES = {
     "value_and_grad": (optax_sam.sam(RHO), "data", None),
     "method": (optax_sam.sam(RHO, axis_name="data"), None, "data"),
 }
 
 
-@pytest.mark.parametrize("averages", METHODS)
-@pytest.mark.parametrize("only", ["perturbed", "first"])
-@pytest.mark.parametrize("mapped", ["shard_map", "shard_map without check_vma", "pmap"])
-def test_one_device_decides_for_all(averages, only, mapped):
+@pytest.mark.parametrize("averages", AVERAGES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "shard_map",
+        pytest.param("shard_map without check_vma", marks=pytest.mark.slow),
+        "pmap",
+    ],
+)
+def test_one_device_decides_for_all(averages, kind):
     """Where its gradient overflows alone, all skip."""
-    method, helpers_axis, axis_of_update = METHODS[averages]
+    method, helpers_axis, axis_of_update = AVERAGES[averages]
     tx = optax.chain(method, optax.sgd(RATE))
-    tracked = mapped == "shard_map" and averages == "method"
+    tracked = kind == "shard_map" and averages == "method"
 
-    def step(scale, rows):
-        w, x = jnp.array([1.6]), half(rows[0])
+    def step(scale, x):
+        w = jnp.array([1.6])
         local = jax.lax.pcast(w, "data", to="varying") if tracked else w
-        loss, grads, grad_fn = optax_sam.value_and_grad(
+        _, grads, grad_fn = optax_sam.value_and_grad(
             convex, axis_name=helpers_axis, loss_scale=scale
-        )(local, x)
+        )(local, half(x[0]))
         opt_state = tx.init(w)
-        updates, after = tx.update(grads, opt_state, w, grad_fn=grad_fn)
+        _, after = tx.update(grads, opt_state, w, grad_fn=grad_fn)
         scale, finite = optax_sam.update_loss_scale(
             scale, grads, opt_state, after, axis_name=axis_of_update
         )
         return scale.scale, finite
 
     # 1.6 * 2**15 is finite in half precision; 2.1 * 2**15 and 1.6 * 2**16 are not.
-    rows = np.full(DEVICES, 0.25)
-    rows[3] = 1.0 if only == "perturbed" else 2.0
+    rows = np.stack([np.full(over_devices.DEVICES, 0.25)] * 3)
+    rows[:, 3] = 1.0, 2.0, 0.25  # the perturbed gradient, the first one, neither
+    every = lambda scale, x: [step(scale, x[:, i]) for i in range(3)]
     dynamic = DynamicScale(scale=jnp.float32(2.0**15))
-    for given, wanted in ((rows, (2.0**14, False)), (rows / 4, (2.0**15, True))):
-        if mapped == "pmap":
-            scale, finite = jax.pmap(step, axis_name="data", in_axes=(None, 0))(
-                dynamic, given[:, None]
-            )
-            assert set(zip(scale.tolist(), finite.tolist(), strict=True)) == {wanted}
-            continue
-        scale, finite = jax.jit(
-            jax.shard_map(
-                step,
-                mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
-                in_specs=(P(), P("data")),
-                out_specs=P(),
-                check_vma=mapped == "shard_map",
-            )
-        )(dynamic, given)
-        assert (scale, bool(finite)) == wanted
+    found = over_devices.run(kind, every, dynamic, (rows.T,))
+    skipped = 2.0**14, False
+    assert [(s, bool(finite)) for s, finite in found] == [
+        skipped,
+        skipped,
+        (2.0**15, True),
+    ]
 
 
 def test_several_transformations_and_none():

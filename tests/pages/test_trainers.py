@@ -16,10 +16,7 @@ PROGRAMS = {
     "Plain JAX": ("params", "opt_state"),
     "Flax Linen with BatchNorm": ("state.params", "state"),
     "Flax NNX": ("nnx.state(model, nnx.Param)", "optimizer.opt_state"),
-    "Equinox with a state": (
-        "eqx.filter(model, eqx.is_inexact_array)",
-        "opt_state",
-    ),
+    "Equinox with a state": ("eqx.filter(model, eqx.is_inexact_array)", "opt_state"),
     "`shard_map`": ("params", "opt_state"),
     "`pmap`, BatchNorm, loss scaling": ("state.params", "state"),
     "A sharded transformer": ("state.params", "state"),
@@ -96,8 +93,6 @@ def test_at_most_five_lines_change(heading):
     [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in PROGRAMS],
 )
 def test_a_program_before_and_after(heading):
-    if "Equinox" in heading:
-        pytest.importorskip("equinox")
     found = [run(program, heading) for program in versions(heading)]
     before, sam, vsam, dispatched = found
     first = np.log(16 if "transformer" in heading else 4)

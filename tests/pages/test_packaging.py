@@ -4,7 +4,9 @@
 """
 
 import ast
+import functools
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 
 import optax_sam
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # NumPy comes with JAX. The others are extras, each in the parts that need it.
 CORE = {"jax", "optax", "numpy", "optax_sam"}
 EXTRAS = {
@@ -62,18 +64,45 @@ between, before = time.process_time(), set(sys.modules)
 import optax_sam
 after = time.process_time()
 new = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
-print(json.dumps([new, (after - between) / (between - start)]))
 optax_sam.sharpness.hvp, optax_sam.plots.loss_line  # at their first use
 assert not hasattr(optax_sam, "sharp")
+sys.modules |= {"flax": None, "equinox": None}
+errors = []
+for name in ("linen", "nnx", "equinox"):
+    try:
+        getattr(optax_sam, name)
+    except ImportError as error:
+        errors.append(str(error))
+print(json.dumps([new, (after - between) / (between - start), errors]))
 """
 
 
-def test_importing_it_after_optax_is_cheap():
+@functools.cache
+def import_afresh(attempt):
+    """What a new process imports, the time for that, and the errors without extras."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", IMPORT]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True)
-    new, ratio = json.loads(printed.stdout)
+    printed = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=env
+    )
+    return json.loads(printed.stdout)
+
+
+def test_importing_it_after_optax_is_cheap():
+    new, *_ = import_afresh(0)
     assert set(new) - set(sys.stdlib_module_names) == {"optax_sam"}
-    assert ratio < 0.1  # 0.02 on all versions that were measured
+    # 0.02 on all versions that were measured. The least counts: the first process may
+    # compile the bytecode, and a busy machine makes any one of them slow.
+    assert any(import_afresh(attempt)[1] < 0.1 for attempt in range(4))
+
+
+def test_without_a_framework_the_error_names_what_to_install():
+    *_, errors = import_afresh(0)
+    needs = {"linen": "Flax", "nnx": "Flax", "equinox": "Equinox"}
+    assert errors == [
+        f'optax_sam.{name} needs {package}: pip install "optax_sam[{package.lower()}]".'
+        for name, package in needs.items()
+    ]
 
 
 def test_user_code_runs():
