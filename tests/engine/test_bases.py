@@ -17,7 +17,15 @@ BASES = {
     "schedule_free": lambda: optax.contrib.schedule_free_sgd(0.3),
     "prodigy": lambda: optax.contrib.prodigy(estim_lr0=0.01),
 }
-every_base = pytest.mark.parametrize("base", BASES.values(), ids=list(BASES))
+
+
+def some(*quick):
+    """All bases, of which the quick tests take some."""
+    marks = lambda name: [] if name in quick else pytest.mark.slow
+    params = [pytest.param(x, marks=marks(name), id=name) for name, x in BASES.items()]
+    return pytest.mark.parametrize("base", params)
+
+
 STEPS = 8
 
 
@@ -53,9 +61,9 @@ def trained(update, state, extra_args):
 @each(
     *METHODS,
     *(m for m in OTHERS if m.place == "first"),
-    slow=lambda m: m.name not in ("sam", "vsam"),
+    slow=lambda m: m.name != "sam",
 )
-@every_base
+@some("muon", "schedule_free")
 def test_a_method_before_it(method, base):
     """As if what the method emits were given to the optimizer by hand."""
     member, optimizer = method.build(), optax.with_extra_args_support(base())
@@ -73,7 +81,7 @@ def test_a_method_before_it(method, base):
     )
 
 
-@every_base
+@some("muon")
 def test_wsam_around_it(base):
     """The optimizer's step of the gradient, and the sharpness beside it."""
     optimizer, rate, gamma = optax.with_extra_args_support(base()), 0.02, 0.5
@@ -94,7 +102,7 @@ def test_wsam_around_it(base):
     )
 
 
-@every_base
+@some("schedule_free")
 def test_sampa_around_it(base):
     """It predicts by the optimizer's own step, which it does not keep."""
     optimizer, share = optax.with_extra_args_support(base()), 0.2
@@ -125,14 +133,7 @@ def test_sampa_around_it(base):
     harness.assert_close_in_size(around, by_hand_, 1e-5)
 
 
-def test_msam_around_them():
-    """Muon and Prodigy are in test_momentum.py; schedule-free is refused there."""
-    for base in (BASES["muon"], BASES["prodigy"]):
-        tx, start = optax_sam.msam(base(), rho=0.1), problems.mlp().params()
-        trained(tx.update, tx.init(start), lambda loss_fn, batch: {})
-
-
-@every_base
+@some("prodigy")
 def test_mesa_after_it(base):
     """It keeps an average of the weights and leaves the steps as they are."""
     (mesa,) = [m for m in OTHERS if m.place == "last"]
