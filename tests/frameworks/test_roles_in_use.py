@@ -210,7 +210,7 @@ def cases():
             yield pytest.param(method, model, marks=marks, id=f"{method}-{model}")
 
 
-@pytest.mark.parametrize(("method", "model"), cases())
+@pytest.mark.parametrize(("method", "model"), [*cases()])
 def test_a_model_is_its_plain_layers(method, model, x64):
     make, separate = MODELS[model]
     stacked = make()

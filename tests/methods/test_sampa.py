@@ -105,7 +105,7 @@ def uneven(*values):
             for inner, lam in ((ADAMW, 0.0), (ADAMW, 1.0), (SGD, 0.0), (SGD, 1.0))
         ),
     ],
-    ids=str,
+    ids=["adamw", "uneven", "adamw 0", "adamw 1", "sgd 0", "sgd 1"],
 )
 @pytest.mark.parametrize("lr", [None, uneven(0.1, 0.7)], ids=["optimizer", "gradient"])
 def test_it_is_the_algorithm_by_hand(inner, numbers, lr, x64):
