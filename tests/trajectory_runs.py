@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.serialization
 import harness
 import jax
 import jax.numpy as jnp
@@ -74,15 +73,11 @@ def transcribed(method):
     return trajectory.train(method, w, X, y, ORDERS, BATCH, **SGD)
 
 
-def without_a_term():
-    """SAF of the transcription that never starts."""
-    return trajectory.SAF(EXAMPLES, 10, 1, EPOCHS, EPOCHS, 0.0, 1.0)
-
-
 @functools.cache
 def plain():
-    """The losses of the base optimizer, from the transcription."""
-    return transcribed(without_a_term())[0]
+    """The losses of the base optimizer, from SAF of the transcription without a term."""
+    never = trajectory.SAF(EXAMPLES, 10, 1, EPOCHS, EPOCHS, 0.0, 1.0)
+    return transcribed(never)[0]
 
 
 def rows(seed, count=2, classes=3):
@@ -90,43 +85,33 @@ def rows(seed, count=2, classes=3):
 
 
 def assert_stands_beside(place, member, base, **extra):
-    """Before or after an optimizer it leaves its steps alone, in all forms of a loop.
-
-    One compiled step, donated ones, a scan, and one that goes on from a file.
-    """
+    """Before or after an optimizer it leaves its steps alone, in a loop and a scan."""
     base = optax.with_extra_args_support(base)
     tx = optax.chain(*([member, base] if place == "first" else [base, member]))
 
     def step_of(tx):
-        def step(params, state, t):
+        def step(carry, t):
+            params, state = carry
             g = jax.tree.map(lambda x: jnp.sin(3 * x + t), params)
             indices = jnp.array([0, 3]) + t % 3
             logits = jnp.cos(indices[:, None] + jnp.arange(3) + t)
             rows = {"logits": logits, "indices": indices}
             updates, state = tx.update(g, state, params, unknown=3, **rows, **extra)
-            return optax.apply_updates(params, updates), state
+            return (optax.apply_updates(params, updates), state), None
 
         return step
 
-    def run(step, carry, times):
-        for t in times:
-            carry = step(*carry, t)
-        return carry
+    def scanned(tx):
+        start = harness.tree(), tx.init(harness.tree())
+        return jax.jit(lambda c: jax.lax.scan(step_of(tx), c, jnp.arange(8))[0])(start)
 
-    start = lambda tx: (harness.tree(), tx.init(harness.tree()))
-    donated = jax.jit(step_of(tx), donate_argnums=(0, 1))
-    half = run(donated, start(tx), range(4))
-    saved, kinds = flax.serialization.to_bytes(half), harness.kinds(half)
-    whole = run(donated, half, range(4, 8))
-    restored = flax.serialization.from_bytes(start(tx), saved)
-    harness.assert_equal(run(jax.jit(step_of(tx)), restored, range(4, 8)), whole)
-    body = lambda carry, t: (step_of(tx)(*carry, t), None)
-    scanned, _ = jax.jit(lambda c: jax.lax.scan(body, c, jnp.arange(8)))(start(tx))
-    harness.assert_close(scanned, whole, 1e-6)
-    for carry in (start(tx), whole, scanned):
-        assert harness.kinds(carry) == kinds
-    alone, _ = run(jax.jit(step_of(base)), start(base), range(8))
-    harness.assert_close(whole[0], alone, 1e-6)
+    carry, step = (harness.tree(), tx.init(harness.tree())), jax.jit(step_of(tx))
+    for t in range(8):
+        carry, _ = step(carry, t)
+    found = scanned(tx)
+    harness.assert_close(found, carry, 1e-6)
+    assert harness.kinds(found) == harness.kinds(carry)
+    harness.assert_close(found[0], scanned(base)[0], 1e-6)
 
 
 def flops_of_a_step(problem, tx, term):

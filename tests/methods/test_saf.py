@@ -79,25 +79,6 @@ def test_coefficient_and_decay_zero_are_plain_training(x64):
     np.testing.assert_allclose(losses, runs.plain(), rtol=0, atol=1e-12)
 
 
-@functools.cache
-def with_table_of(dtype):
-    """Losses, and the table at the end."""
-    member = optax_sam.saf(EXAMPLES, 10, start=2, dtype=dtype)
-    losses, _, state = runs.train(optax.chain(member, runs.sgd()), runs.saf_term)
-    return losses, state[0].logits
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [("bfloat16", 0.02), pytest.param("float16", 2e-3, marks=SLOW)],
-)
-def test_half_precision_of_the_table_hardly_matters(dtype, tolerance):
-    (wanted, _), (losses, logits) = with_table_of("float32"), with_table_of(dtype)
-    assert logits.dtype == dtype
-    assert np.max(np.abs(losses - wanted)) < tolerance
-    assert np.any(losses != wanted)
-
-
 def test_an_incomplete_epoch_does_no_harm(x64):
     """A dropped batch shifts its own examples by a visit, and no others."""
     tx = optax.chain(optax_sam.saf(EXAMPLES, 10, start=0, dtype="float64"), runs.sgd())
@@ -239,6 +220,8 @@ def test_rows_that_are_not_finite_are_dropped(bad):
     after = record(tx, before, logits[:2], [3, 3])
     wanted = record(tx, before, logits[:1], [3])
     harness.assert_equal(after, wanted._replace(num_dropped=jnp.int32(1)))
+    # An empty batch changes nothing.
+    harness.assert_equal(record(tx, after, np.zeros((0, C)), np.zeros(0, int)), after)
 
 
 def test_finite_means_in_the_dtype_of_the_table():
@@ -263,13 +246,6 @@ def test_the_past_is_read_in_float32(dtype):
     np.testing.assert_allclose(past[:, 0], rows(0), rtol=1e-2)
 
 
-def test_an_empty_batch_changes_nothing():
-    tx = table()
-    state = tx.init(None)
-    after = record(tx, state, np.zeros((0, C)), np.zeros(0, int))
-    harness.assert_equal(after, state)
-
-
 # As an Optax member.
 
 
@@ -291,56 +267,38 @@ def test_arguments_that_inject_hyperparams_must_not_trace():
 
 
 def test_readers_look_everywhere():
+    """Into wrappers, containers and the variables of NNX."""
     w = {"w": jnp.ones(2)}
     inner = optax.chain(table(delay=1), optax.sgd(0.1), optax_sam.mesa(0.0))
-    for tx in (
-        inner,
-        optax.apply_if_finite(inner, 3),
-        optax.MultiSteps(inner, 1),
-    ):
-        updates, state = tx.update(
-            w, tx.init(w), w, logits=jnp.asarray(rows(0)), indices=jnp.array([0, 1])
-        )
+    indices, batch = jnp.array([0, 1]), jnp.asarray(rows(0))
+    for tx in (inner, optax.apply_if_finite(inner, 3), optax.MultiSteps(inner, 1)):
+        updates, state = tx.update(w, tx.init(w), w, logits=batch, indices=indices)
         new = optax.apply_updates(w, updates)
         harness.assert_close(optax_sam.mesa_params({"train": [state]}), new, 1e-7)
-        past, known = optax_sam.saf_past_logits((state, 3), jnp.array([1]))
-        assert known.tolist() == [True]
-        np.testing.assert_allclose(past[0], rows(0)[1], rtol=1e-6)
-
-
-def test_readers_look_into_nnx():
+        past, known = optax_sam.saf_past_logits((state, 3), indices)
+        assert known.tolist() == [True, True]
+        harness.assert_equal(past, batch)
     model = nnx.Linear(2, C, rngs=nnx.Rngs(0))
-    tx = optax.chain(table(delay=1), optax.sgd(0.1), optax_sam.mesa(0.0))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, inner, wrt=nnx.Param)
     grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
-    logits, indices = jnp.asarray(rows(0)), jnp.array([0, 1])
-    optimizer.update(model, grads, logits=logits, indices=indices)
+    optimizer.update(model, grads, logits=batch, indices=indices)
     past, known = optax_sam.saf_past_logits(optimizer.opt_state, indices)
-    harness.assert_equal(past, logits)
-    assert known.tolist() == [True, True]
-    average = optax_sam.mesa_params(optimizer.opt_state)
-    averaged = nnx.merge(nnx.graphdef(model), average)
+    harness.assert_equal((past, known.tolist()), (batch, [True, True]))
+    averaged = nnx.merge(
+        nnx.graphdef(model), optax_sam.mesa_params(optimizer.opt_state)
+    )
     np.testing.assert_allclose(averaged.kernel[...], model.kernel[...], rtol=1e-6)
 
 
 def test_gradient_accumulation():
     """SAF outside sees every micro-batch, MESA inside every step of the optimizer."""
-    tx = optax.chain(
-        table(delay=1),
-        optax.MultiSteps(
-            optax.chain(optax.sgd(0.1), optax_sam.mesa(0.5)), every_k_schedule=2
-        ).gradient_transformation(),
-    )
+    inner = optax.MultiSteps(optax.chain(optax.sgd(0.1), optax_sam.mesa(0.5)), 2)
+    tx = optax.chain(table(delay=1), inner.gradient_transformation())
     w = jnp.array([1.0])
     state = tx.init(w)
     for i in range(4):
-        updates, state = tx.update(
-            jnp.ones(1),
-            state,
-            w,
-            logits=jnp.asarray(rows(i, 1)),
-            indices=jnp.array([i]),
-        )
+        batch = {"logits": jnp.asarray(rows(i, 1)), "indices": jnp.array([i])}
+        updates, state = tx.update(jnp.ones(1), state, w, **batch)
         w = optax.apply_updates(w, updates)
     _, known = optax_sam.saf_past_logits(state, jnp.arange(N))
     assert known.tolist() == [True] * 4 + [False] * 2
@@ -372,11 +330,6 @@ def test_saf_costs_a_gradient_and_mesa_a_forward_pass_more(name):
 DEVICES = 8
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-
-
 def batches():
     """Sixteen rows with a repeated and a missing example, four times."""
     rng = np.random.default_rng(0)
@@ -389,21 +342,25 @@ def batches():
         yield jnp.asarray(logits), jnp.asarray(indices, jnp.int32)
 
 
+@functools.cache
 def on_one_device(dtype="float32"):
+    """The state after all batches, and what was read before each; two are dropped."""
     tx = optax_sam.saf(32, C, delay=1, start=0, dtype=dtype)
-    state, pasts = tx.init(None), []
+    state, pasts, step = tx.init(None), [], jax.jit(functools.partial(record, tx))
     for logits, indices in batches():
         pasts.append(optax_sam.saf_past_logits(state, indices))
-        state = jax.jit(functools.partial(record, tx))(state, logits, indices)
+        state = step(state, logits, indices)
     assert int(state.num_dropped) == 2
-    return state, pasts
+    return jax.device_get((state, pasts))
 
 
-def assert_replicated(tree):
-    for leaf in jax.tree.leaves(tree):
-        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
-        assert len(shards) == DEVICES
-        assert all(np.array_equal(shards[0], shard) for shard in shards)
+def make_mesh(axes=AxisType.Auto):
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(axes,))
+
+
+def read_and_record(tx, state, logits, indices):
+    past = optax_sam.saf_past_logits(state, indices)
+    return record(tx, state, logits, indices), past
 
 
 @pytest.mark.parametrize(
@@ -414,69 +371,20 @@ def assert_replicated(tree):
         pytest.param("float16", True, marks=SLOW),
     ],
 )
-def test_the_rows_of_all_devices_are_recorded_on_all(mesh, dtype, check_vma):
+def test_the_rows_of_all_devices_are_recorded_on_all(dtype, check_vma):
     tx = optax_sam.saf(32, C, delay=1, start=0, dtype=dtype, axis_name="data")
-
-    def step(state, logits, indices):
-        past = optax_sam.saf_past_logits(state, indices)
-        g = jnp.ones(2)
-        _, state = tx.update(g, state, g, logits=logits, indices=indices)
-        return state, past
-
-    step = jax.jit(
-        jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(P(), P("data"), P("data")),
-            out_specs=(P(), P("data")),
-            check_vma=check_vma,
-        )
-    )
-    wanted, pasts = on_one_device(dtype)
-    state = tx.init(None)
-    for (logits, indices), past in zip(batches(), pasts, strict=True):
-        state, found = step(state, logits, indices)
-        harness.assert_equal(found, past)
-    harness.assert_equal(state, wanted)
-    assert_replicated(state)
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [pytest.param(P(), marks=SLOW), P("data")],
-    ids=["replicated", "sharded"],
-)
-def test_a_sharded_batch_needs_no_axis_name(mesh, spec):
-    """Also with the table spread over the devices."""
-    wanted, _ = on_one_device()
-    tx = optax_sam.saf(32, C, delay=1, start=0)
-    place = lambda x: NamedSharding(mesh, spec if x.ndim else P())
-    state = tx.init(None)
-    shardings = jax.tree.map(place, state)
-    state = jax.device_put(state, shardings)
-    step = jax.jit(functools.partial(record, tx), out_shardings=shardings)
-    for batch in batches():
-        state = step(state, *jax.device_put(batch, NamedSharding(mesh, P("data"))))
-    harness.assert_equal(jax.device_get(state), jax.device_get(wanted))
-
-
-def test_explicit_axes_want_replicated_rows():
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
-    tx = optax_sam.saf(32, C, delay=1, start=0)
-    wanted, pasts = on_one_device()
-
-    def step(state, logits, indices):
-        everywhere = jax.sharding.reshard((logits, indices), P())
-        past = optax_sam.saf_past_logits(state, everywhere[1])
-        return record(tx, state, *everywhere), past
-
-    with jax.set_mesh(mesh):
-        state = tx.init(None)
-        for batch, past in zip(batches(), pasts, strict=True):
-            batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
-            state, found = jax.jit(step)(state, *batch)
-            harness.assert_equal(jax.device_get(found), jax.device_get(past))
-    harness.assert_equal(jax.device_get(state), jax.device_get(wanted))
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": (P(), P("data"))}
+    step = functools.partial(read_and_record, tx)
+    step = jax.shard_map(step, mesh=make_mesh(), check_vma=check_vma, **specs)
+    (wanted, pasts), state, step = on_one_device(dtype), tx.init(None), jax.jit(step)
+    for batch, past in zip(batches(), pasts, strict=True):
+        state, found = step(state, *batch)
+        harness.assert_equal(jax.device_get(found), past)
+    harness.assert_equal(jax.device_get(state), wanted)
+    for leaf in state:
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(shards) == DEVICES
+        assert all(np.array_equal(shards[0], shard) for shard in shards)
 
 
 @SLOW
@@ -486,9 +394,40 @@ def test_pmap():
     state = jax.tree.map(lambda x: jnp.stack([x] * DEVICES), tx.init(None))
     for batch in batches():
         state = step(state, *(x.reshape(DEVICES, 2, *x.shape[1:]) for x in batch))
-    wanted, _ = on_one_device()
     for device in range(DEVICES):
-        harness.assert_equal(jax.tree.map(lambda x: x[device], state), wanted)  # noqa: B023
+        found = jax.tree.map(lambda x: x[device], state)  # noqa: B023
+        harness.assert_equal(jax.device_get(found), on_one_device()[0])
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec"),
+    [
+        (AxisType.Auto, P("data")),
+        (AxisType.Explicit, P()),
+        pytest.param(AxisType.Auto, P(), marks=SLOW),
+    ],
+    ids=["table sharded", "explicit axes", "table replicated"],
+)
+def test_a_sharded_batch_needs_no_axis_name(axes, spec):
+    """Explicit axes want replicated rows."""
+    tx, mesh = optax_sam.saf(32, C, delay=1, start=0), make_mesh(axes)
+
+    def step(state, *batch):
+        if axes == AxisType.Explicit:
+            batch = jax.sharding.reshard(batch, P())
+        return read_and_record(tx, state, *batch)
+
+    place = lambda x: NamedSharding(mesh, spec if x.ndim else P())
+    (wanted, pasts), state = on_one_device(), tx.init(None)
+    with jax.set_mesh(mesh):
+        shardings = jax.tree.map(place, state)
+        state = jax.device_put(state, shardings)
+        step = jax.jit(step, out_shardings=(shardings, None))
+        for batch, past in zip(batches(), pasts, strict=True):
+            batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
+            state, found = step(state, *batch)
+            harness.assert_equal(jax.device_get(found), past)
+    harness.assert_equal(jax.device_get(state), wanted)
 
 
 # Errors.
