@@ -75,7 +75,7 @@ def transcribed(method):
 
 @functools.cache
 def plain():
-    """The losses of the base optimizer, from SAF of the transcription without a term."""
+    """The losses of the base optimizer: the transcription without a term."""
     never = trajectory.SAF(EXAMPLES, 10, 1, EPOCHS, EPOCHS, 0.0, 1.0)
     return transcribed(never)[0]
 
