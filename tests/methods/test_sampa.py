@@ -163,17 +163,6 @@ def test_where_the_gradients_are_taken(x64):
             harness.assert_close(y, jax.tree.map(step, w, state.gradient), 1e-12)
 
 
-def test_without_radius_and_share_it_lags_one_batch(x64):
-    """The gradient at the weights, on the previous batch."""
-    params, _ = run(optax_sam.sampa(SGD, rho=0.0, interpolation=0.0))
-    w, state = PROBLEM.params(), SGD.init(PROBLEM.params())
-    grad = jax.jit(jax.grad(PROBLEM.loss_fn))
-    for t in range(STEPS):
-        u, state = SGD.update(grad(w, batch_at(t - 1)), state, w)
-        w = optax.apply_updates(w, u)
-    harness.assert_close(params, w, 1e-10)
-
-
 def lowered(step, problem, tx):
     params = jax.eval_shape(problem.params)
     batch = jax.eval_shape(lambda: problem.batch(0))
@@ -216,12 +205,6 @@ def paired_step(tx, loss_fn, place=lambda tree: tree):
         return optax.apply_updates(params, updates), state
 
     return step
-
-
-def test_one_vmap_for_both(x64):
-    tx = optax_sam.sampa(SGD)
-    step = jax.jit(paired_step(tx, PROBLEM.loss_fn))
-    harness.assert_close(run(tx, step=step), run(tx), 1e-10)
 
 
 def test_two_devices_share_the_work(x64):
@@ -350,15 +333,13 @@ def test_gradients_that_float16_does_not_hold_are_not_finite():
     harness.assert_equal(state.gradient, harness.like(g, 0.0))
 
 
-def test_scan_donation_and_files_agree(x64):
+def test_a_scan_and_a_file_agree_with_a_loop_that_donates(x64):
     tx = optax_sam.sampa(SGD)
     step = make_step(tx, PROBLEM.loss_fn)
     compiled = jax.jit(step, donate_argnums=(0, 1))
     half = run(tx, 5, step=compiled)
-    params = PROBLEM.params()
-    target = params, tx.init(params)
-    saved = flax.serialization.to_bytes(half)
-    kinds = harness.kinds(half)
+    target = PROBLEM.params(), tx.init(PROBLEM.params())
+    saved, kinds = flax.serialization.to_bytes(half), harness.kinds(half)
     whole = run(tx, 5, first=5, start=half, step=compiled)
     restored = jax.tree.map(jnp.asarray, flax.serialization.from_bytes(target, saved))
     assert harness.kinds(restored) == kinds == harness.kinds(target)
@@ -371,7 +352,6 @@ def test_scan_donation_and_files_agree(x64):
     scan = jax.jit(lambda c, x: jax.lax.scan(body, c, x))
     scanned, _ = scan(target, (batches, previous))
     harness.assert_close(scanned, whole, 1e-10)
-    assert harness.kinds(scanned) == kinds
 
 
 def test_numbers_put_into_the_state_count():
