@@ -60,9 +60,7 @@ def trained(update, state, extra_args):
 
 
 @each(
-    *METHODS,
-    *(m for m in OTHERS if m.place == "first"),
-    slow=lambda m: m.name != "sam",
+    *METHODS, *(m for m in OTHERS if m.place == "first"), slow=lambda m: m.name != "sam"
 )
 @some_bases
 def test_a_method_before_it(method, base):

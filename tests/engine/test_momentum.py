@@ -298,8 +298,7 @@ ALSO_REFUSED = {
     ),
     "maximizes": (optax.chain(optax.scale(-1.0), SGD), "minimize the negative"),
     "no rate before": (
-        optax.rmsprop(0.0, momentum=0.9),
-        "stays zero.*optax.scale_by_learning_rate",
+        optax.rmsprop(0.0, momentum=0.9), "stays zero.*optax.scale_by_learning_rate"
     ),
     "an optimizer that fails": (
         optax.chain(SGD, optax.stateless(lambda u, p: 1 / 0)),

@@ -329,9 +329,7 @@ def test_accumulation_inside(k):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "inner",
-    [rms(0.1), optax.contrib.muon(0.1)],
-    ids=["rmsprop", "muon"],
+    "inner", [rms(0.1), optax.contrib.muon(0.1)], ids=["rmsprop", "muon"]
 )
 def test_half_precision(inner, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), kernel())

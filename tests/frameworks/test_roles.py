@@ -76,7 +76,7 @@ NAMED = {
         "bias": {"kernel": kernel(3, 4), "bias": bias(4)},
     },
     "the same, stacked": {
-        "scale": {"kernel": kernel(6, 3, 4, stack=1), "bias": bias(6, 4, stack=1)}
+        "scale": {"kernel": kernel(6, 3, 4, stack=1), "bias": bias(6, 4, stack=1)},
     },
     "Haiku": {
         "net/~/batch_norm": {"scale": gain(1, 1, 1, 8), "offset": offset(1, 1, 1, 8)},
@@ -94,39 +94,26 @@ NAMED = {
         "stack/conv": {"w": kernel(5, 3, 3, 4, 8, stack=1), "b": bias(5, 8, stack=1)},
     },
     "PyTorch's names in a flat dict": {
-        "conv.weight": kernel(8, 3, 3, 3, out=(0,)),
-        "conv.bias": bias(8),
-        "bn.weight": gain(8),
-        "bn.bias": offset(8),
-        "fc.weight": kernel(8, 8, out=(0,)),
-        "fc.bias": bias(8),
-        "ln.weight": gain(8),
+        "conv.weight": kernel(8, 3, 3, 3, out=(0,)), "conv.bias": bias(8),
+        "bn.weight": gain(8), "bn.bias": offset(8),
+        "fc.weight": kernel(8, 8, out=(0,)), "fc.bias": bias(8), "ln.weight": gain(8),
         "wte.weight": table(9, 8),
     },
     "numbers and prefixes": {
-        "W1": kernel(3, 4),
-        "b1": bias(4),
-        "W2": kernel(4, 2),
-        "b2": bias(2),
-        "ln1_scale": gain(4),
-        "ln1_bias": offset(4),
+        "W1": kernel(3, 4), "b1": bias(4), "W2": kernel(4, 2), "b2": bias(2),
+        "ln1_scale": gain(4), "ln1_bias": offset(4),
     },
     "an ensemble": {
-        "W1": kernel(6, 3, 4, stack=1),
-        "b1": bias(6, 4, stack=1),
-        "W2": kernel(6, 4, 1, stack=1),
-        "b2": bias(6, 1, stack=1),
+        "W1": kernel(6, 3, 4, stack=1), "b1": bias(6, 4, stack=1),
+        "W2": kernel(6, 4, 1, stack=1), "b2": bias(6, 1, stack=1),
         "tau": other(6, stack=1),
     },
     "tuples": [
-        (kernel(4, 5), bias(5)),
-        None,
-        (kernel(3, 3, 5, 8), bias(1, 1, 1, 8)),
+        (kernel(4, 5), bias(5)), None, (kernel(3, 3, 5, 8), bias(1, 1, 1, 8)),
         (other(8), other(8)),
     ],
     "tuples of dot(w, x)": [
-        (kernel(7, 5, out=(0,)), bias(7)),
-        (kernel(7, 7, out=(0,)), bias(7)),
+        (kernel(7, 5, out=(0,)), bias(7)), (kernel(7, 7, out=(0,)), bias(7)),
     ],
     "tuples, stacked": [
         (kernel(6, 4, 5, stack=1), bias(6, 5, stack=1)),
@@ -160,30 +147,23 @@ NAMED = {
         "out": {"kernel": kernel(4, 1, 4), "bias": bias(4)},
     },
     "a bias by its size, and a factor that is none": {
-        "w": kernel(8, 6),
-        "b": bias(2, 3),
+        "w": kernel(8, 6), "b": bias(2, 3),
         "low": {"w": kernel(8, 6), "a": kernel(8, 2), "b": kernel(2, 6)},
     },
     "LoRA": {
         "a": {
-            "kernel": kernel(8, 2, 4),
-            "lora_a": kernel(8, 2),
+            "kernel": kernel(8, 2, 4), "lora_a": kernel(8, 2),
             "lora_b": kernel(2, 2, 4, out=(1, 2)),
         },
         "b": {"lora_a": kernel(6, 8, 2, stack=1), "lora_b": kernel(6, 2, 8, stack=1)},
     },
     "what no name tells": {
-        "matrix": kernel(3, 4),
-        "vector": other(3),
-        "cls": table(1, 1, 8),
-        "pos_embedding": table(1, 5, 8),
-        "logit_scale": other(),
-        "gain": other(),
-        "gamma": other(8),
-        "regression": {"kernel": kernel(4), "bias": bias()},
+        "matrix": kernel(3, 4), "vector": other(3), "cls": table(1, 1, 8),
+        "pos_embedding": table(1, 5, 8), "logit_scale": other(), "gain": other(),
+        "gamma": other(8), "regression": {"kernel": kernel(4), "bias": bias()},
         "odd": {"kernel": kernel(3, 4), "scale": other(4), "bias": bias(4)},
     },
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -235,20 +215,17 @@ def test_nnx_in_all_its_forms():
     model = Stacked(nnx.Rngs(0))
     _, params, lora, _ = nnx.split(model, nnx.Param, nnx.LoRAParam, ...)
     wanted = {
-        "layers/ln/scale": ("gain", 1, ()),
-        "layers/ln/bias": ("offset", 1, ()),
+        "layers/ln/scale": ("gain", 1, ()), "layers/ln/bias": ("offset", 1, ()),
         "layers/weight/kernel": ("kernel", 1, (2,)),
         "layers/weight/bias": ("bias", 1, ()),
         "layers/free/kernel": ("kernel", 1, (2,)),
         "attention/query/kernel": ("kernel", 0, (1, 2)),
         "attention/query/bias": ("bias", 0, ()),
         "attention/out/kernel": ("kernel", 0, (2,)),
-        "attention/out/bias": ("bias", 0, ()),
-        "lora/kernel": ("kernel", 0, (1,)),
-        "embed/embedding": ("embedding", 0, (1,)),
-        "norm/scale": ("gain", 0, ()),
+        "attention/out/bias": ("bias", 0, ()), "lora/kernel": ("kernel", 0, (1,)),
+        "embed/embedding": ("embedding", 0, (1,)), "norm/scale": ("gain", 0, ()),
         "norm/bias": ("offset", 0, ()),
-    }
+    }  # fmt: skip
     trees = [params, nnx.to_pure_dict(params), jax.eval_shape(lambda: params)]
     for tree in trees:
         assert found(tree).items() >= wanted.items()
@@ -263,27 +240,17 @@ def test_nnx_in_all_its_forms():
 
 def test_equinox():
     assert found(equinox()) == {
-        "a/weight": ("embedding", 0, (1,)),
-        "b/weight": ("kernel", 0, (0,)),
-        "b/bias": ("bias", 0, ()),
-        "c/weight": ("kernel", 0, (0,)),
-        "c/bias": ("bias", 0, ()),
-        "d/weight": ("gain", 0, ()),
-        "d/bias": ("offset", 0, ()),
-        "e/weight": ("gain", 0, ()),
-        "e/bias": ("offset", 0, ()),
-        "f/weight_ih": ("kernel", 0, (0,)),
-        "f/weight_hh": ("kernel", 0, (0,)),
-        "f/bias": ("bias", 0, ()),
-        "f/bias_n": ("bias", 0, ()),
-        "g/weight": ("kernel", 0, (0,)),
-        "g/bias": ("bias", 0, ()),
-        "h/0/weight": ("kernel", 1, (1,)),
-        "h/0/bias": ("bias", 1, ()),
-        "h/1/weight": ("gain", 0, ()),
-        "h/1/bias": ("offset", 0, ()),
-        "i/negative_slope": ("other", 0, ()),
-    }
+        "a/weight": ("embedding", 0, (1,)), "b/weight": ("kernel", 0, (0,)),
+        "b/bias": ("bias", 0, ()), "c/weight": ("kernel", 0, (0,)),
+        "c/bias": ("bias", 0, ()), "d/weight": ("gain", 0, ()),
+        "d/bias": ("offset", 0, ()), "e/weight": ("gain", 0, ()),
+        "e/bias": ("offset", 0, ()), "f/weight_ih": ("kernel", 0, (0,)),
+        "f/weight_hh": ("kernel", 0, (0,)), "f/bias": ("bias", 0, ()),
+        "f/bias_n": ("bias", 0, ()), "g/weight": ("kernel", 0, (0,)),
+        "g/bias": ("bias", 0, ()), "h/0/weight": ("kernel", 1, (1,)),
+        "h/0/bias": ("bias", 1, ()), "h/1/weight": ("gain", 0, ()),
+        "h/1/bias": ("offset", 0, ()), "i/negative_slope": ("other", 0, ()),
+    }  # fmt: skip
 
 
 def test_a_whole_equinox_model_with_functions_among_its_leaves():

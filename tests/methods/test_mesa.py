@@ -81,8 +81,7 @@ def test_weights_that_are_not_finite_do_not_enter_the_average(bad):
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    ["bfloat16", "float64", pytest.param("float16", marks=pytest.mark.slow)],
+    "dtype", ["bfloat16", "float64", pytest.param("float16", marks=pytest.mark.slow)]
 )
 def test_the_average_is_kept_in_float32_or_better(dtype, x64):
     w = harness.tree(0, dtype=dtype)

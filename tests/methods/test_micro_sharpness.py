@@ -123,10 +123,7 @@ def test_sam_by_hand(form, x64):
 
 @pytest.mark.parametrize(
     ("devices", "form"),
-    [
-        (8, None),
-        *(pytest.param(2, form, marks=pytest.mark.slow) for form in FORMS),
-    ],
+    [(8, None), *(pytest.param(2, form, marks=pytest.mark.slow) for form in FORMS)],
 )
 def test_shards_on_devices_are_shards_in_one_program(devices, form, x64):
     """``shard_map`` of a member with one on each of eight, and two on each of two."""

@@ -365,11 +365,7 @@ def read_and_record(tx, state, logits, indices):
 
 @pytest.mark.parametrize(
     ("dtype", "check_vma"),
-    [
-        ("float32", True),
-        ("bfloat16", False),
-        pytest.param("float16", True, marks=SLOW),
-    ],
+    [("float32", True), ("bfloat16", False), pytest.param("float16", True, marks=SLOW)],
 )
 def test_the_rows_of_all_devices_are_recorded_on_all(dtype, check_vma):
     tx = optax_sam.saf(32, C, delay=1, start=0, dtype=dtype, axis_name="data")

@@ -119,50 +119,6 @@ def test_it_is_the_algorithm_by_hand(inner, numbers, lr, x64):
     assert (int(state.count), int(state.num_rejected)) == (STEPS, 0)
 
 
-def looked_at(tx, steps=3):
-    """Weights, and the points of both gradients, before each step; not compiled."""
-    params = harness.tree()
-    state = tx.init(params)
-    for t in range(steps):
-        tilde, y = [], []
-        before = params, state
-        updates, state = tx.update(
-            zeros(params),
-            state,
-            params,
-            grad_fn=lambda p, t=t: y.append(p) or harness.tree(10 + t),  # noqa: B023
-            previous_grad_fn=lambda p, t=t: tilde.append(p) or harness.tree(20 + t),  # noqa: B023
-        )
-        (tilde,), (y,) = tilde, y
-        yield (*before, tilde, y, updates)
-        params = optax.apply_updates(params, updates)
-
-
-def test_where_the_gradients_are_taken(x64):
-    """First at the weights, even where these decay; then ``rho`` along the last ``g_y``
-    and where each prediction is.
-    """
-    tx = optax_sam.sampa(ADAMW, interpolation=0.25)
-    for t, (w, state, tilde, y, step) in enumerate(looked_at(tx)):
-        if not t:
-            harness.assert_equal((tilde, y), (w, w))
-            mix = lambda p, g: 0.75 * p + 0.25 * g
-            d = jax.tree.map(mix, harness.tree(20), harness.tree(10))
-            harness.assert_close(step, ADAMW.update(d, state.inner, w)[0], 1e-12)
-            continue
-        g_y = harness.tree(10 + t - 1)
-        harness.assert_equal(state.gradient, g_y)
-        unit = optax.tree.scale(0.1 / optax.tree.norm(g_y), g_y)
-        harness.assert_close(tilde, optax.tree.add(w, unit), 1e-12)
-        u, _ = ADAMW.update(g_y, state.inner, w)
-        harness.assert_close(y, optax.apply_updates(w, u), 1e-12)
-    for lr in (0.0, 0.3):
-        tx = optax_sam.sampa(ADAMW, learning_rate=lr, predict="gradient")
-        for w, state, _, y, _ in looked_at(tx):
-            step = lambda x, g, lr=lr: x - lr * g
-            harness.assert_close(y, jax.tree.map(step, w, state.gradient), 1e-12)
-
-
 def lowered(step, problem, tx):
     params = jax.eval_shape(problem.params)
     batch = jax.eval_shape(lambda: problem.batch(0))
