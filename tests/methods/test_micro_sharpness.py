@@ -31,24 +31,21 @@ def of_shards(shards, loss_fn=PROBLEM.loss_fn):
     return lambda p, i: jax.grad(loss_fn)(p, jax.tree.map(lambda x: x[i], shards))
 
 
-def step_of(tx, **extra):
+def step_of(tx):
     """A compiled step of an optimizer that starts with shards."""
 
-    def step(params, state, batch, **more):
-        shards = cut(batch)
-        updates, state = tx.update(
-            None, state, params, grad_fn=of_shards(shards), **extra, **more
-        )
+    def step(params, state, batch, ascend=None):
+        grad_fn = of_shards(cut(batch))
+        updates, state = tx.update(None, state, params, grad_fn=grad_fn, ascend=ascend)
         return optax.apply_updates(params, updates), state
 
-    return jax.jit(step, static_argnames="ascend")
+    return step
 
 
 def mapped_step_of(tx):
     """The same on a named axis."""
 
-    @jax.jit
-    def step(params, state, batch):
+    def step(params, state, batch, ascend=None):
         def of_shard(shard):
             grad_fn = lambda p: jax.grad(PROBLEM.loss_fn)(p, shard)
             return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
@@ -62,7 +59,7 @@ def mapped_step_of(tx):
 
 def run(step, tx, steps=6):
     params = PROBLEM.params()
-    return harness.run(step, params, tx.init(params), PROBLEM, steps)
+    return harness.run(jax.jit(step), params, tx.init(params), PROBLEM, steps)
 
 
 def cases():
@@ -79,12 +76,29 @@ def cases():
 @pytest.mark.parametrize(("method", "form"), [*cases()])
 def test_equals_the_named_axis(method, form, x64):
     """Parameters and the whole state, for every method that has ``axis_name``."""
-    member = method.build(axis_name="shards")
-    tx = optax.chain(member, optax.sgd(0.1, momentum=0.9))
-    ours = optax.chain(
-        micro_sharpness(member, SHARDS, method=form), optax.sgd(0.1, momentum=0.9)
-    )
+    member, sgd = method.build(axis_name="shards"), optax.sgd(0.1, momentum=0.9)
+    tx = optax.chain(member, sgd)
+    ours = optax.chain(micro_sharpness(member, SHARDS, method=form), sgd)
     harness.assert_close(run(step_of(ours), ours), run(mapped_step_of(tx), tx), 1e-10)
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        optax_sam.wsam(
+            optax.adam(0.05), learning_rate=0.05, rho=0.1, axis_name="shards"
+        ),
+        pytest.param(
+            optax.chain(optax_sam.sam(0.1, axis_name="shards"), optax.adam(0.05)),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["wsam", "chain"],
+)
+def test_around_a_whole_optimizer(whole, x64):
+    """Also one that bypasses the optimizer's momentum."""
+    tx = micro_sharpness(whole, SHARDS)
+    harness.assert_close(run(step_of(tx), tx), run(mapped_step_of(whole), whole), 1e-10)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -108,84 +122,35 @@ def test_sam_by_hand(form, x64):
 
 
 @pytest.mark.parametrize(
-    "member",
-    [
-        functools.partial(optax_sam.sam, 0.1),
-        *(
-            pytest.param(member, marks=pytest.mark.slow)
-            for member in (
-                functools.partial(optax_sam.vsam, 0.1, window=4, num_slices=2),
-                functools.partial(optax_sam.ae_sam, 0.1, decay=0.6),
-            )
-        ),
-    ],
-    ids=lambda member: member.func.__name__,
+    ("devices", "form"),
+    [(8, None), *(pytest.param(2, form, marks=pytest.mark.slow) for form in FORMS)],
 )
-def test_equals_eight_devices(member, x64):
-    """``shard_map`` with a shard on each device."""
-    mesh = jax.make_mesh((8,), ("shards",), axis_types=(AxisType.Auto,))
-    member = member(axis_name="shards")
-    alone = micro_sharpness(member, 8)
-    loss_fn = PROBLEM.loss_fn
+def test_shards_on_devices_are_shards_in_one_program(devices, form, x64):
+    """``shard_map`` of a member with one on each of eight, and two on each of two."""
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    build = functools.partial(optax_sam.vsam, 0.1, window=4, num_slices=2)
+    build = build if form else functools.partial(optax_sam.sam, 0.1)
+    member = build(axis_name="data")
+    some = micro_sharpness(build(axis_name=("shards", "data")), 2, method=form)
+    all_shards = 2 * devices if form else devices
+    alone = micro_sharpness(build(axis_name="shards"), all_shards)
 
-    def on_device(params, state, shard):
-        local = jax.lax.pcast(params, "shards", to="varying")
-        grad_fn = lambda p: jax.grad(loss_fn)(p, shard)
-        d, state = member.update(grad_fn(local), state, local, grad_fn=grad_fn)
-        return jax.tree.map(lambda w, x: w - 0.2 * x, params, d), state
+    def step_of(tx, num_shards):
+        def step(params, state, batch):
+            grad_fn = of_shards(cut(batch, num_shards))
+            g = None
+            if tx is member:
+                g, grad_fn = grad_fn(params, 0), functools.partial(grad_fn, i=0)
+            d, state = tx.update(g, state, params, grad_fn=grad_fn)
+            return jax.tree.map(lambda w, x: w - 0.2 * x, params, d), state
 
-    on_devices = jax.jit(
-        jax.shard_map(
-            on_device, mesh=mesh, in_specs=(P(), P(), P("shards")), out_specs=P()
-        )
-    )
+        return step
 
-    @jax.jit
-    def in_one_program(params, state, batch):
-        grad_fn = of_shards(cut(batch, 8))
-        d, state = alone.update(None, state, params, grad_fn=grad_fn)
-        return jax.tree.map(lambda w, x: w - 0.2 * x, params, d), state
-
-    params = PROBLEM.params()
-    state = member.init(params)
-    harness.assert_close(
-        harness.run(in_one_program, params, state, PROBLEM, 16),
-        harness.run(on_devices, params, state, PROBLEM, 16),
-        1e-7,
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_shards_on_each_device(form, x64):
-    """Two shards on each of two devices are four shards."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    tx = micro_sharpness(
-        optax_sam.vsam(0.1, window=4, num_slices=2, axis_name=("shards", "data")),
-        2,
-        method=form,
-    )
-
-    def on_device(params, state, batch):
-        grad_fn = of_shards(cut(batch, 2))
-        d, state = tx.update(None, state, params, grad_fn=grad_fn)
-        return jax.tree.map(lambda w, x: w - 0.1 * x, params, d), state
-
-    step = jax.jit(
-        jax.shard_map(
-            on_device,
-            mesh=mesh,
-            in_specs=(P(), P(), P("data")),
-            out_specs=P(),
-            check_vma=False,
-        )
-    )
-    member = optax_sam.vsam(0.1, window=4, num_slices=2, axis_name="shards")
-    one = optax.chain(micro_sharpness(member, 4), optax.sgd(0.1))
-    params, state = run(step, tx)
-    expected, expected_state = run(step_of(one), one)
-    harness.assert_close(params, expected, 1e-10)
-    harness.assert_close(state, expected_state[0], 1e-10)
+    specs = {"in_specs": (P(), P(), P("data")), "out_specs": P(), "check_vma": False}
+    step = step_of(some, 2) if form else step_of(member, 1)
+    on_devices = jax.shard_map(step, mesh=mesh, **specs)
+    found = run(on_devices, alone, 16)
+    harness.assert_close(found, run(step_of(alone, all_shards), alone, 16), 1e-7)
 
 
 def test_one_shard_is_the_member(x64):
@@ -228,7 +193,10 @@ def test_decides_and_counts_as_one(form):
     assert list(optax_sam.ascent_plan(state)[:3]) == [False, True, False]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x == "vmap")) for x in FORMS[1:]],
+)
 def test_one_bad_shard_rejects_the_ascent_of_all(form):
     params, shards = PROBLEM.params(), cut(PROBLEM.batch(0))
     grad = of_shards(shards)
@@ -275,8 +243,9 @@ def flops_of_gradient():
     return lowered.compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("incoming", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "incoming"), [("unroll", True), ("scan", False), ("vmap", False)]
+)
 def test_cost_is_that_of_sam(form, incoming):
     """Two gradients, also if the one that comes in is computed, and dropped."""
     gradient = jax.grad(LARGE().loss_fn) if incoming else None
@@ -287,27 +256,26 @@ def test_cost_is_that_of_sam(form, incoming):
     assert ratio == pytest.approx(2 / SHARDS if form == "scan" else 2, abs=0.08)
 
 
-def test_memory():
-    """A loop keeps the activations of one shard, and all keep trees for each shard."""
-    member = optax_sam.sam(axis_name="shards")
-    temporary = lambda problem: {
-        form: compiled(member, form, problem=problem, num_shards=8)
-        .memory_analysis()
-        .temp_size_in_bytes
-        for form in ("scan", "vmap")
-    }
-    sizes = (32, *[64] * 6, 10)
-    by_activations = temporary(
-        functools.partial(problems.mlp, sizes, batch_size=4096, num_batches=1)
-    )
-    assert by_activations["scan"] < by_activations["vmap"] / 2
-    by_weights = temporary(
-        functools.partial(problems.mlp, (256, 256, 256, 10), batch_size=16)
-    )
-    params = problems.mlp((256, 256, 256, 10)).params(jnp.float32)
+@pytest.mark.parametrize("form", ["scan", "vmap"])
+def test_all_forms_keep_trees_for_each_shard(form):
+    sizes = (256, 256, 256, 10)
+    small = functools.partial(problems.mlp, sizes, batch_size=16)
+    params = problems.mlp(sizes).params(jnp.float32)
     trees = 8 * sum(x.nbytes for x in jax.tree.leaves(params))
-    for size in by_weights.values():
-        assert 1.9 < size / trees < 3.3
+    assert 1.9 < temporary(form, small) / trees < 3.3
+
+
+def temporary(form, problem):
+    """Bytes of a step of SAM with eight shards."""
+    member = optax_sam.sam(axis_name="shards")
+    program = compiled(member, form, problem=problem, num_shards=8)
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def test_a_loop_keeps_the_activations_of_one_shard():
+    sizes = (32, *[64] * 4, 10)
+    large = functools.partial(problems.mlp, sizes, batch_size=4096, num_batches=1)
+    assert temporary("scan", large) < temporary("vmap", large) / 2
 
 
 @each(*(m for m in MEMBERS if not m.variant), slow=lambda m: m.name != "vsam")
@@ -325,47 +293,18 @@ def test_what_is_emitted_and_kept_has_the_kind_of_the_members(method):
         assert harness.kinds(after) == harness.kinds(state)
 
 
-@pytest.mark.parametrize(
-    "whole",
-    [
-        optax_sam.wsam(
-            optax.adam(0.05), learning_rate=0.05, rho=0.1, axis_name="shards"
-        ),
-        optax.chain(optax_sam.sam(0.1, axis_name="shards"), optax.adam(0.05)),
-    ],
-    ids=["wsam", "chain"],
-)
-def test_around_a_whole_optimizer(whole, x64):
-    """Also one that bypasses the optimizer's momentum."""
-    tx = micro_sharpness(whole, SHARDS)
-    harness.assert_close(run(step_of(tx), tx), run(mapped_step_of(whole), whole), 1e-10)
-
-
 def test_dispatched():
     """Both kinds of step, by the decisions of the one member."""
     member = optax_sam.sam(0.1, when=optax_sam.when.every_k(2), axis_name="shards")
     tx = optax.chain(micro_sharpness(member, SHARDS), optax.sgd(0.1))
-
-    def train_step(params, state, batch, ascend=None):
-        grad_fn = of_shards(cut(batch))
-        d, state = tx.update(None, state, params, grad_fn=grad_fn, ascend=ascend)
-        return optax.apply_updates(params, d), state
-
-    step = optax_sam.dispatch(train_step, donate_argnums=(0, 1))
-    actual = run(step, tx)
+    step = optax_sam.dispatch(step_of(tx), donate_argnums=(0, 1))
+    params = PROBLEM.params()
+    actual = harness.run(step, params, tx.init(params), PROBLEM, 6)
     harness.assert_close(actual, run(step_of(tx), tx), 1e-5)
     assert optax_sam.metrics(actual[1])["ascents"] == 3
 
 
-def test_injected_radius():
-    def optimizer(rho):
-        member = optax_sam.sam(rho, axis_name="shards")
-        return optax.chain(micro_sharpness(member, SHARDS), optax.sgd(0.1))
-
-    injected = optax.inject_hyperparams(optimizer)(rho=0.2)
-    actual, _ = run(step_of(injected), injected)
-    fixed = optimizer(0.2)
-    harness.assert_close(actual, run(step_of(fixed), fixed)[0], 1e-6)
+def test_arguments_that_inject_hyperparams_must_not_trace():
     names = optax_sam.static_args(micro_sharpness)
     assert names == ("member", "num_shards", "method", "axis_name")
 
@@ -382,8 +321,8 @@ def test_sixteen_shards_go_through_a_loop():
         assert ("scan[" in text) == (num_shards == 9)
 
 
-def test_refused_arguments():
-    member = optax_sam.sam(0.1, axis_name="shards")
+def test_refused_arguments_and_calls():
+    member, params = optax_sam.sam(0.1, axis_name="shards"), harness.tree()
     for wrong in (0, -1, 2.0, True, None):
         with pytest.raises(ValueError, match="num_shards must be an integer >= 1"):
             micro_sharpness(member, wrong)
@@ -393,26 +332,19 @@ def test_refused_arguments():
         micro_sharpness(member, 2, method="pmap")
     with pytest.raises(ValueError, match=r"needs a member.*axis_name='shards'"):
         micro_sharpness(optax_sam.sam, 2)
-
-
-def test_refused_calls():
-    params = harness.tree()
-    tx = micro_sharpness(optax_sam.sam(0.1, axis_name="shards"), 2)
+    tx = micro_sharpness(member, 2)
     state = tx.init(params)
-    back = lambda p, i: p
-    with pytest.raises(ValueError, match=r"needs the parameters: tx\.update"):
-        tx.update(None, state, grad_fn=back)
-    for wrong in (None, lambda p: p, lambda: params, 3):
-        with pytest.raises(ValueError, match="a shard's number"):
-            tx.update(None, state, params, grad_fn=wrong)
-    with pytest.raises(ValueError, match="per_example_loss_fn into shards"):
-        tx.update(None, state, params, per_example_loss_fn=lambda p, i=None: 0)
-    less = lambda p, i: p["layer"]
-    with pytest.raises(ValueError, match=r"sam: the incoming gradient.*structure"):
-        tx.update(None, state, params, grad_fn=less)
-    # An error of the caller's own stays as it is.
-    with pytest.raises(ValueError, match="^mine$"):
-        tx.update(None, state, params, grad_fn=raising)
+    less, own = lambda p, i: p["layer"], "a shard's number"
+    for message, w, extra in (
+        (r"needs the parameters: tx\.update", None, {"grad_fn": lambda p, i: p}),
+        *((own, params, {"grad_fn": f}) for f in (None, lambda p: p, lambda: 1, 3)),
+        ("into shards", params, {"per_example_loss_fn": lambda p, i=None: 0}),
+        (r"sam: the incoming gradient.*structure", params, {"grad_fn": less}),
+        # An error of the caller's own stays as it is.
+        ("^mine$", params, {"grad_fn": raising}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tx.update(None, state, w, **extra)
 
 
 def test_tracked_axes_are_refused():

@@ -17,18 +17,16 @@ import optax_sam
 from optax_sam import ascent_batch
 
 
-@pytest.mark.parametrize("divisor", [1, 2, 3, 4, 7, 8, 100, np.int64(3)])
-@pytest.mark.parametrize("size", [1, 7, 8, 12])
-def test_every_divisor_th_example(size, divisor):
+def test_every_divisor_th_example():
     """Rounded up, so that at least one is left."""
-    part = ascent_batch(jnp.arange(size), divisor)
-    np.testing.assert_array_equal(part, np.arange(size)[::divisor])
-    assert part.shape == (-(-size // divisor),)
+    for size in (1, 7, 8, 12):
+        for divisor in (1, 2, 3, 4, 7, 8, 100, np.int64(3)):
+            part = ascent_batch(jnp.arange(size), divisor)
+            np.testing.assert_array_equal(part, np.arange(size)[::divisor])
 
 
 def test_trees_of_all_kinds_of_arrays():
-    rng = np.random.default_rng(0)
-    image = rng.normal(size=(6, 2, 3)).astype(np.float32)
+    image = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
     batch = {
         "image": image,
         "pair": (jnp.arange(6), np.arange(6) > 2),
@@ -37,16 +35,12 @@ def test_trees_of_all_kinds_of_arrays():
         "none": None,
     }
     part = ascent_batch(batch)
-    assert jax.tree.structure(part) == jax.tree.structure(batch)
-    np.testing.assert_array_equal(part["image"], image[[0, 4]])
-    np.testing.assert_array_equal(part["pair"][0], [0, 4])
-    np.testing.assert_array_equal(part["pair"][1], [False, True])
-    np.testing.assert_array_equal(part["half"], jnp.array([0, 4], "bfloat16"))
-    data = jax.random.key_data(batch["keys"])
-    np.testing.assert_array_equal(jax.random.key_data(part["keys"]), data[::4])
-    for leaf, like in zip(jax.tree.leaves(part), jax.tree.leaves(batch), strict=True):
-        assert isinstance(leaf, jax.Array)
-        assert leaf.dtype == like.dtype
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(part))
+    numbers = lambda tree: tree | {"keys": jax.random.key_data(tree["keys"])}
+    wanted = jax.tree.map(lambda x: x[::4], numbers(batch))
+    harness.assert_equal(numbers(part), wanted)
+    dtypes = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
+    assert dtypes(part) == dtypes(batch)
     assert ascent_batch({}) == {}
     np.testing.assert_array_equal(jax.jit(ascent_batch)(image), image[::4])
 
@@ -89,28 +83,8 @@ def test_quarter_batch_sam(x64):
     harness.assert_close_in_size(d, grad(optax.tree.add(params, e), batch), 1e-12)
 
 
-def test_the_first_gradient_costs_its_part():
-    """``1 + 1/4`` gradients where SAM takes 2."""
-    problem = problems.mlp((32, 288, 320, 10), batch_size=128)
-    params = jax.eval_shape(problem.params)
-    batch = jax.eval_shape(lambda: problem.batch(0))
-    tx = optax_sam.sam(0.1)
-
-    def step(params, state, batch):
-        grad = jax.grad(problem.loss_fn)
-        g = grad(params, ascent_batch(batch))
-        return tx.update(g, state, params, grad_fn=lambda p: grad(p, batch))
-
-    flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
-    state = jax.eval_shape(tx.init, params)
-    ratio = flops(step, params, state, batch) / flops(
-        jax.grad(problem.loss_fn), params, batch
-    )
-    assert ratio == pytest.approx(1.25, rel=0.02)
-
-
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("divisor", [2, 4, 8])
+@pytest.mark.parametrize("divisor", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_nothing_is_sent_between_devices(divisor, axes):
     """Each takes a part of its own share, and keeps it."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(axes,))

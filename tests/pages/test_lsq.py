@@ -18,9 +18,13 @@ import pytest
 for package in ("flax", "rich", "sklearn"):
     pytest.importorskip(package)
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-DATA = Path(__file__).parent / "data" / "parity"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+DATA = ROOT / "tests" / "data" / "parity"
 CASES = json.loads((DATA / "runs.json").read_text())["lsq"]["cases"]
+
+# The quick ones are of all ranges and both kinds of steps, from 2 to 8 bits.
+SOME = [pytest.param(i, marks=[pytest.mark.slow] * (i % 5 > 0)) for i in range(24)]
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +61,14 @@ def with_grads(layers, x, s, upstream, *settings):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("i", range(len(CASES)))
+@pytest.mark.parametrize("i", SOME)
 def test_reproduces_the_recorded_quantizer(layers, recorded, i):
+    assert len(SOME) == len(CASES)
     names = "x", "s", "upstream", "out", "grad_x", "grad_s", "s_init"
     x, s, upstream, *expected, s_init = (recorded[f"case{i}/{name}"] for name in names)
     q_n, q_p = CASES[i]["Q_N"], CASES[i]["Q_P"]
     settings = q_n, q_p, (x.size * q_p) ** -0.5
-    computed = with_grads(layers, x, s, upstream, *settings)
+    computed = jax.jit(lambda *xs: with_grads(layers, *xs, *settings))(x, s, upstream)
     numpy_computed = transcribed(x, s, upstream, *settings)
     for a, b, c in zip(computed, numpy_computed, expected, strict=True):
         np.testing.assert_allclose(a, c, rtol=0, atol=1e-12)
@@ -77,7 +82,7 @@ def test_reproduces_the_recorded_quantizer(layers, recorded, i):
 def slopes(layers, x, s, gamma, q_n=8, q_p=7):
     """d v_hat / d s, value by value."""
     grad = jax.grad(lambda s, x: layers.quantize(x, s, q_n, q_p, gamma))
-    return jax.vmap(grad, (None, 0))(s, x)
+    return jax.jit(jax.vmap(grad, (None, 0)))(s, x)
 
 
 @pytest.mark.usefixtures("x64")
@@ -96,19 +101,12 @@ def test_values_on_the_grid_stay_and_leave_the_step_alone(layers):
     np.testing.assert_array_equal(slopes(layers, grid, 0.25, 0.03), 0)
 
 
-def test_scales_with_its_values_and_step(layers):
-    x = jax.random.normal(jax.random.key(0), (100,))
-    quantized = layers.quantize(x, 0.3, 8, 7, 0.03)
-    scaled = layers.quantize(4 * x, 4 * 0.3, 8, 7, 0.03)
-    np.testing.assert_array_equal(scaled, 4 * quantized)
-
-
-def test_the_scale_of_the_gradient_does_not_touch_the_value(layers):
+def test_it_scales_with_its_values_and_its_step_and_not_with_the_gradients(layers):
     # Ties would fall to either side if the step were off by one bit.
     x, step = jnp.arange(-7.5, 7) * 0.1, jnp.float32(0.1)
-    quantized = [layers.quantize(x, step, 8, 7, scale) for scale in (1, 0.123, 1e-3)]
-    for other in quantized[1:]:
-        np.testing.assert_array_equal(quantized[0], other)
+    one, *others = (layers.quantize(x, step, 8, 7, k) for k in (1, 0.123, 1e-3))
+    for other in (*others, layers.quantize(4 * x, 4 * step, 8, 7, 1) / 4):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0])
@@ -190,7 +188,8 @@ def cells(table):
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
-def test_the_study_trains_adds_and_prints(study, monkeypatch, tmp_path, capsys):
+@pytest.mark.slow
+def test_the_study_trains_and_prints(study, monkeypatch, tmp_path, capsys):
     out = tmp_path / "new/lsq.json"
     command = ["lsq.py", "--quick", "--bits", "4", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", command)
@@ -210,13 +209,23 @@ def test_the_study_trains_adds_and_prints(study, monkeypatch, tmp_path, capsys):
         assert all(0.5 < step < 2 for step in steps)
     (table,) = study.markdown(results).values()
     assert table in capsys.readouterr().out
-    # What is there is not trained again, nor mixed with what was made otherwise.
-    monkeypatch.setattr(study, "train", lambda *_: {"2 bits, LSQ + SGD": {}})
-    monkeypatch.setattr(study, "markdown", lambda _: {})
-    monkeypatch.setattr(sys, "argv", [*command, "2"])
-    study.run([4, 2], True, out)
-    kept = json.loads(out.read_text())["rows"]
-    assert kept == results["rows"] | {"2 bits, LSQ + SGD": {}}
+
+
+def test_rows_are_added_and_not_mixed_with_what_was_made_otherwise(
+    study, monkeypatch, tmp_path
+):
+    out, trained = tmp_path / "lsq.json", []
+
+    def train(bits, *_):
+        trained.append(bits)
+        return {f"{bits} bits, LSQ + SGD": {"bits": bits}}
+
+    monkeypatch.setattr(study, "train", train)
+    for bits in ([4], [4, 2]):
+        study.run(bits, True, out)
+    assert trained == [4, 2]  # what is there is not trained again
+    rows = json.loads(out.read_text())["rows"]
+    assert rows == {f"{n} bits, LSQ + SGD": {"bits": n} for n in (4, 2)}
     with pytest.raises(SystemExit, match="other settings or versions"):
         study.run([4, 2], False, out)
 
