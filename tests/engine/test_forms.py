@@ -1,7 +1,5 @@
 """One rule, three forms of a step: a conditional, two programs, a plan read ahead."""
 
-import functools
-
 import harness
 import jax
 import jax.numpy as jnp
@@ -9,90 +7,74 @@ import numpy as np
 import optax
 import problems
 import pytest
-from registry import (
-    BY_NAME,
-    METHODS,
-    each,
-    every_foreseen,
-    every_method,
-    every_skipping,
-)
+from harness import each_part
+from registry import BY_NAME, METHODS, each
 
 import optax_sam
 
-with_key = pytest.mark.parametrize(
-    "rule",
-    [
-        optax_sam.when.bernoulli,
-        functools.partial(
-            optax_sam.when.variance_controlled, window=20, warmup_steps=0
-        ),
-    ],
-    ids=["bernoulli", "variance_controlled"],
-)
+
+def decided(state):
+    return bool(optax_sam.ascends_next(state))
 
 
-def with_conditional(method, problem, steps):
-    tx, step = harness.compiled(method)
-    params = problem.params()
-    state, decisions = tx.init(params), []
-    for t in range(steps):
-        decisions.append(bool(optax_sam.ascends_next(state)))
-        params, state = step(params, state, problem.batch(t))
-    return params, state, decisions
+def with_conditional(state):
+    """The decisions of the next steps, and what the step is told of them."""
+    return [(decided(state), None)]
 
 
-def with_two_programs(method, problem, steps):
-    tx, step = harness.compiled(method)
-    params = problem.params()
-    state, decisions = tx.init(params), []
-    for t in range(steps):
-        ascend = bool(optax_sam.ascends_next(state))
-        decisions.append(ascend)
-        params, state = step(params, state, problem.batch(t), ascend=ascend)
-    return params, state, decisions
+def with_two_programs(state):
+    return [2 * (decided(state),)]
 
 
-def with_plan(method, problem, steps):
+def with_plan(state):
+    return [2 * (bool(ascend),) for ascend in optax_sam.ascent_plan(state)]
+
+
+def trained(method, form, steps):
+    """Parameters, state, decisions, and how often the device was waited for."""
+    problem = problems.mlp()
     tx, step = harness.compiled(method)
     params = problem.params()
     state, decisions, reads = tx.init(params), [], 0
     while len(decisions) < steps:
         reads += 1
-        for ascend in optax_sam.ascent_plan(state)[: steps - len(decisions)]:
+        for decision, ascend in form(state)[: steps - len(decisions)]:
             batch = problem.batch(len(decisions))
-            decisions.append(bool(ascend))
-            params, state = step(params, state, batch, ascend=bool(ascend))
-    assert reads <= steps / method.lookahead + 3  # each waits for the device
-    return params, state, decisions
+            decisions.append(decision)
+            params, state = step(params, state, batch, ascend=ascend)
+    return params, state, decisions, reads
 
 
-def assert_forms_agree(method, forms, steps, tolerance):
-    problem = problems.mlp()
-    reference = with_conditional(method, problem, steps)
-    for form in forms:
-        params, state, decisions = form(method, problem, steps)
-        assert decisions == reference[2]
-        harness.assert_close(params, reference[0], tolerance)
+def assert_forms_agree(method, steps, tolerance):
+    params, state, decisions, _ = trained(method, with_conditional, steps)
+    for form in (with_two_programs, with_plan):
+        found = trained(method, form, steps)
+        assert found[2] == decisions
+        harness.assert_close(found[0], params, tolerance)
         if tolerance < 1e-8:
-            harness.assert_close(state, reference[1], 100 * tolerance)
+            harness.assert_close(found[1], state, 100 * tolerance)
+    assert found[3] <= steps / method.lookahead + 3
+
+
+@each(*(m for m in METHODS if m.skips and m.lookahead), slow=lambda m: m.name != "vsam")
+def test_forms_agree_in_float64(method, x64):
+    assert_forms_agree(method, 200, 1e-10)
 
 
 @each(
-    *(m for m in METHODS if m.skips and m.lookahead),
-    slow=lambda m: m.name not in ("sam_5", "vsam", "looksam"),
+    *(BY_NAME[name] for name in ("ss_sam", "sam_5", "vsam")),
+    slow=lambda m: m.name != "ss_sam",
 )
-def test_forms_agree_in_float64(method, x64):
-    assert_forms_agree(method, (with_two_programs, with_plan), 200, 1e-10)
+def test_forms_agree_in_float32(method):
+    assert_forms_agree(method, 20, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["sam_5", "ss_sam", "vsam"])
-def test_forms_agree_in_float32(name):
-    assert_forms_agree(BY_NAME[name], (with_two_programs, with_plan), 20, 1e-5)
+FORESEEN = "sam vsam looksam ss_sam ae_sam_lagged renyi_sam_after_warmup"
 
 
-@every_foreseen
-def test_plan_is_what_happens(method):
+@pytest.mark.parametrize("name", FORESEEN.split())
+def test_plan_is_what_happens(name):
+    method = BY_NAME[name]
     tx, update = harness.compiled_update(method)
     params = harness.tree()
     state, decisions, plans = tx.init(params), [], []
@@ -110,7 +92,7 @@ def test_plan_is_what_happens(method):
     assert all(decisions) != method.skips
 
 
-@each(*(m for m in METHODS if not m.lookahead))
+@each_part(lambda m: not m.lookahead)
 def test_nothing_is_known_ahead(method):
     """AE-SAM decides from the gradient to come."""
     state = method.build().init(harness.tree())
@@ -119,7 +101,7 @@ def test_nothing_is_known_ahead(method):
             reader(state)
 
 
-@every_skipping
+@each_part(lambda m: m.skips)
 def test_a_static_ascend_overrules_and_is_recorded(method):
     tx, update = harness.compiled_update(method)
     params, g, g_s = harness.tree(), harness.tree(1), harness.tree(2)
@@ -138,14 +120,14 @@ def test_a_static_ascend_overrules_and_is_recorded(method):
     assert len(points) == method.calls
 
 
-@every_method
-def test_ascend_must_be_static(method):
-    tx, params = method.build(), harness.tree()
+def test_ascend_must_be_static():
+    tx, params = optax_sam.sam(), harness.tree()
     update = lambda ascend: tx.update(
         params, tx.init(params), params, grad_fn=lambda p: p, ascend=ascend
     )
-    with pytest.raises(ValueError, match="static_argnames"):
-        jax.eval_shape(update, True)
+    for run in (jax.eval_shape, lambda f, x: f(jnp.array(x)), lambda f, x: f("yes")):
+        with pytest.raises(ValueError, match="static_argnames"):
+            run(update, True)
 
 
 @pytest.mark.parametrize(("k", "phase"), [(1, 0), (3, 0), (3, 1), (3, 2), (70, 69)])
@@ -153,59 +135,6 @@ def test_every_k(k, phase):
     method = optax_sam.sam(when=optax_sam.when.every_k(k, phase=phase))
     plan = optax_sam.ascent_plan(method.init(jnp.ones(2)))
     np.testing.assert_array_equal(plan, (np.arange(len(plan)) + phase) % k == 0)
-
-
-# Randomness.
-
-
-def drawn(when, state, steps):
-    """The decisions of some steps whose gradients teach the rule nothing."""
-    body = lambda s, _: (when.advance(s, s.ascends), s.ascends)
-    return jax.jit(lambda s: jax.lax.scan(body, s, length=steps))(state)[1]
-
-
-@with_key
-def test_keys_of_all_kinds_draw_alike(rule):
-    typed = jax.random.key(7, impl="threefry2x32")
-    kinds = [7, np.int64(7), jnp.uint32(7), typed, jax.random.key_data(typed)]
-    kinds += [np.asarray(jax.random.key_data(typed))]
-    states = [rule(key=key).init(None) for key in kinds]
-    for state in states:
-        harness.assert_equal(state, states[0])
-        assert state.key.dtype == jnp.uint32
-    when = rule(key=7)
-    plans = [drawn(when, s, 100) for s in (states[0], rule(key=8).init(None))]
-    assert 0 < np.sum(plans[0] != plans[1]) < 100
-
-
-@with_key
-def test_a_key_of_another_generator(rule):
-    state = rule(key=jax.random.key(7, impl="rbg")).init(None)
-    assert harness.kinds(state) == harness.kinds(rule(key=7).init(None))
-
-
-@with_key
-def test_vmap_over_keys(rule):
-    states = jax.vmap(lambda key: rule(key=key).init(None))(jnp.arange(3))
-    for i in range(3):
-        one = jax.tree.map(lambda x, i=i: x[i], states)
-        harness.assert_close(one, rule(key=i).init(None), 1e-6)
-
-
-@with_key
-@pytest.mark.parametrize("key", [jnp.zeros(3, jnp.uint32), np.zeros(2), 1.5, None])
-def test_no_key(rule, key):
-    with pytest.raises(ValueError, match="key must be"):
-        rule(key=key).init(None)
-
-
-def test_bernoulli_frequency():
-    """As often as promised, by the binomial's own standard deviation."""
-    p, steps = 0.3, 2000
-    when = optax_sam.when.bernoulli(p, key=1)
-    decisions = drawn(when, when.init(None), steps)
-    assert abs(decisions.mean() - p) < 4 * np.sqrt(p * (1 - p) / steps)
-    assert abs(decisions[1:] @ (1.0 * decisions[:-1]) / steps - p**2) < 0.05
 
 
 def test_bernoulli_probability_schedule():

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training import train_state
+from registry import BY_NAME
 
 import optax_sam
 from optax_sam.blend import Blend
@@ -152,19 +154,6 @@ def test_no_conditional_is_compiled_outside_jit(monkeypatch):
         jax.jit(lambda s: tx.update(w, s, w, grad_fn=lambda at: at))(state)
 
 
-@pytest.mark.parametrize("wrong", [5, optax_sam.when.every_k, None])
-def test_what_is_no_rule_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"sam: when must be a rule.*every_k\(5\)"):
-        optax_sam.sam(when=wrong)
-    with pytest.raises(ValueError, match=r"blend must be a rule.*take_ascended\(\)"):
-        optax_sam.sharpness_aware(optax_sam.ascent.l2(0.1), blend=wrong)
-
-
-def test_numbers_that_have_no_schedule_refuse_one():
-    with pytest.raises(ValueError, match=r"max_rate must be a number in \(0.0, 1.0\]"):
-        optax_sam.vsam(max_rate=lambda t: 0.5)
-
-
 def test_a_mask_holds_for_rules_that_ignore_the_gradient():
     ones = optax.stateless(lambda updates, _: jax.tree.map(jnp.ones_like, updates))
     rule = optax_sam.ascent.restrict(ones, {"moves": True, "stays": False})
@@ -201,3 +190,61 @@ def test_random_numbers_come_out_of_a_branch_on_a_cpu(method, branches):
     """Nothing else does: what depends on the platform is settled when compiled."""
     program = lowered(method(), "cpu").compile().as_text()
     assert program.count(" conditional(") == branches
+
+
+# Traps that users of SAM fall into; ``docs/reliability.md`` lists them all.
+
+PARAMS, G, G_S = (harness.tree(seed) for seed in range(3))
+
+
+def emitted(tx, ascend=True):
+    update = lambda g, state: tx.update(
+        g, state, PARAMS, grad_fn=lambda p: G_S, ascend=ascend
+    )
+    return jax.jit(update)(G, tx.init(PARAMS))[0]
+
+
+@pytest.mark.parametrize("name", ["sam", "gsam"])
+def test_weight_decay_belongs_after_a_member(name):
+    """Before it, only what uses the first gradient sees any of it."""
+    method = BY_NAME[name]
+    decay, member = optax.add_decayed_weights(10.0), method.build()
+    decayed, _ = decay.update(G, decay.init(PARAMS), PARAMS)
+    before = emitted(optax.chain(decay, member))
+    harness.assert_emits(method, before, decayed, G_S, 1e-5)
+    after = emitted(optax.chain(member, decay))
+    wanted = jax.tree.map(lambda d, w: d + 10 * w, emitted(member), PARAMS)
+    harness.assert_close(after, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["sam", "esam", "sampa", "saf"])
+def test_flax_own_train_state_drops_what_it_is_given(name):
+    method = BY_NAME[name]
+    factory = getattr(method.factory, "__wrapped__", method.factory)
+    tx = factory(*[optax.sgd(0.1)] * (method.place == "around"), **method.settings)
+    state = train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+    with pytest.raises(ValueError, match=rf"{name} needs .*optax_sam\.linen\.Train"):
+        state.apply_gradients(grads=G, grad_fn=lambda p: G_S)
+
+
+def test_split_real_and_imaginary_drops_it_too():
+    tx = optax.chain(optax.contrib.split_real_and_imaginary(optax_sam.sam(0.1)))
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="split_real_and_imaginary"):
+        tx.update(G, state, PARAMS, grad_fn=lambda p: G_S)
+
+
+def test_three_meanings_of_adaptive():
+    """Each has a name; a radius of one is none for another."""
+    w, g = {"kernel": jnp.array([[1.0, -2.0]])}, {"kernel": jnp.array([[3.0, 2.0]])}
+    x, y = np.array([[1.0, 2.0]]), np.array([[3.0, 2.0]])  # sizes and gradient
+    for rule, expected in (
+        (optax_sam.ascent.adaptive(1.0, eta=0.0), x**2 * y / np.linalg.norm(x * y)),
+        (
+            optax_sam.ascent.adaptive(1.0, eta=0.5),
+            (x + 0.5) ** 2 * y / np.linalg.norm((x + 0.5) * y),
+        ),
+        (optax_sam.ascent.weight_scaled(1.0), x * y / np.linalg.norm(y)),
+    ):
+        e, _ = rule.update(g, rule.init(w), w)
+        np.testing.assert_allclose(e["kernel"], expected, rtol=1e-6)
