@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from harness import each_part
 from registry import BY_NAME, METHODS, OTHERS, each
 
@@ -176,31 +175,6 @@ def test_a_bad_gradient_is_not_used(method):
             assert metrics[name] == were[name]
         np.testing.assert_array_equal(plan(state), plan(ordinary))
         assert_remembers_nothing(state)
-
-
-@pytest.mark.parametrize("bad", [np.nan, 1e30])
-@pytest.mark.parametrize("which", ["first", "second"])
-def test_parts_need_no_guard_of_their_own(which, bad):
-    """A researcher's parts that store what they are given, without a thought."""
-    ascent = optax.chain(optax.ema(0.5), optax_sam.ascent.l2(0.1))
-    when = optax_sam.when.always()._replace(
-        init=lambda params: params, observe=lambda state, g, g_s, step: g_s
-    )
-    blend = optax_sam.blend.Blend(
-        init=lambda params: params,
-        fresh=lambda g, g_s, state, step: (g_s, g_s),
-        stale=lambda g, state, step: (g, state),
-    )
-    tx = optax_sam.sharpness_aware(ascent, when, blend)
-    good, params = harness.tree(1), harness.tree()
-    before = tx.update(good, tx.init(params), params, grad_fn=lambda p: good)[1]
-    spoiled = harness.with_entry(good, bad)
-    pair = (spoiled, good) if which == "first" else (good, spoiled)
-    _, state = tx.update(pair[0], before, params, grad_fn=lambda p: pair[1])
-    harness.assert_equal(
-        (state.ascent, state.when, state.blend),
-        (before.ascent, before.when, before.blend),
-    )
 
 
 @each_part()

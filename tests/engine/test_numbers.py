@@ -75,6 +75,10 @@ def test_half_precision_gradients_near_overflow(method):
     """
     tx, params = method.build(), harness.tree(dtype="float16")
     large = harness.tree(1, scale=1e4, dtype="float16")
+    _, state = tx.update(
+        harness.like(large, 0), tx.init(params), params, grad_fn=lambda p: large
+    )
+    assert np.isfinite(optax_sam.metrics(state)["survival"])
     ordinary, beyond = harness.tree(1, dtype="float16"), harness.tree(2, scale=1e6)
     for g, g_s, rejected in ((large, large, 0), (ordinary, beyond, 1)):
         update = functools.partial(tx.update, g, params=params, grad_fn=lambda p: g_s)  # noqa: B023
