@@ -143,34 +143,36 @@ def test_integers_have_least_values(row, low):
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("build", "settings", "message"),
     [
-        (lambda: when.every_k(3, phase=3), "phase must be below k = 3"),
-        (lambda: optax_sam.vsam(window=12, num_slices=5), "divisible by num_slices"),
-        (lambda: optax_sam.vsam(window=5, num_slices=5), "two values per slice"),
-        (lambda: optax_sam.vsam(window=10, max_rate=0.09), "at least one ascent"),
-        (lambda: optax_sam.vsam(max_rate=lambda t: 0.5), r"max_rate must be a number"),
-        (lambda: optax_sam.renyi_sam(alpha=1.0), "alpha must not be 1"),
-        (lambda: optax_sam.renyi_sam(alpha=jnp.asarray(1)), "alpha must not be 1"),
-        (lambda: optax_sam.ae_sam(lag=2), "lag must be 0 .* or 1 .*got 2"),
-        (lambda: optax_sam.ae_looksam(lag=-1), "lag must be 0 .* or 1 .*got -1"),
-        (lambda: optax_sam.ae_sam(threshold=np.nan), "threshold must be a number"),
-        (lambda: optax_sam.ae_sam(threshold="high"), "threshold must be a number"),
-        (lambda: optax_sam.ae_sam(threshold=None), "threshold must be a number"),
-        (lambda: optax_sam.ae_sam(threshold=True), "threshold must be a number"),
+        (when.every_k, {"k": 3, "phase": 3}, "phase must be below k = 3"),
+        (optax_sam.vsam, {"window": 12, "num_slices": 5}, "divisible by num_slices"),
+        (optax_sam.vsam, {"window": 5, "num_slices": 5}, "two values per slice"),
+        (optax_sam.vsam, {"window": 10, "max_rate": 0.09}, "at least one ascent"),
+        (optax_sam.vsam, {"max_rate": lambda t: 0.5}, "max_rate must be a number"),
+        (optax_sam.renyi_sam, {"alpha": 1.0}, "alpha must not be 1"),
+        (optax_sam.renyi_sam, {"alpha": jnp.asarray(1)}, "alpha must not be 1"),
+        (optax_sam.ae_sam, {"lag": 2}, "lag must be 0 .* or 1 .*got 2"),
+        (optax_sam.ae_looksam, {"lag": -1}, "lag must be 0 .* or 1 .*got -1"),
+        *(
+            (optax_sam.ae_sam, {"threshold": x}, "threshold must be a number")
+            for x in (np.nan, "high", None, True)
+        ),
         (
-            lambda: optax_sam.rho_from_lr(0.1, 0.3, 0.2),
+            optax_sam.rho_from_lr,
+            {"lr_schedule": 0.1, "rho_min": 0.3, "rho_max": 0.2},
             "rho_max must be at least rho_min = 0.3; got 0.2",
         ),
         (
-            lambda: blend.surrogate_gap(minimize="x"),
+            blend.surrogate_gap,
+            {"minimize": "x"},
             """minimize must be "perturbed" or "clean"; got 'x'""",
         ),
     ],
 )
-def test_combinations_out_of_range(build, message):
+def test_combinations_out_of_range(build, settings, message):
     with pytest.raises(ValueError, match=message):
-        build()
+        build(**settings)
 
 
 def test_the_edges_of_combinations_are_allowed():
@@ -201,24 +203,21 @@ def updated(tx, state):
 
 IN_TURN = (lambda run, *args: run(*args), jax.eval_shape)
 
-SCHEDULES = {
-    "a shape": lambda count: jnp.ones((4, 1)),
-    "integers of a shape": lambda count: jnp.arange(2),
-    "a flag": lambda count: count > 3,
-    "complex": lambda count: 1j * count,
-    "text": lambda count: "0.1",
-    "a pair": lambda count: (0.1, 0.2),
-}
 
-
-@pytest.mark.parametrize("case", SCHEDULES)
-def test_schedules_of_no_number(case):
-    for name in ("rho", "alpha"):
-        tx = optax_sam.gsam(**{name: SCHEDULES[case]})
-        state = tx.init(PARAMS)
-        for call in IN_TURN:
-            with pytest.raises(ValueError, match=f"{name} must be"):
-                call(functools.partial(updated, tx), state)
+def test_schedules_of_no_number():
+    for value in (
+        lambda count: jnp.ones((4, 1)),
+        lambda count: jnp.arange(2),
+        lambda count: count > 3,
+        lambda count: 1j * count,
+        lambda count: "0.1",
+        lambda count: (0.1, 0.2),
+    ):
+        for name in ("rho", "alpha"):
+            tx = optax_sam.gsam(**{name: value})
+            for call in IN_TURN:
+                with pytest.raises(ValueError, match=f"{name} must be"):
+                    call(functools.partial(updated, tx), tx.init(PARAMS))
 
 
 def test_a_schedule_that_starts_outside_its_range():

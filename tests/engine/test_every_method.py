@@ -127,47 +127,36 @@ TARGETS = {
 }
 
 
-def trained(problem, tx, extra_args, steps):
-    """The mean loss after a run in one scan, and the state."""
+@functools.cache
+def trained(target, method=None):
+    """The mean loss after a run in one scan, that before it, and the state."""
+    make, rate, steps = TARGETS[target]
+    problem, rate = make(), optax.cosine_decay_schedule(rate, steps)
+    base, extra_args = optax.sgd(rate, momentum=0.9), grad_fn_only
+    tx = optax.chain(optax.with_extra_args_support(optax.identity()), base)
+    if method is not None:
+        smaller = {method.radius: 0.02, "learning_rate": rate}
+        smaller = {name: x for name, x in smaller.items() if name in method.settings}
+        if method.factory is optax_sam.renyi_sam:
+            smaller["max_offset_norm"] = 0.02  # else it grows as the gradient vanishes
+        tx, extra_args = method.optimizer(base, **smaller), method.extra_args
     step = harness.make_step(tx, problem.loss_fn, extra_args)
     body = lambda carry, batch: (step(*carry, batch), None)
     run = jax.jit(lambda carry, batches: jax.lax.scan(body, carry, batches)[0])
-    params = problem.params()
-    params, state = run((params, tx.init(params)), problem.batches(steps))
+    start = problem.params()
+    params, state = run((start, tx.init(start)), problem.batches(steps))
     losses = [problem.loss_fn(params, problem.batch(t)) for t in range(4)]
-    return np.mean(losses), state
+    return np.mean(losses), problem.loss_fn(start, problem.batch(0)), state
 
 
-def falling(target):
-    _, rate, steps = TARGETS[target]
-    return optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9)
-
-
-@functools.cache
-def without_a_method(target):
-    make, _, steps = TARGETS[target]
-    tx = optax.chain(optax.with_extra_args_support(optax.identity()), falling(target))
-    return trained(make(), tx, grad_fn_only, steps)[0]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(TARGETS)[1:]]
 
 
 @each(*METHODS, *OTHERS, slow=lambda m: m.name not in ("sam", "msam"))
-@pytest.mark.parametrize(
-    "target",
-    ["rosenbrock"]
-    + [pytest.param(t, marks=pytest.mark.slow) for t in list(TARGETS)[1:]],
-)
+@pytest.mark.parametrize("target", ["rosenbrock", *SLOW])
 def test_converges(method, target):
     """As far as the base optimizer does, up to a hundredth of the way."""
-    make, rate, steps = TARGETS[target]
-    smaller = {method.radius: 0.02} if method.radius in method.settings else {}
-    if "learning_rate" in method.settings:
-        smaller["learning_rate"] = optax.cosine_decay_schedule(rate, steps)
-    if method.factory is optax_sam.renyi_sam:  # else it grows as the gradient vanishes
-        smaller["max_offset_norm"] = 0.02
-    tx = method.optimizer(falling(target), **smaller)
-    reached, state = trained(make(), tx, method.extra_args, steps)
-    start = make().loss_fn(make().params(), make().batch(0))
-    plain = without_a_method(target)
+    (reached, start, state), (plain, *_) = trained(target, method), trained(target)
     assert reached - plain < 0.01 * (start - plain)
     assert plain < 0.7 * start
     if method.calls:

@@ -61,27 +61,26 @@ def numbers(tree, seed):
     return jax.tree.map(draw, tree)
 
 
-@hypothesis.settings(max_examples=ABSTRACT)
-@hypothesis.given(names_of(METHODS + OTHERS), trees)
-def test_structure_and_dtypes_stay(name, tree):
-    tx = BY_NAME[name].build()
+def assert_kinds_stay(tx, tree, grad_fn):
     state = jax.eval_shape(tx.init, tree)
     for ascend in (None, True, False):
-        update = functools.partial(tx.update, grad_fn=lambda p: p, ascend=ascend)
+        update = functools.partial(tx.update, grad_fn=grad_fn, ascend=ascend)
         d, after = jax.eval_shape(update, tree, state, tree)
         assert harness.kinds(d) == harness.kinds(tree)
         assert harness.kinds(after) == harness.kinds(state)
 
 
+@hypothesis.settings(max_examples=ABSTRACT)
+@hypothesis.given(names_of(METHODS + OTHERS), trees)
+def test_structure_and_dtypes_stay(name, tree):
+    assert_kinds_stay(BY_NAME[name].build(), tree, lambda p: p)
+
+
 KERNEL, BIAS = np.linspace(-1, 1, 6).reshape(3, 2), np.array([0.5, -0.5])
 CONTAINERS = {
-    "dict": {"kernel": KERNEL, "bias": BIAS},
-    "list": [KERNEL, [BIAS]],
-    "tuple": (KERNEL, (BIAS,)),
-    "named tuple": Pair(KERNEL, BIAS),
+    "named tuple": Pair(KERNEL, [(BIAS,)]),
     "with none": {"kernel": KERNEL, "bias": (BIAS, None), "rest": {}},
     "one array": KERNEL,
-    "scalar": np.array(2.0),
     "scalars": {"a": np.array(2.0), "b": np.array(-1.0)},
     "zero-size leaf": {"kernel": KERNEL, "empty": np.zeros((0, 3))},
     "only zero-size": {"empty": np.zeros((0,))},
@@ -98,12 +97,7 @@ def test_containers(container):
     for name in ("sam", "vsam", "esam", "msam", "sampa", "mesa"):
         method = BY_NAME[name]
         tx = method.build(**({"mask": mask} if "mask" in method.static else {}))
-        state = jax.eval_shape(tx.init, params)
-        for ascend in (None, True, False):
-            update = functools.partial(tx.update, grad_fn=grad_fn, ascend=ascend)
-            d, after = jax.eval_shape(update, params, state, params)
-            assert harness.kinds(d) == harness.kinds(params)
-            assert harness.kinds(after) == harness.kinds(state)
+        assert_kinds_stay(tx, params, grad_fn)
     if "empty" in container or "zero" in container:
         for name in ("asam", "vsam"):
             tx = BY_NAME[name].build()

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import problems
 import pytest
-from flax.training.dynamic_scale import DynamicScale
 from registry import BY_NAME, METHODS, OTHERS
 
 import optax_sam
@@ -296,17 +295,6 @@ def test_a_dynamic_scale():
     assert found["ascents"] == names["dynamic_scale"].fin_steps
     assert found["rejected_ascents"] == 0
     assert names["loss"] < np.log(3)
-
-
-def test_flax_scales_as_the_page_does():
-    page = harness.defined(PAGE, "scaled_step")
-    dynamic, batch = DynamicScale(scale=jnp.array(2.0**10)), page["batch"]
-    ours = jax.jit(page["unscaled"])(page["params"], batch, 2.0**10)
-    theirs = jax.jit(lambda p: dynamic.value_and_grad(page["half_loss"])(p, batch).grad)
-    both = optax_sam.value_and_grad(page["half_loss"], loss_scale=dynamic)
-    for found in (theirs, jax.jit(lambda p: both(p, batch)[1])):
-        harness.assert_equal(found(page["params"]), ours)
-    assert optax.tree.norm(ours) > 0
 
 
 def test_a_first_gradient_at_a_float32_copy():

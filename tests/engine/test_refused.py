@@ -105,71 +105,57 @@ def test_value_and_grad_for_the_incoming_gradient():
     assert "grad_fn must return" not in str(caught.value)
 
 
-GRAD_FNS = {
-    "two arguments": (
-        lambda p, batch: p,
-        r"parameters alone, but it takes \(p, batch\)",
-    ),
-    "a bound keyword too many": (
-        functools.partial(lambda p, x, y: p, x=1),
-        "parameters alone",
-    ),
-    "none": (lambda: PARAMS, "parameters alone"),
-    "value_and_grad": (
-        lambda p: (jnp.ones(()), p),
-        r"pair \(value, gradients\).*jax\.grad\(loss_fn\)",
-    ),
-    "a loss with aux": (lambda p: (p, {"n": 1}), "has_aux=True"),
-    "no function": (PARAMS, "grad_fn must be a function"),
-}
+def test_a_grad_fn_that_is_none():
+    tx, alone = optax_sam.sam(0.1), "parameters alone"
+    for grad_fn, message in (
+        (lambda p, batch: p, rf"{alone}, but it takes \(p, batch\)"),
+        (functools.partial(lambda p, x, y: p, x=1), alone),
+        (lambda: PARAMS, alone),
+        (
+            lambda p: (jnp.ones(()), p),
+            r"pair \(value, gradients\).*jax\.grad\(loss_fn\)",
+        ),
+        (lambda p: (p, {"n": 1}), "has_aux=True"),
+        (PARAMS, "grad_fn must be a function"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            updated(tx, tx.init(PARAMS), grad_fn=grad_fn)
 
 
-@pytest.mark.parametrize("case", GRAD_FNS)
-def test_a_grad_fn_that_is_none(case):
-    grad_fn, message = GRAD_FNS[case]
-    tx = optax_sam.sam(0.1)
-    with pytest.raises(ValueError, match=message):
-        updated(tx, tx.init(PARAMS), grad_fn=grad_fn)
-
-
-X = jnp.arange(8.0)
-LOSSES = {
-    "ignores them": (lambda w, indices=None: (w - X) ** 2, r"at 3 indices.*\(8,\)"),
-    "takes none": (lambda w: (w - X) ** 2, "must take indices"),
-    "returns their mean": (
-        lambda w, indices=None: (w - X) ** 2 if indices is None else jnp.zeros(()),
-        r"at 3 indices.*\(\)",
-    ),
-    "returns one more": (
-        lambda w, indices=None: (w - (X if indices is None else X[:4])) ** 2,
-        r"at 3 indices.*\(4,\)",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", LOSSES)
-def test_losses_at_indices(case):
-    losses, message = LOSSES[case]
-    tx, w = optax_sam.esam(0.1, beta=1.0, gamma=0.5), jnp.zeros(())
-    with pytest.raises(ValueError, match=message):
-        tx.update(w + 1, tx.init(w), w, per_example_loss_fn=losses)
+def test_losses_at_indices():
+    x, w = jnp.arange(8.0), jnp.zeros(())
+    tx = optax_sam.esam(0.1, beta=1.0, gamma=0.5)
+    for losses, message in (
+        (lambda w, indices=None: (w - x) ** 2, r"at 3 indices.*\(8,\)"),
+        (lambda w: (w - x) ** 2, "must take indices"),
+        (
+            lambda w, indices=None: (w - x) ** 2 if indices is None else w,
+            r"at 3 indices.*\(\)",
+        ),
+        (
+            lambda w, indices=None: (w - (x if indices is None else x[:4])) ** 2,
+            r"at 3 indices.*\(4,\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tx.update(w + 1, tx.init(w), w, per_example_loss_fn=losses)
 
 
 def test_shards_of_micro_sharpness():
     """A batch in the place of the shard is refused; a shard with a default is not."""
-    w, shards = jnp.zeros(()), X.reshape(2, 4)
+    w, x = jnp.zeros(()), jnp.arange(8.0)
     gradient = jax.grad(lambda w, x: jnp.mean((w - x) ** 2))
     tx = optax_sam.micro_sharpness(optax_sam.sam(0.1, axis_name="shards"), 2)
     for grad_fn in (
-        lambda w, x=X: gradient(w, x),
-        lambda w, batch=(X, X), i=0: w,
-        functools.partial(lambda w, x: w, x=X),
+        lambda w, x=x: gradient(w, x),
+        lambda w, batch=(x, x), i=0: w,
+        functools.partial(lambda w, x: w, x=x),
     ):
         with pytest.raises(ValueError, match="shard"):
             tx.update(None, tx.init(w), w, grad_fn=grad_fn)
     for grad_fn in (
-        lambda w, i=0: gradient(w, shards[i]),
-        lambda w, i=None: gradient(w, shards[i]),
+        lambda w, i=0: gradient(w, x.reshape(2, 4)[i]),
+        lambda w, i=None: gradient(w, x.reshape(2, 4)[i]),
     ):
         assert jnp.isfinite(tx.update(None, tx.init(w), w, grad_fn=grad_fn)[0])
 
@@ -177,14 +163,9 @@ def test_shards_of_micro_sharpness():
 # A state belongs to the method, the rule and the parameters that it was made for.
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [
-        *(BY_NAME[name].build() for name in (*NAMES, "wsam", "sampa", "mesa", "saf")),
-    ],
-    ids=[*NAMES, "wsam", "sampa", "mesa", "saf"],
-)
-def test_the_state_of_another_optimizer(tx):
+@pytest.mark.parametrize("name", [*NAMES, "wsam", "sampa", "mesa", "saf"])
+def test_the_state_of_another_optimizer(name):
+    tx = BY_NAME[name].build()
     member = tx.init(PARAMS)
     foreign = optax_sam.sam() if not hasattr(member, "when") else optax_sam.mesa()
     others = [sgd, optax.adam(0.1), optax.chain(sgd, sgd), optax.identity(), foreign]
@@ -201,52 +182,40 @@ def test_a_checkpoint_that_was_restored_without_a_target():
         updated(tx, tx.init(PARAMS)._asdict())
 
 
-OTHER_SETTINGS = {
-    "looksam's in sam": (optax_sam.looksam(), optax_sam.sam(), r"state\.when"),
-    "gsam's in gnp's place, with reuse": (
+_rule = lambda rule: optax_sam.sam(when=rule)
+OTHER_SETTINGS = [
+    (optax_sam.looksam(), optax_sam.sam(), "when"),
+    (optax_sam.friendly_sam(), optax_sam.sam(), "ascent it has FriendlyState"),
+    (optax_sam.vsam(), optax_sam.vsam(reuse_decay=0.0), "blend"),
+    (
         optax_sam.gsam(),
         optax_sam.sharpness_aware(ascent.l2(0.1), blend=blend.reuse_normal()),
-        r"state\.blend it has EmptyState.*makes ReuseNormalState",
+        "blend it has EmptyState.*makes ReuseNormalState",
     ),
-    "another window": (
+    (
         optax_sam.vsam(window=10),
         optax_sam.vsam(window=20),
-        r"state\.when\.psf_norms it has.*\(10,\).*\(20,\)",
+        r"when\.psf_norms it has.*\(10,\).*\(20,\)",
     ),
-    "vsam's in vSAM-A": (
-        optax_sam.vsam(),
-        optax_sam.vsam(reuse_decay=0.0),
-        r"state\.blend",
+    (
+        _rule(when.every_k(2)),
+        _rule(when.bernoulli(0.5)),
+        "when it has EveryKState.*makes BernoulliState",
     ),
-    "another rule": (
-        optax_sam.sam(when=when.every_k(2)),
-        optax_sam.sam(when=when.bernoulli(0.5)),
-        r"state\.when it has EveryKState.*makes BernoulliState",
+    (
+        _rule(when.after(2, when.every_k(2))),
+        _rule(when.after(2)),
+        r"when\.rule it has EveryKState.*makes AlwaysState",
     ),
-    "another rule inside after": (
-        optax_sam.sam(when=when.after(2, when.every_k(2))),
-        optax_sam.sam(when=when.after(2)),
-        r"state\.when\.rule it has EveryKState.*makes AlwaysState",
-    ),
-    "lagged or not": (
-        optax_sam.ae_sam(),
-        optax_sam.ae_sam(lag=1),
-        r"state\.when it has NormTrendState",
-    ),
-    "another ascent": (
-        optax_sam.friendly_sam(),
-        optax_sam.sam(),
-        r"state\.ascent it has FriendlyState",
-    ),
-}
+    (optax_sam.ae_sam(), optax_sam.ae_sam(lag=1), "when it has NormTrendState"),
+]
 
 
-@pytest.mark.parametrize("case", OTHER_SETTINGS)
-def test_the_state_of_another_setting(case):
-    before, after, message = OTHER_SETTINGS[case]
+@pytest.mark.parametrize(("before", "after", "message"), OTHER_SETTINGS)
+def test_the_state_of_another_setting(before, after, message):
     run, state = functools.partial(updated, after), before.init(PARAMS)
     for update in (run, functools.partial(jax.eval_shape, run)):
-        with pytest.raises(ValueError, match=message + r"(?s:.*)_replace\("):
+        with pytest.raises(ValueError, match=rf"state\.{message}(?s:.*)_replace\("):
             update(state)
 
 
@@ -336,41 +305,35 @@ def test_a_model_whose_gradient_has_another_structure():
 
 # Masks.
 
-NO_MASKS = {
-    "name": "layer",
-    "number": {"layer": 1, "gain": True},
-    "too short": {"layer": True},
-    "other names": {"layer": {"kernel": True, "offset": True}, "gain": True},
-    "arrays": {"layer": jnp.array(True), "gain": jnp.array(True)},
-    "traced": lambda params: jax.tree.map(lambda x: jnp.any(x > 0), params),
-}
+
+def test_masks_that_are_none():
+    for mask in (
+        "layer",
+        {"layer": 1, "gain": True},
+        {"layer": True},  # too short
+        {"layer": {"kernel": True, "offset": True}, "gain": True},
+        {"layer": jnp.array(True), "gain": jnp.array(True)},
+        lambda params: jax.tree.map(lambda x: jnp.any(x > 0), params),  # traced
+    ):
+        for name in NAMES:
+            tx = BY_NAME[name].build(mask=mask)
+            step = lambda p: updated(tx, tx.init(p), p, ascend=True)  # noqa: B023
+            with pytest.raises(ValueError, match="mask must"):
+                jax.eval_shape(step, PARAMS)
 
 
-@pytest.mark.parametrize("case", NO_MASKS)
-def test_masks_that_are_none(case):
-    for name in NAMES:
-        tx = BY_NAME[name].build(mask=NO_MASKS[case])
-        update = functools.partial(updated, tx, ascend=True)
-        with pytest.raises(ValueError, match="mask must"):
-            jax.eval_shape(lambda params: update(tx.init(params)), PARAMS)  # noqa: B023
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [
-        jax.tree.map(lambda x: False, PARAMS),
-        lambda p: jax.tree.map(lambda x: x.ndim > 7, p),
-    ],
-    ids=["tree", "function"],
-)
-def test_a_mask_that_leaves_nothing(mask):
-    for factory in (optax_sam.sam, optax_sam.random_sam, optax_sam.gam):
-        tx = factory(mask=mask)
-        with pytest.raises(ValueError, match="mask includes none of the 3 leaves"):
-            updated(tx, tx.init(PARAMS))
-    tx = optax_sam.vsam(norm_mask=mask)
-    with pytest.raises(ValueError, match="norm_mask includes none"):
-        updated(tx, tx.init(PARAMS), ascend=True)
+def test_a_mask_that_leaves_nothing():
+    nothing = lambda p: jax.tree.map(lambda x: x.ndim > 7, p)
+    for mask in (nothing, nothing(PARAMS)):
+        for factory in (optax_sam.sam, optax_sam.random_sam, optax_sam.gam):
+            tx = factory(mask=mask)
+            with pytest.raises(
+                ValueError, match=r"^mask includes none of the 3 leaves"
+            ):
+                updated(tx, tx.init(PARAMS))
+        tx = optax_sam.vsam(norm_mask=mask)
+        with pytest.raises(ValueError, match="norm_mask includes none"):
+            updated(tx, tx.init(PARAMS), ascend=True)
 
 
 # Parts.
@@ -396,9 +359,7 @@ def test_a_part_on_the_wrong_axis(axis, wrong):
 
 
 def test_parts_say_what_they_miss():
-    g = jnp.ones(2)
-    give = lambda rule, *params, **extra: rule.update(g, rule.init(g), *params, **extra)
-    grad_fn = lambda p: p
+    g, grad_fn = jnp.ones(2), {"grad_fn": lambda p: p}
     random = r"random rule needs the step.*count="
     for rule, given, extra, message in (
         (ascent.adaptive(0.1), (), {}, "needs params"),
@@ -406,9 +367,9 @@ def test_parts_say_what_they_miss():
         (ascent.weight_scaled(0.1), (), {}, "weight-scaled ascent needs params"),
         (ascent.trust_ratio(0.1), (), {}, "layer-wise ascent needs params"),
         (ascent.smoothed(0.1), (), {}, "smoothed ascent needs params and grad_fn"),
-        (ascent.smoothed(0.1), (g,), {"grad_fn": grad_fn}, random),
-        (ascent.random_leaves(0.1), (g,), {"grad_fn": grad_fn}, random),
+        (ascent.smoothed(0.1), (g,), grad_fn, random),
+        (ascent.random_leaves(0.1), (g,), grad_fn, random),
         (ascent.l2(optax.constant_schedule(0.1)), (), {}, "count="),
     ):
         with pytest.raises(ValueError, match=message):
-            give(rule, *given, **extra)
+            rule.update(g, rule.init(g), *given, **extra)
