@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 from harness import each_part
-from registry import OTHERS, grad_fn_only
+from registry import OTHERS
 
 import optax_sam
 
@@ -82,46 +82,3 @@ def test_skipped_step(method):
 def test_ascent_of_several_steps(steps):
     tx = optax.chain(optax_sam.sam(num_ascent_steps=steps), base())
     assert flops(tx) / flops_of_base() == pytest.approx(steps + 1, rel=TOLERANCE)
-
-
-def test_quarter_batch_sam():
-    """The part is sliced off in the program, and each example costs its share."""
-    problem, tx = PROBLEM(), optax.chain(optax_sam.sam(), base())
-    params = jax.eval_shape(problem.params)
-
-    def step(params, state, batch, divisor):
-        part = optax_sam.ascent_batch(batch, divisor)
-        grads = jax.grad(problem.loss_fn)(params, part)
-        extra = grad_fn_only(problem.loss_fn, batch)
-        updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
-    for divisor in (1, 4):
-        with_part = functools.partial(step, divisor=divisor)
-        state = jax.eval_shape(tx.init, params)
-        lowered = jax.jit(with_part).lower(params, state, batch())
-        ratio = lowered.compile().cost_analysis()["flops"] / flops_of_base()
-        assert ratio == pytest.approx(1 + 1 / divisor, rel=TOLERANCE)
-
-
-def test_m_sam_in_one_program():
-    """Each shard has a perturbation of its own, for the price of one for all."""
-    problem, member = PROBLEM(), optax_sam.sam(axis_name="shards")
-    tx = optax.chain(member, base())
-    params = jax.eval_shape(problem.params)
-
-    def step(params, state, batch):
-        shards = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch)
-
-        def of_shard(shard):
-            extra = grad_fn_only(problem.loss_fn, shard)
-            grads = jax.grad(problem.loss_fn)(params, shard)
-            return tx.update(grads, state, params, **extra)
-
-        updates, after = jax.vmap(of_shard, axis_name="shards", out_axes=None)(shards)
-        return optax.apply_updates(params, updates), after
-
-    lowered = jax.jit(step).lower(params, jax.eval_shape(tx.init, params), batch())
-    ratio = lowered.compile().cost_analysis()["flops"] / flops_of_base()
-    # Norms and offsets of four parameters, where a shard has 32 examples.
-    assert ratio == pytest.approx(2, rel=4 * TOLERANCE)
