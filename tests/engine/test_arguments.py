@@ -1,6 +1,8 @@
 """What hyperparameters may be: numbers in ranges, integers, schedules, dtypes, keys."""
 
 import functools
+import operator
+import re
 import warnings
 
 import harness
@@ -13,7 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import optax_sam
-from optax_sam import ascent, blend, when
+from optax_sam import blend, when
 
 PARAMS = harness.tree(1)
 sgd = optax.sgd(0.1)
@@ -60,39 +62,23 @@ GIVEN = {
 }
 
 
-def rows(table):
-    """Factories with one argument and the range, by their name."""
-    words, found = table.split(), []
-    for word in words:
-        if word.endswith(":"):
-            path, names, span = word[:-1], [], []
-        elif word[0].isalpha() and word != "inf)":
-            names.append(word)
-        else:
-            span.append(word)
-            if word[-1] in ")]" or word.isdigit():
-                found += [(f"{path} {name}", " ".join(span)) for name in names]
-    return dict(found)
+def rows(table, span):
+    """Factories with one argument, and the range."""
+    found = re.findall(rf"([\w.]+): ([a-z_ ]+) {span}", table)
+    return [(f"{path} {x}", end) for path, names, end in found for x in names.split()]
 
 
 def factory(row):
     """What builds a method or a part with one argument of a row."""
     path, name = row.split()
-    module, _, function = path.rpartition(".")
-    build = getattr(
-        {"ascent": ascent, "when": when, "blend": blend}.get(module, optax_sam),
-        function,
-    )
+    build = operator.attrgetter(path)(optax_sam)
     return name, lambda value: build(**{**GIVEN.get(path, {}), name: value})
 
 
-def said(name):
-    return {"grad_rho": "rho"}.get(name, name)
-
-
-@pytest.mark.parametrize(("row", "span"), rows(NUMBERS).items())
+@pytest.mark.parametrize(("row", "span"), rows(NUMBERS, r"(\S+, \w+\S)"))
 def test_numbers_have_ranges(row, span):
     name, build = factory(row)
+    said = {"grad_rho": "rho"}.get(name, name)
     low, high = (float(x) for x in span[1:-1].split(","))
     bad = [low - 0.1, -np.inf, np.inf, np.nan, "large", 1j]
     bad += [None] if row not in OPTIONAL else []
@@ -103,9 +89,9 @@ def test_numbers_have_ranges(row, span):
         if allowed:
             build(value)
             continue
-        with pytest.raises(ValueError, match=rf"\b{said(name)} must be"):
+        with pytest.raises(ValueError, match=rf"\b{said} must be"):
             build(value)
-    with pytest.raises(ValueError, match=rf"{said(name)} must be one real.*\(1,\)"):
+    with pytest.raises(ValueError, match=rf"{said} must be one real.*\(1,\)"):
         build(np.ones(1) * 0.1)
     if name == "rho":  # as it goes into optax.contrib.sam
         with pytest.raises(ValueError, match=r"goes behind the method.*optax\.chain\("):
@@ -133,7 +119,7 @@ def test_shares_above_one(bad):
             factory(row)[1](bad)
 
 
-@pytest.mark.parametrize(("row", "low"), rows(INTEGERS).items())
+@pytest.mark.parametrize(("row", "low"), rows(INTEGERS, r"(\d)"))
 def test_integers_have_least_values(row, low):
     name, build = factory(row)
     bad = [int(low) - 1, -5, 2.0, "2", True, [2]]
