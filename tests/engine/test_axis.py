@@ -18,7 +18,7 @@ MEAN = lambda tree: jax.lax.pmean(tree, "data")
 LOCAL = lambda tree: tree
 
 
-def mapped(tx, on_first, on_second, check_vma=True, advised=True):
+def mapped(tx, on_first, on_second, check_vma=True, advised=True, local_params=True):
     """Traces an update under ``shard_map``, whose results are to be replicated."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     problem = problems.mlp()
@@ -30,7 +30,7 @@ def mapped(tx, on_first, on_second, check_vma=True, advised=True):
         return tx.update(
             on_first(gradient(local)),
             state,
-            params,
+            local if local_params else params,
             grad_fn=lambda p: on_second(gradient(p)),
             ascend=True,
         )
@@ -52,7 +52,7 @@ def mapped(tx, on_first, on_second, check_vma=True, advised=True):
 def test_a_mean_forgotten_on_one_gradient(on_first, on_second):
     """JAX's types see it, if nobody asked for one perturbation per device."""
     with pytest.raises(ValueError, match="out_specs"):
-        mapped(optax_sam.gsam(0.1), on_first, on_second)
+        mapped(optax_sam.sam(0.1), on_first, on_second)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_advice_about_summed_gradients(method):
     """It is given where it applies, and the program that it names is one."""
     tx = method.build(axis_name="data")
     for check_vma in (True, False):
-        mapped(tx, LOCAL, LOCAL, check_vma)
+        mapped(tx, LOCAL, LOCAL, check_vma, local_params=False)
     if method.uses_incoming:
         with pytest.raises(ValueError, match=r"local = jax\.lax\.pcast") as caught:
             mapped(tx, LOCAL, LOCAL, advised=False)

@@ -16,7 +16,7 @@ import optax_sam
 
 # Long enough for each rule to leave a step out.
 STEPS = 20
-WITHOUT_COMPILER = 4
+WITHOUT_COMPILER = 3
 RATE = 0.05
 
 
@@ -41,7 +41,7 @@ def test_it_trains_as_promised(method):
         decisions.append(harness.ascents(state) > ascents)
         assert all(x.is_deleted() for x in given)
         if t + 1 == WITHOUT_COMPILER:
-            early = jax.device_get((params, state))
+            early = jax.tree.map(np.array, (params, state))  # no views
     assert compiled._cache_size() == 1
     assert len(traced) == method.calls
     assert harness.kinds((params, state)) == kinds

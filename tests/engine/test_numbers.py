@@ -165,7 +165,7 @@ def after_a_step(method):
 asking = [method for method in OTHERS if method.calls]
 
 
-@each_part(quick="vsam gsam random_sam friendly_sam gam", more=asking)
+@each_part(quick="vsam gsam random_sam", more=asking)
 def test_derivatives_equal_finite_differences(method, x64):
     w = harness.tree(1)
     loss = after_a_step(method)
@@ -181,7 +181,7 @@ def minimum(w):
     return sum(jnp.sum(x**2) for x in jax.tree.leaves(w))
 
 
-@each_part(quick="vsam gsam random_sam friendly_sam gam", more=asking)
+@each_part(quick="sam friendly_sam", more=asking)
 def test_derivatives_are_finite_at_a_minimum(method, x64):
     """The gradient is exactly zero there, and so may the radius be."""
     zero = jax.tree.map(jnp.zeros_like, harness.tree())

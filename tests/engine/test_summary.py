@@ -71,7 +71,9 @@ def test_what_it_needs_is_what_it_takes(method):
         with pytest.raises(ValueError, match=rf"{title} needs {name}\b"):
             row(**{other: x for other, x in given.items() if other != name})
     if method in METHODS:
-        with pytest.raises(ValueError, match=rf"{title} needs .*params.*tx\.update"):
+        with pytest.raises(
+            ValueError, match=rf"{title} needs the parameters.*tx\.update"
+        ):
             tx.update(params, tx.init(params), **given)
 
 
