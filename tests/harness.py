@@ -14,9 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import problems
-from registry import ascended, grad_fn_only
+from registry import BY_NAME, ascended, each, grad_fn_only
 
 import optax_sam
+
+# A method for each rule of ascent, when and blend: what holds for a part is tried with
+# one that has it. The first keep or decide something, or climb in a way of their own.
+_FIRST = "sam vsam looksam ae_sam gsam random_sam friendly_sam gam"
+_THEN = (
+    "sam_2_steps ss_sam asam look_layer_sam esam renyi_sam_after_warmup gnp fisher_sam"
+    " amp stable_sam"
+)
+PARTS = [BY_NAME[name] for name in f"{_FIRST} {_THEN}".split()]
+
+
+def each_part(chosen=lambda method: True, quick=_FIRST, more=()):
+    """Parametrizes a test by parts; only CI runs those that are not among ``quick``."""
+    methods = [*filter(chosen, PARTS), *more]
+    return each(*methods, slow=lambda m: m in PARTS and m.name not in quick.split())
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from registry import every_one
+from registry import METHODS, every_one
 
 import optax_sam
 
@@ -65,9 +65,16 @@ def test_what_it_needs_is_what_it_takes(method):
     }
     given = {name: given[name] for name in needs}
     row(**given)
+    title = method.factory.__name__
+    title = title if hasattr(optax_sam, title) else "sharpness_aware"
     for name in needs:
-        with pytest.raises(ValueError, match=rf"needs {name}\b"):
+        with pytest.raises(ValueError, match=rf"{title} needs {name}\b"):
             row(**{other: x for other, x in given.items() if other != name})
+    if method in METHODS:
+        with pytest.raises(
+            ValueError, match=rf"{title} needs the parameters.*tx\.update"
+        ):
+            tx.update(params, tx.init(params), **given)
 
 
 def test_one_price_in_all_forms():

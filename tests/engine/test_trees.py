@@ -61,16 +61,63 @@ def numbers(tree, seed):
     return jax.tree.map(draw, tree)
 
 
-@hypothesis.settings(max_examples=ABSTRACT)
-@hypothesis.given(names_of(METHODS + OTHERS), trees)
-def test_structure_and_dtypes_stay(name, tree):
-    tx = BY_NAME[name].build()
+def assert_kinds_stay(tx, tree, grad_fn):
     state = jax.eval_shape(tx.init, tree)
     for ascend in (None, True, False):
-        update = functools.partial(tx.update, grad_fn=lambda p: p, ascend=ascend)
+        update = functools.partial(tx.update, grad_fn=grad_fn, ascend=ascend)
         d, after = jax.eval_shape(update, tree, state, tree)
         assert harness.kinds(d) == harness.kinds(tree)
         assert harness.kinds(after) == harness.kinds(state)
+
+
+@hypothesis.settings(max_examples=ABSTRACT)
+@hypothesis.given(names_of(METHODS + OTHERS), trees)
+def test_structure_and_dtypes_stay(name, tree):
+    assert_kinds_stay(BY_NAME[name].build(), tree, lambda p: p)
+
+
+KERNEL, BIAS = np.linspace(-1, 1, 6).reshape(3, 2), np.array([0.5, -0.5])
+CONTAINERS = {
+    "named tuple": Pair(KERNEL, [(BIAS,)]),
+    "with none": {"kernel": KERNEL, "bias": (BIAS, None), "rest": {}},
+    "one array": KERNEL,
+    "scalars": {"a": np.array(2.0), "b": np.array(-1.0)},
+    "zero-size leaf": {"kernel": KERNEL, "empty": np.zeros((0, 3))},
+    "only zero-size": {"empty": np.zeros((0,))},
+    "empty": {},
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_containers(container):
+    """The structure goes through under a mask; nothing to perturb is no failure."""
+    params = jax.tree.map(jnp.float32, CONTAINERS[container])
+    grad_fn = jax.grad(lambda p: sum((jnp.sum(x**3) for x in jax.tree.leaves(p)), 0.0))
+    mask = lambda p: jax.tree.map(lambda x: x.ndim != 1, p)
+    for name in ("sam", "vsam", "esam", "msam", "sampa", "mesa"):
+        method = BY_NAME[name]
+        tx = method.build(**({"mask": mask} if "mask" in method.static else {}))
+        assert_kinds_stay(tx, params, grad_fn)
+    if "empty" in container or "zero" in container:
+        for name in ("asam", "vsam"):
+            tx = BY_NAME[name].build()
+            update = functools.partial(tx.update, grad_fn=lambda p: p, ascend=True)
+            d, state = update(params, tx.init(params), params)
+            assert harness.is_finite((d, state))
+            assert optax_sam.metrics(state)["survival"] == pytest.approx(1)
+            assert optax_sam.metrics(state)["rejected_ascents"] == 0
+
+
+@pytest.mark.parametrize("name", ["vsam", "asam"])
+def test_python_and_numpy_numbers_as_parameters(name):
+    tx = BY_NAME[name].build()
+    params = {"w": 1.0, "b": np.ones(2, np.float32)}
+    grad_fn = jax.grad(lambda p: p["w"] ** 2 + jnp.sum(p["b"] ** 3))
+    grads = jax.tree.map(np.asarray, grad_fn(params))
+    d, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+    assert d["w"] > 2
+    assert np.all(d["b"] >= 3)
+    assert optax_sam.metrics(state)["ascents"] == 1
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/step_cost_cpu.json"
 
 
@@ -20,8 +20,15 @@ def test_the_rows_of_the_results_are_those_that_are_timed(benchmark):
         assert found == timed
 
 
-@pytest.mark.parametrize("model", ["MLP", "CNN", "transformer"])
-def test_every_step_is_one(benchmark, model):
+@pytest.mark.parametrize(
+    ("model", "every"),
+    [
+        ("transformer", False),
+        pytest.param("CNN", False, marks=pytest.mark.slow),
+        pytest.param("MLP", True, marks=pytest.mark.slow),
+    ],
+)
+def test_every_step_is_one(benchmark, model, every):
     """By tracing alone: parameters and state come out as they went in."""
     methods, models = benchmark("cost_methods"), benchmark("cost_models")
     subject = models.subject(model, "cpu", half=False, tiny=True)
@@ -32,7 +39,7 @@ def test_every_step_is_one(benchmark, model):
     assert len(names) > 25
     # One model sees them all; of the others' what depends on the model.
     some = {"SGD", "esam", "sam_on", "saf", "mesa", "m-sam, 4 shards"}
-    for name in names if model == "MLP" else names & some:
+    for name in names if every else names & some:
         tx = methods.METHODS[name].build(base, subject)
         state = jax.eval_shape(tx.init, params)
         step = methods.train_step(name, subject, tx)
@@ -41,47 +48,51 @@ def test_every_step_is_one(benchmark, model):
         assert kinds(after) == kinds((params, state)), name
 
 
-def test_it_times_and_adds_rows(benchmark, monkeypatch, tmp_path, capsys):
+def timed(benchmark, monkeypatch, out, *methods):
+    """The rows of a quick run, by method and form, and the script."""
     cost = benchmark("step_cost")
-    out = tmp_path / "out.json"
+    methods = [cost.cost_methods.OPAQUE if x == "peer" else x for x in methods]
     command = ["step_cost.py", "--quick", "--models", "MLP", "--out", str(out)]
-    peer = cost.cost_methods.OPAQUE
-    monkeypatch.setattr(sys, "argv", [*command, "--methods", peer, "sam", "sam_5"])
+    monkeypatch.setattr(sys, "argv", [*command, "--methods", *methods])
     cost.main()
-    results = json.loads(out.read_text())
-    rows = {(x["method"], x["form"]): x for x in results["models"]["MLP"]["rows"]}
-    assert list(rows) == [
+    rows = json.loads(out.read_text())["models"]["MLP"]["rows"]
+    for row in rows:
+        assert 0 < row["to_sgd"][0] <= row["to_sgd"][1] <= row["to_sgd"][2]
+        assert row["peak_mib"] > 0
+    rows = {(x["method"], x["form"]): x for x in rows}
+    assert rows["SGD", ""]["gradients"] == 1
+    return rows, cost
+
+
+def test_it_times(benchmark, monkeypatch, tmp_path):
+    rows, _ = timed(benchmark, monkeypatch, tmp_path / "out.json", "sam")
+    assert list(rows) == [("SGD", ""), ("sam", "")]
+    assert rows["sam", ""]["gradients"] == 2
+    assert 1.9 < rows["sam", ""]["flops_to_sgd"] < 2.3
+
+
+@pytest.mark.slow
+def test_it_times_and_adds_rows(benchmark, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    rows, cost = timed(benchmark, monkeypatch, out, "peer", "sam", "sam_5")
+    names = [
         ("SGD", ""),
-        (peer, ""),
+        (cost.cost_methods.OPAQUE, ""),
         ("sam", ""),
         ("sam_5", "dispatched"),
         ("sam_5", "conditional"),
     ]
-    assert rows["SGD", ""]["gradients"] == 1
-    assert rows["sam", ""]["gradients"] == 2
-    assert rows["sam_5", "dispatched"]["gradients"] == 1.2
-    assert rows["sam_5", "conditional"]["gradients"] == 1.2
-    for row in rows.values():
-        assert 0 < row["to_sgd"][0] <= row["to_sgd"][1] <= row["to_sgd"][2]
-        assert row["peak_mib"] > 0
-    assert 1.9 < rows["sam", ""]["flops_to_sgd"] < 2.3
-    assert 1.1 < rows["sam_5", "dispatched"]["flops_to_sgd"] < 1.4
-    assert rows["sam_5", "conditional"]["flops_to_sgd"] is None
-    pair = rows["sam_5", "dispatched"]["compile_to_sgd"]
-    assert pair > rows["SGD", ""]["to_sgd"][0] > 0
-    monkeypatch.setattr(sys, "argv", [*command, "--methods", "msam", "--workers", "2"])
-    cost.main()
-    more = json.loads(out.read_text())["models"]["MLP"]["rows"]
-    assert [row["method"] for row in more][1:] == [
-        peer,
-        "sam",
-        "sam_5",
-        "sam_5",
-        "msam",
-    ]
-    assert more[2] == rows["sam", ""]
-    assert more[-1]["gradients"] == 1
-    assert more[-1]["compile_to_sgd"] is None  # beside others: not timed
+    assert list(rows) == names
+    two, one = rows["sam_5", "dispatched"], rows["sam_5", "conditional"]
+    assert two["gradients"] == one["gradients"] == 1.2
+    assert 1.1 < two["flops_to_sgd"] < 1.4
+    assert one["flops_to_sgd"] is None
+    assert two["compile_to_sgd"] > rows["SGD", ""]["to_sgd"][0] > 0
+    more, _ = timed(benchmark, monkeypatch, out, "msam", "--workers", "2")
+    assert list(more) == [*names, ("msam", "")]
+    assert more["sam", ""] == rows["sam", ""]
+    assert more["msam", ""]["gradients"] == 1
+    assert more["msam", ""]["compile_to_sgd"] is None  # beside others: not timed
     assert cost.cost_report.markdown(json.loads(out.read_text())) in (
         capsys.readouterr().out
     )

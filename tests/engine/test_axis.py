@@ -1,0 +1,154 @@
+"""Devices: where means belong, and that all devices keep and emit the same."""
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from harness import each_part
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import optax_sam
+from optax_sam import ascent, blend, when
+
+MEAN = lambda tree: jax.lax.pmean(tree, "data")
+LOCAL = lambda tree: tree
+
+
+def mapped(tx, on_first, on_second, check_vma=True, advised=True, local_params=True):
+    """Traces an update under ``shard_map``, whose results are to be replicated."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    problem = problems.mlp()
+
+    def update(params, state, batch):
+        cast = advised and check_vma
+        local = jax.lax.pcast(params, "data", to="varying") if cast else params
+        gradient = lambda p: jax.grad(problem.loss_fn)(p, batch)
+        return tx.update(
+            on_first(gradient(local)),
+            state,
+            local if local_params else params,
+            grad_fn=lambda p: on_second(gradient(p)),
+            ascend=True,
+        )
+
+    step = jax.shard_map(
+        update,
+        mesh=mesh,
+        in_specs=(P(), P(), P("data")),
+        out_specs=(P(), P()),
+        check_vma=check_vma,
+    )
+    params = problem.params()
+    return jax.eval_shape(step, params, tx.init(params), problem.batch(0))
+
+
+@pytest.mark.parametrize(
+    ("on_first", "on_second"), [(MEAN, LOCAL), (LOCAL, MEAN)], ids=["second", "first"]
+)
+def test_a_mean_forgotten_on_one_gradient(on_first, on_second):
+    """JAX's types see it, if nobody asked for one perturbation per device."""
+    with pytest.raises(ValueError, match="out_specs"):
+        mapped(optax_sam.sam(0.1), on_first, on_second)
+
+
+@pytest.mark.parametrize(
+    ("on_first", "on_second", "what"),
+    [
+        (MEAN, LOCAL, "the incoming gradient"),
+        (LOCAL, MEAN, "what grad_fn returned"),
+        (MEAN, MEAN, "the incoming gradient"),
+    ],
+    ids=["first", "second", "both"],
+)
+def test_an_early_mean_is_refused(on_first, on_second, what):
+    """One perturbation per device needs the gradient of each."""
+    with pytest.raises(ValueError, match=rf"{what}(.|\n)*jax\.lax\.pcast"):
+        mapped(optax_sam.sam(0.1, axis_name="data"), on_first, on_second)
+
+
+@each_part(lambda m: "axis_name" in m.static and m.needs == "grad_fn")
+def test_the_advice_about_summed_gradients(method):
+    """It is given where it applies, and the program that it names is one."""
+    tx = method.build(axis_name="data")
+    for check_vma in (True, False):
+        mapped(tx, LOCAL, LOCAL, check_vma, local_params=False)
+    if method.uses_incoming:
+        with pytest.raises(ValueError, match=r"local = jax\.lax\.pcast") as caught:
+            mapped(tx, LOCAL, LOCAL, advised=False)
+        assert "also inside" not in str(caught.value)
+
+
+# Every part that holds something, and every kind of gradient.
+
+RISES = {
+    "l2": ascent.l2(0.1),
+    "friendly": ascent.friendly(0.2),
+    "friendly, restricted": ascent.restrict(ascent.friendly(0.2), True),
+    "friendly, scheduled": ascent.friendly(optax.linear_schedule(0.1, 0.2, 5)),
+    "smoothed": ascent.smoothed(0.1, 0.1, key=3),
+    "random_leaves": ascent.random_leaves(0.1, 0.5, key=3),
+    "adaptive": ascent.adaptive(0.1),
+    "fisher": ascent.fisher(0.1),
+    "renyi": ascent.renyi(0.1),
+    "n_step": ascent.n_step(0.1, 2),
+    "raw_steps": ascent.raw_steps(0.1, num_steps=2),
+    "trust_ratio": ascent.trust_ratio(0.1),
+    "weight_scaled": ascent.weight_scaled(0.1),
+}
+RULES = {
+    "always": when.always(),
+    "every_k": when.every_k(2),
+    "bernoulli": when.bernoulli(0.5),
+    "after": when.after(1, when.norm_above_trend(lag=1)),
+    "norm_above_trend": when.norm_above_trend(),
+    "variance_controlled": when.variance_controlled(4, 2, warmup_steps=3),
+}
+BLENDS = {
+    "take_ascended": blend.take_ascended(),
+    "surrogate_gap": blend.surrogate_gap(),
+    "interpolate": blend.interpolate(),
+    "renormalize": blend.renormalize(blend.reuse_normal()),
+    "reuse_normal": blend.reuse_normal(),
+    "reuse_difference": blend.reuse_difference(),
+}
+# Each rise once, and each rule and blend with two of them.
+PRODUCTS = [
+    (rise, list(RULES)[i % 6], list(BLENDS)[(i + i // 6) % 6])
+    for i, rise in enumerate(RISES)
+]
+
+
+def test_every_exported_part_is_tested():
+    exported = lambda module: {x for x in module.__all__ if x[0].islower()}
+    helpers = {"norm", "rescale", "restrict", "normalization_layers", "roles"}
+    assert exported(ascent) - helpers <= {name.split(",")[0] for name in RISES}
+    assert exported(when) == set(RULES)
+    assert exported(blend) == set(BLENDS)
+
+
+@pytest.mark.parametrize(("rise", "rule", "mix"), PRODUCTS)
+def test_replicas_stay_equal(rise, rule, mix):
+    """Each device has its own gradient; states, decisions and emissions are one."""
+    tx = optax_sam.sharpness_aware(RISES[rise], RULES[rule], BLENDS[mix], axis_name="d")
+    w = {"kernel": jnp.array([[1.0, -2.0], [0.5, 0.3]]), "bias": jnp.ones(2)}
+    x = jax.random.normal(jax.random.key(0), (5, 2, 4, 2))
+    loss = lambda p, x: jnp.mean(jnp.tanh(x @ p["kernel"] + p["bias"]) ** 2)
+
+    def step(carry, x):
+        params, state = carry
+        grad_fn = lambda p: jax.grad(loss)(p, x)
+        d, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+        params = jax.tree.map(lambda w, d: w - 0.1 * d, params, d)
+        return (params, state), d
+
+    run = lambda x: jax.lax.scan(step, (w, tx.init(w)), x)
+    run = jax.jit(jax.vmap(run, in_axes=1, axis_name="d"))
+    found = run(x)
+    for leaf in jax.tree.leaves(found):
+        np.testing.assert_array_equal(leaf, jnp.stack([leaf[0]] * len(leaf)))
+    if rise != "smoothed":  # whose noise is a device's own
+        harness.assert_close(run(x[:, ::-1])[1], found[1], 1e-4, atol=1e-6)
