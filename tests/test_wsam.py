@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import problems
 import pytest
-from test_identities import RHO
+from methods_lib import RHO
 
 import optax_sam
 

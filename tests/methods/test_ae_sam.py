@@ -1,0 +1,70 @@
+"""AE-SAM: an ascent where the gradient is long for its recent past."""
+
+import harness
+import numpy as np
+import optax
+import pytest
+from methods_lib import RHO, trained, trained_by
+from reference import ae_sam
+from trajectories import STEPS, ten_steps, trend
+
+import optax_sam
+from optax_sam import when
+
+FALL = optax.linear_schedule(1.0, -1.0, STEPS)
+
+
+falling = lambda t: ae_sam.threshold(t, STEPS)
+CASES = {
+    "ae_sam": (
+        optax_sam.ae_sam(0.3, decay=0.5, threshold=0.5),
+        trend(lambda t: 0.5),
+    ),
+    "a falling threshold": (
+        optax_sam.ae_sam(0.3, decay=0.5, threshold=FALL),
+        trend(falling),
+    ),
+    "lagged": (
+        optax_sam.ae_sam(0.3, decay=0.5, threshold=FALL, lag=1),
+        trend(falling, lag=1),
+    ),
+}
+test_ten_steps_are_those_of_the_reference, test_the_cases_differ = ten_steps(CASES)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_infinite_thresholds(lag, x64):
+    """Minus infinity is SAM, infinity the base optimizer (with a lag, from step 1)."""
+    for threshold in (-np.inf, optax.constant_schedule(-np.inf)):
+        for method in (optax_sam.ae_sam, optax_sam.ae_looksam):
+            member = method(RHO, threshold=threshold, lag=lag)
+            harness.assert_close(trained(member), trained_by("sam"), 1e-12)
+    once = optax_sam.sam(RHO, when=when.every_k(10**6))
+    never = trained(once) if lag else trained_by("sgd")
+    for method in (optax_sam.ae_sam, optax_sam.ae_looksam)[: 1 if lag else 2]:
+        member = method(RHO, threshold=np.inf, lag=lag)
+        harness.assert_close(trained(member), never, 1e-12)
+
+
+def test_the_statistics_of_the_reference_are_weighted_sums():
+    x = np.random.RandomState(1).rand(30)
+    statistics, means = ae_sam.Statistics(delta=0.8), []
+    for x_t in x:
+        statistics.observe(x_t)
+        means.append(statistics.mu)
+    weights = 0.2 * 0.8 ** np.arange(30)[::-1]
+    mean, variance = weights @ x + 0.8**30 * x[0], weights @ (x - means) ** 2
+    np.testing.assert_allclose([statistics.mu, statistics.var], [mean, variance])
+
+
+def test_the_lagged_reference_decides_on_the_step_before():
+    r = np.random.RandomState(2)
+    x, c = r.rand(200), r.randn(200)
+    lagged = ae_sam.simulate(x, c, lag=1)
+    assert lagged[0]
+    np.testing.assert_array_equal(lagged[1:], ae_sam.simulate(x[:-1], c[1:]))
+
+
+def test_the_threshold_goes_from_one_end_to_the_other_and_stays():
+    c = ae_sam.threshold(np.array([0, 10, 40, 60]), 40, lambda1=-1.0, lambda2=3.0)
+    np.testing.assert_allclose(c, [3.0, 2.0, -1.0, -1.0])
