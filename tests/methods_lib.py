@@ -92,10 +92,14 @@ def ascended(member, params=None):
 
 
 def emitted(member, g, g_s, state=None, params=None, ascend=True):
-    """What a member emits for a pair of gradients, and its state; not compiled."""
+    """What a member emits for a pair of gradients, and its state; not compiled.
+
+    The second may be a function of the point.
+    """
+    grad_fn = g_s if callable(g_s) else lambda p: g_s
     params = g if params is None else params
     state = member.init(params) if state is None else state
-    return member.update(g, state, params, grad_fn=lambda p: g_s, ascend=ascend)
+    return member.update(g, state, params, grad_fn=grad_fn, ascend=ascend)
 
 
 def flattened_step(member, g, g_s):
@@ -104,22 +108,6 @@ def flattened_step(member, g, g_s):
 
 def pair(scale=1.0, dtype=None):
     return harness.tree(1, scale, dtype), harness.tree(2, scale, dtype)
-
-
-def on_a_quadratic(member):
-    """Flat gradients, offset and weights of one step where the Hessian is known."""
-    problem = problems.quadratic()
-    params = problem.params()
-    grad_fn = lambda p: jax.grad(problem.loss_fn)(p, problem.batch(0))
-    points = []
-    d, state = member.update(
-        grad_fn(params),
-        member.init(params),
-        params,
-        grad_fn=lambda p: points.append(p) or grad_fn(p),
-        ascend=True,
-    )
-    return flat(params), flat(grad_fn(params)), flat(d), flat(points[-1]), state
 
 
 # Random trees for ascent rules.
@@ -137,7 +125,6 @@ TREES = st.recursive(
 )
 # Of the gradient's own rounding and of sums in float32.
 ROUNDING = 1e-5
-rhos = st.sampled_from([0.0, 1e-3, 0.05, 2.0])
 seeds = st.integers(0, 1000)
 
 

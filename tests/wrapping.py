@@ -5,11 +5,10 @@ import numpy as np
 import optax
 import recorded
 import side_by_side
-import trajectories
+import trajectories as beside
 from reference import base
-from trajectories import Batch, assert_is_recorded, hyperparameters, rising
 
-LR, ADAM_LR = rising(0.1), rising(0.02)
+LR, ADAM_LR = beside.rising(0.1), beside.rising(0.02)
 DECAY = 0.01
 
 
@@ -25,72 +24,68 @@ def adamw():
     return ours, base.adamw(ADAM_LR, weight_decay=DECAY)
 
 
-def assert_steps_are_those_of_the_reference(build, transcription, optimizer, compiled):
-    """``build(inner)`` beside ``transcription(w, steps, grad, U)``.
+def ten_steps(cases):
+    """Two tests, as ``trajectories.ten_steps`` makes them.
 
-    The batch before the first one is the first.
+    ``cases`` are, by name, ``build(inner)``, ``transcription(w, steps, grad, U)`` and
+    the optimizer that is wrapped. The batch before the first one is the first.
     """
-    inner, U = optimizer()
-    tx, gradient = build(inner), jax.grad(recorded.mlp)
 
-    def step(w, state, batch, previous):
-        grad_fn = lambda p: gradient(p, *batch)
-        before = lambda p: gradient(p, *previous)
-        extra = {"grad_fn": grad_fn, "previous_grad_fn": before}
-        updates, state = tx.update(grad_fn(w), state, w, **extra)
-        return optax.apply_updates(w, updates), state
+    @beside.double
+    @beside.each_way(cases)
+    def equals(name, compiled):
+        build, transcription, optimizer = cases[name]
+        inner, U = optimizer()
+        tx, gradient = build(inner), jax.grad(recorded.mlp)
 
-    step = jax.jit(step)
-    for seed in range(3 if compiled else 1):
-        w, batches = side_by_side.problem(seed, trajectories.STEPS)
-        grad = lambda t, p, batches=batches: base.mlp(p, *batches[t])[1]
-        expected = transcription(w, len(batches), grad, U)
-        state, path = tx.init(w), [w]
-        for batch, previous in zip(batches, batches[:1] + batches[:-1], strict=True):
-            w, state = step(w, state, batch, previous)
-            path.append(w)
-        assert all(x.dtype == np.float64 for x in jax.tree.leaves(path))
-        side_by_side.assert_equal(path, expected)
+        @jax.jit
+        def step(w, state, batch, previous):
+            grad_fn = lambda p: gradient(p, *batch)
+            before = lambda p: gradient(p, *previous)
+            extra = {"grad_fn": grad_fn, "previous_grad_fn": before}
+            updates, state = tx.update(grad_fn(w), state, w, **extra)
+            return optax.apply_updates(w, updates), state
+
+        for seed in range(3 if compiled else 1):
+            w, batches = side_by_side.problem(seed, beside.STEPS)
+            expected = transcribed(transcription, U, w, batches)
+            state, path = tx.init(w), [w]
+            before = batches[:1] + batches[:-1]
+            for batch, previous in zip(batches, before, strict=True):
+                w, state = step(w, state, batch, previous)
+                path.append(w)
+            assert all(x.dtype == np.float64 for x in jax.tree.leaves(path[1:]))
+            side_by_side.assert_equal(path, expected)
+
+    def differ():
+        w, batches = side_by_side.problem(0, beside.STEPS)
+        ends = [
+            transcribed(transcription, optimizer()[1], w, batches)[-1]
+            for _, transcription, optimizer in cases.values()
+        ]
+        for i, a in enumerate(ends):
+            for b in ends[:i]:
+                assert recorded.deviation(a, b) > 1e-4
+
+    return equals, differ
+
+
+def transcribed(transcription, U, w, batches):
+    grad = lambda t, p: base.mlp(p, *batches[t])[1]
+    return transcription(w, len(batches), grad, U)
 
 
 def assert_reference_meets_the_recorded_run(name, method, **arguments):
     """Of a method that wraps SGD, with grad(t, w) on the batch of step t."""
-    h, steps = hyperparameters(name), recorded.RUNS[name]["steps"]
+    h, steps = beside.hyperparameters(name), recorded.RUNS[name]["steps"]
     losses = []
 
     def grad(t, w):
-        batch = Batch(name, t)
+        batch = beside.Batch(name, t)
         g = batch.grad(w)
         losses.extend(batch.losses_taken)
         return g
 
     U = base.sgd(h["lr"], h["momentum"], h["weight_decay"])
     trajectory = method(recorded.initial(name), steps, grad, U, h["rho"], **arguments)
-    assert_is_recorded(name, trajectory, np.reshape(losses, (steps, -1)))
-
-
-# What follows takes gradients of the small network, and the settings of one optimizer.
-
-W, BATCHES = side_by_side.problem(5, 12)
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-U = base.sgd(*SGD.values())
-
-
-def gradient(t, w):
-    return base.mlp(w, *BATCHES[t])[1]
-
-
-def difference(a, b):
-    return base.norm(base.add(a, b, -1.0))
-
-
-def path(direction, **settings):
-    """SGD with direction(t, w, grad)."""
-    step = lambda t, w: direction(t, w, lambda p: gradient(t, p))
-    return base.descend(W, 12, step, **SGD | settings)
-
-
-def assert_same_path(a, b, tolerance=1e-13):
-    assert len(a) == len(b) == 13
-    assert difference(b[0], b[-1]) > 0.1
-    assert max(difference(x, y) for x, y in zip(a, b, strict=True)) < tolerance
+    beside.assert_is_recorded(name, trajectory, np.reshape(losses, (steps, -1)))

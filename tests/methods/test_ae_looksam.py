@@ -20,7 +20,7 @@ CASES = {
         trend(lambda t: 0.2, alpha=0.6, lag=1),
     ),
 }
-test_ten_steps_are_those_of_the_reference, test_the_cases_differ = ten_steps(CASES)
+test_ten_steps_meet_the_reference, test_cases_differ = ten_steps(CASES)
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -2,38 +2,20 @@
 
 import harness
 import jax.numpy as jnp
+import methods_lib as lib
 import numpy as np
 import optax
-import problems
 import pytest
 import recorded
-from methods_lib import (
-    RHO,
-    assert_apart,
-    emitted,
-    flattened,
-    on_a_quadratic,
-    pair,
-    trained,
-    trained_by,
-)
+import trajectories as beside
 from reference import gsam
-from trajectories import (
-    STEPS,
-    every,
-    radius,
-    recorded_runs,
-    rising,
-    schedule,
-    ten_steps,
-)
 
 import optax_sam
 from optax_sam import ascent, blend, when
 
-LR = optax.cosine_decay_schedule(0.3, STEPS, alpha=0.1)
+LR = optax.cosine_decay_schedule(0.3, beside.STEPS, alpha=0.1)
 TIED = lambda t: gsam.tied_radius(float(LR(t)), 0.3, 0.03, 0.4, 0.05)
-SIZE, ALPHA = rising(0.2), lambda t: 0.9 - 0.05 * t
+SIZE, ALPHA = beside.rising(0.2), lambda t: 0.9 - 0.05 * t
 ONE = lambda t, w, grad: gsam.gsam(w, grad, 0.3, 0.4)
 
 
@@ -47,7 +29,7 @@ CASES = {
         optax_sam.gsam(0.3, alpha=1.0),
         lambda t, w, grad: gsam.gsam(w, grad, 0.3, 1.0),
     ),
-    "every 3": (optax_sam.gsam(0.3, when=when.every_k(3)), every(3, ONE)),
+    "every 3": (optax_sam.gsam(0.3, when=when.every_k(3)), beside.every(3, ONE)),
     "schedules": (
         optax_sam.gsam(SIZE, alpha=ALPHA),
         lambda t, w, grad: gsam.gsam(w, grad, SIZE(t), ALPHA(t)),
@@ -69,12 +51,12 @@ CASES = {
         lambda t, w, grad: gsam.gsam(w, grad, 2.0, 0.4, ascend=gsam.adaptive),
     ),
 }
-test_ten_steps_are_those_of_the_reference, test_the_cases_differ = ten_steps(CASES)
+test_ten_steps_meet_the_reference, test_cases_differ = beside.ten_steps(CASES)
 
 
 def member(name, h):
     """The named method where it is one, its radius tied to the learning rate."""
-    rho = schedule(name, "rho_used")
+    rho = beside.schedule(name, "rho_used")
     if h.get("adaptive_perturbation"):
         return of(ascent.weight_scaled(rho), h["alpha"])
     if h.get("adaptive"):
@@ -100,26 +82,26 @@ def direction(h):
     ascend = gsam.weight_scaled if h.get("adaptive_perturbation") else ascend
     minimize = "perturbed" if h.get("minimize_fp", True) else "clean"
     return lambda t, w, grad: gsam.gsam(
-        w, grad, radius(h, t), h["alpha"], minimize, ascend
+        w, grad, beside.radius(h, t), h["alpha"], minimize, ascend
     )
 
 
-test_the_reference_meets_the_recorded_runs, test_the_recorded_runs_are_met = (
-    recorded_runs(8, "gsam", member=member, direction=direction)
+test_the_reference_is_as_recorded, test_it_is_as_recorded = beside.recorded_runs(
+    8, "gsam", member=member, direction=direction
 )
 
 
 def clean(alpha):
-    return of(ascent.l2(RHO), alpha, "clean")
+    return of(ascent.l2(lib.RHO), alpha, "clean")
 
 
 def test_without_a_gap_it_is_sam_or_the_base_optimizer(x64):
     for build, name in (
-        (lambda alpha: optax_sam.gsam(RHO, alpha=alpha), "sam"),
+        (lambda alpha: optax_sam.gsam(lib.RHO, alpha=alpha), "sam"),
         (clean, "sgd"),
     ):
-        harness.assert_close(trained(build(0.0)), trained_by(name), 1e-12)
-        assert_apart(trained(build(0.5)), trained_by(name))
+        harness.assert_close(lib.trained(build(0.0)), lib.trained_by(name), 1e-12)
+        lib.assert_apart(lib.trained(build(0.5)), lib.trained_by(name))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -127,13 +109,13 @@ def test_without_a_gap_it_is_sam_or_the_base_optimizer(x64):
 def test_the_main_gradient_is_left_alone(dtype, scale, x64):
     """What is subtracted is normal to it, and its own part stays what it was."""
     tolerance = 1e-5 if dtype == "float32" else 1e-12
-    g, g_s = pair(scale, dtype)
+    g, g_s = lib.pair(scale, dtype)
     for member, main, other, sign in (
-        (optax_sam.gsam(RHO), g_s, g, -1),
+        (optax_sam.gsam(lib.RHO), g_s, g, -1),
         (clean(0.4), g, g_s, 1),
     ):
-        d, _ = emitted(member, g, g_s)
-        a, b, d = map(flattened, (main, other, d))
+        d, _ = lib.emitted(member, g, g_s)
+        a, b, d = map(lib.flattened, (main, other, d))
         normal = sign * (d - a) / 0.4
         sizes = np.linalg.norm(a) * np.linalg.norm(b)
         assert np.linalg.norm(normal) > 0.1 * np.linalg.norm(b)
@@ -145,44 +127,19 @@ def test_the_main_gradient_is_left_alone(dtype, scale, x64):
 
 
 def test_of_parallel_gradients_it_is_sam(x64):
-    g, _ = pair()
+    g, _ = lib.pair()
     for c in (2.0, -0.5):
         g_s = optax.tree.scale(c, g)
-        d, _ = emitted(optax_sam.gsam(RHO, alpha=0.9), g, g_s)
+        d, _ = lib.emitted(optax_sam.gsam(lib.RHO, alpha=0.9), g, g_s)
         harness.assert_close(d, g_s, 1e-12)
 
 
 def test_a_zero_gradient_is_emitted():
     """It has no direction to be normal to."""
-    g, g_s = pair()
+    g, g_s = lib.pair()
     zero = harness.like(g, 0.0)
     for member, first, second in (
-        (optax_sam.gsam(RHO), g, zero),
+        (optax_sam.gsam(lib.RHO), g, zero),
         (clean(0.4), zero, g_s),
     ):
-        harness.assert_equal(emitted(member, first, second)[0], zero)
-
-
-def test_on_a_quadratic_it_is_known(x64):
-    _, g, d, _, _ = on_a_quadratic(optax_sam.gsam(RHO, alpha=0.7))
-    g_p = g + RHO * problems.hessian() @ g / np.linalg.norm(g)
-    wanted = (1 + 0.7 * (g @ g_p) / (g_p @ g_p)) * g_p - 0.7 * g
-    np.testing.assert_allclose(d, wanted, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [when.bernoulli(0.4, key=2), when.after(2, when.every_k(2))],
-    ids=["bernoulli", "after"],
-)
-def test_sampled_gsam(rule, x64):
-    """On skipped steps it emits the plain gradient, on others GSAM's."""
-    member, always = optax_sam.gsam(RHO, when=rule), optax_sam.gsam(RHO)
-    g, g_s = pair()
-    wanted, _ = emitted(always, g, g_s)
-    state, decisions = member.init(g), []
-    for _ in range(12):
-        decisions.append(bool(optax_sam.ascends_next(state)))
-        d, state = emitted(member, g, g_s, state, ascend=None)
-        harness.assert_close(d, wanted if decisions[-1] else g, 1e-12)
-    assert {True, False} == set(decisions)
+        harness.assert_equal(lib.emitted(member, first, second)[0], zero)

@@ -28,7 +28,7 @@ CASES = {
         Fresh(lambda: looking(alpha=0.4, k=3)),
     ),
 }
-test_ten_steps_are_those_of_the_reference, test_it_differs = ten_steps(CASES)
+test_ten_steps_meet_the_reference, test_it_differs = ten_steps(CASES)
 
 
 def test_without_reuse_or_on_every_step_it_is_the_layerwise_ascent(x64):

@@ -1,26 +1,13 @@
 """What every method on the engine makes of masks, and of a radius of zero."""
 
 import harness
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import methods_lib as lib
 import numpy as np
-from methods_lib import (
-    ROUNDING,
-    TREES,
-    ascended,
-    filled,
-    flattened,
-    offset_of,
-    seeds,
-    trained,
-    trained_by,
-)
 from registry import every_method, every_skipping
 
 import optax_sam
-from optax_sam import ascent
 
 
 @every_method
@@ -29,7 +16,7 @@ def test_no_radius_and_no_leaf_is_the_base_optimizer(method, x64):
     params, g_s = harness.tree(), harness.tree(2)
     still = method.of_radius(0.0)
     for member in (method.build(**still), method.build(mask=False)):
-        d, points, state = ascended(member)
+        d, points, state = lib.ascended(member)
         assert len(points) == method.calls
         # R-SAM's first point is smoothed; it is masked, but not small with rho.
         for point in points if method.uses_incoming else points[-1:]:
@@ -41,7 +28,7 @@ def test_no_radius_and_no_leaf_is_the_base_optimizer(method, x64):
 @every_skipping
 def test_no_radius_trains_as_the_base_optimizer(method, x64):
     still = method.build(**method.of_radius(0.0))
-    harness.assert_close(trained(still), trained_by("sgd"), 1e-12)
+    harness.assert_close(lib.trained(still), lib.trained_by("sgd"), 1e-12)
 
 
 @every_method
@@ -55,7 +42,7 @@ def test_masks(method, x64):
         jax.tree.map(lambda _: True, params),
         lambda p: jax.tree.map(lambda _: True, p),
     )
-    results = [ascended(method.build(mask=mask)) for mask in everything]
+    results = [lib.ascended(method.build(mask=mask)) for mask in everything]
     for result in results[1:]:
         harness.assert_equal(result, results[0])
 
@@ -63,7 +50,7 @@ def test_masks(method, x64):
         {"layer": {"kernel": True, "bias": False}, "gain": False},
         lambda p: jax.tree.map(lambda x: x.ndim == 2, p),
     )
-    results = [ascended(method.build(mask=mask)) for mask in kernels]
+    results = [lib.ascended(method.build(mask=mask)) for mask in kernels]
     harness.assert_equal(results[1], results[0])
     d, points, _ = results[0]
     harness.assert_emits(method, d, harness.tree(1), harness.tree(2), 1e-12)
@@ -81,17 +68,3 @@ def test_masks(method, x64):
             (point["gain"], point["layer"]["bias"]),
             (params["gain"], params["layer"]["bias"]),
         )
-
-
-@hypothesis.settings(max_examples=15)
-@hypothesis.given(TREES, seeds, st.data())
-def test_restrict_on_random_trees(description, seed, data):
-    with harness.x64():
-        g = filled(description, seed)
-        mask = jax.tree.map(lambda _: data.draw(st.booleans()), g)
-        e = offset_of(ascent.restrict(ascent.l2(0.5), mask), g, g)
-        parts = jax.tree.map(lambda x, kept: kept * jnp.ones_like(x), g, mask)
-        kept = flattened(parts) * flattened(g)
-        size = np.linalg.norm(kept)
-        wanted = 0.5 * kept / size if size else 0 * kept
-        np.testing.assert_allclose(e, wanted, rtol=ROUNDING, atol=0)

@@ -3,77 +3,53 @@
 import harness
 import jax
 import jax.numpy as jnp
+import methods_lib as lib
 import numpy as np
 import optax
 import pytest
 import recorded
 import side_by_side
-from methods_lib import (
-    RHO,
-    ascended,
-    assert_apart,
-    emitted,
-    flat,
-    pair,
-    trained,
-    trained_by,
-)
+import trajectories as beside
 from reference import random_sam
 from side_by_side import generator
-from trajectories import (
-    STEPS,
-    assert_descends_as_recorded,
-    assert_met,
-    assert_near,
-    base_optimizer,
-    double,
-    each_way,
-    hyperparameters,
-    radius,
-    rising,
-    runs,
-    schedule,
-    stacked,
-    steps_and_seeds,
-)
 
 import optax_sam
-from optax_sam import ascent, when
+from optax_sam import ascent
 
 
 def normals(key, w):
     """Standard normals like the parameters, one tree per step."""
     like = lambda t: optax.tree.random_like(generator(key, t), w, jax.random.normal)
-    return [jax.tree.map(np.asarray, like(t)) for t in range(STEPS)]
+    return [jax.tree.map(np.asarray, like(t)) for t in range(beside.STEPS)]
 
 
-SIZE = rising(0.1)
+SIZE = beside.rising(0.1)
 # The settings, and rho, sigma and the weight of the gradient for the transcription.
 CASES = {
     "numbers": ({"rho": 0.3, "sigma": 0.1}, lambda t: 0.3, lambda t: 0.1, 2.0),
     "schedules": (
         {
             "rho": SIZE,
-            "sigma": optax.cosine_decay_schedule(0.02, STEPS, alpha=5.0),
+            "sigma": optax.cosine_decay_schedule(0.02, beside.STEPS, alpha=5.0),
             "gradient_weight": 0.5,
         },
         SIZE,
-        lambda t: random_sam.sigma(t, STEPS, 0.02),
+        lambda t: random_sam.sigma(t, beside.STEPS, 0.02),
         0.5,
     ),
 }
 
 
-@double
+@beside.double
 @pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
-@each_way(CASES)
-def test_ten_steps_are_those_of_the_reference(name, compiled, given):
+@beside.each_way(CASES)
+def test_ten_steps_meet_the_reference(name, compiled, given):
     settings, rho, sigma, weight = CASES[name]
-    step, seeds = steps_and_seeds(
+    step, seeds = beside.steps_and_seeds(
         side_by_side.optimizer(optax_sam.random_sam(**settings)), compiled and not given
     )
     for seed in seeds:
-        w, batches = side_by_side.problem(seed, STEPS)
+        w, batches = side_by_side.problem(seed, beside.STEPS)
         # Given noise is of another key than the one in the state.
         noise = normals(seed + 7 if given else seed, w)
         extras = [{"noise": z} for z in noise] if given else None
@@ -98,27 +74,29 @@ def tree(name, kind, t):
     return {leaf: run[key + leaf] for leaf in recorded.initial(name)}
 
 
-@runs(3, "random_sam")
-def test_the_reference_meets_the_recorded_runs(name):
-    h, run = hyperparameters(name), recorded.arrays(name)
+@beside.runs(3, "random_sam")
+def test_the_reference_is_as_recorded(name):
+    h, run = beside.hyperparameters(name), recorded.arrays(name)
 
     def direction(t, w, batch):
         delta = tree(name, "delta", t)
-        return random_sam.random_sam(w, batch.grad, delta, radius(h, t), h["lam"])
+        return random_sam.random_sam(
+            w, batch.grad, delta, beside.radius(h, t), h["lam"]
+        )
 
-    trajectory, batches = assert_descends_as_recorded(name, direction)
-    assert_near([batch.norms_taken[0] for batch in batches], run["g1_norm"])
+    trajectory, batches = beside.assert_descends_as_recorded(name, direction)
+    beside.assert_near([batch.norms_taken[0] for batch in batches], run["g1_norm"])
     t = np.arange(len(batches))
     sigma = random_sam.sigma(t + 1, h["T"], h["sigma0"], h["inc"])
-    assert_near(sigma, run["sigma"], 1e-16)
+    beside.assert_near(sigma, run["sigma"], 1e-16)
     for t, w in enumerate(trajectory[:2]):
         delta = random_sam.noise(w, tree(name, "normal", t), sigma[t])
         assert recorded.deviation(delta, tree(name, "delta", t)) < 1e-15
 
 
-@runs(3, "random_sam")
-def test_the_recorded_runs_are_met(name, x64):
-    h, run = hyperparameters(name), recorded.arrays(name)
+@beside.runs(3, "random_sam")
+def test_it_is_as_recorded(name, x64):
+    h, run = beside.hyperparameters(name), recorded.arrays(name)
     grow = optax.cosine_decay_schedule(h["sigma0"], h["T"], alpha=h["inc"])
     sigma = lambda count: grow(count + 1)  # theirs starts at 1
     steps = np.arange(len(run["sigma"]))
@@ -133,11 +111,11 @@ def test_the_recorded_runs_are_met(name, x64):
         noise = {leaf: delta[leaf] / (sigma * sizes(w[leaf])) for leaf in delta}
         return {"noise": noise}
 
-    rho = schedule(name, "rho_used")
+    rho = beside.schedule(name, "rho_used")
     member = optax_sam.random_sam(rho, sigma=sigma, gradient_weight=h["lam"])
-    tx = optax.chain(member, base_optimizer(name))
-    given = stacked([tree(name, "delta", t) for t in steps]), run["sigma"]
-    states = assert_met(name, tx, given=given, extra=standard_normals)
+    tx = optax.chain(member, beside.base_optimizer(name))
+    given = beside.stacked([tree(name, "delta", t) for t in steps]), run["sigma"]
+    states = beside.assert_met(name, tx, given=given, extra=standard_normals)
     norms = optax_sam.metrics(states)["gradient_norm"][1:]
     np.testing.assert_allclose(norms, run["g1_norm"], rtol=1e-10)
 
@@ -147,10 +125,12 @@ def test_the_recorded_runs_are_met(name, x64):
 
 def test_random_sam_without_noise_is_sam(x64):
     for weight in (0.01, 2.0, 300.0):
-        member = optax_sam.random_sam(RHO, sigma=0.0, gradient_weight=weight)
+        member = optax_sam.random_sam(lib.RHO, sigma=0.0, gradient_weight=weight)
         # A small weight leaves the guard beside the norm more of the length.
-        harness.assert_close(trained(member), trained_by("sam"), 0, atol=1e-10)
-    assert_apart(trained(optax_sam.random_sam(RHO, sigma=0.1)), trained_by("sam"))
+        harness.assert_close(lib.trained(member), lib.trained_by("sam"), 0, atol=1e-10)
+    lib.assert_apart(
+        lib.trained(optax_sam.random_sam(lib.RHO, sigma=0.1)), lib.trained_by("sam")
+    )
 
 
 def smoothing(key=0, count=0, params=None, noise=None, sigma=0.5, **settings):
@@ -158,7 +138,7 @@ def smoothing(key=0, count=0, params=None, noise=None, sigma=0.5, **settings):
     given = params is not None
     params = params if given else harness.tree()
     g_1 = params if given else harness.tree(1)
-    rule = ascent.smoothed(RHO, sigma, key=key, **settings)
+    rule = ascent.smoothed(lib.RHO, sigma, key=key, **settings)
     points = []
     own, _ = rule.update(
         harness.tree(5),
@@ -170,33 +150,6 @@ def smoothing(key=0, count=0, params=None, noise=None, sigma=0.5, **settings):
     )
     (point,) = points
     return jax.tree.map(jnp.subtract, point, params), own
-
-
-def test_random_sam_by_noise_alone(x64):
-    delta, own = smoothing(gradient_weight=0.0)
-    wanted = RHO * flat(delta) / np.linalg.norm(flat(delta))
-    np.testing.assert_allclose(flat(own.offset), wanted, rtol=1e-9)
-
-
-def test_random_sam_mixes_the_gradient_and_the_noise(x64):
-    for weight in (0.3, 2.0):
-        delta, own = smoothing(gradient_weight=weight)
-        mixed = weight * flat(harness.tree(1)) + flat(delta)
-        wanted = RHO * mixed / np.linalg.norm(mixed)
-        np.testing.assert_allclose(flat(own.offset), wanted, rtol=1e-9)
-        np.testing.assert_allclose(np.linalg.norm(flat(own.offset)), RHO, rtol=1e-9)
-        harness.assert_equal(own.gradient, harness.tree(1))
-
-
-def test_random_sam_descends_from_the_weights_themselves(x64):
-    """The second point is ``w + e``, not ``w + Delta + e``."""
-    params = harness.tree()
-    _, points, _ = ascended(optax_sam.random_sam(RHO, sigma=0.5, gradient_weight=1.0))
-    first, second = (
-        flat(jax.tree.map(jnp.subtract, point, params)) for point in points
-    )
-    mixed = flat(harness.tree(2)) + first  # grad_fn there returns tree(2)
-    np.testing.assert_allclose(second, RHO * mixed / np.linalg.norm(mixed), rtol=1e-9)
 
 
 def test_noise_follows_the_norms_of_output_units(x64):
@@ -220,17 +173,7 @@ def test_noise_follows_the_norms_of_output_units(x64):
 
 def test_zero_leaves_get_almost_no_noise(x64):
     params = {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(3)}
-    points = []
-    rule = ascent.smoothed(RHO, 0.5)
-    rule.update(
-        params,
-        rule.init(params),
-        params,
-        grad_fn=lambda p: points.append(p) or p,
-        count=0,
-        noise=harness.like(params, 2.0),
-    )
-    (delta,) = points
+    delta, _ = smoothing(params=params, noise=harness.like(params, 2.0))
     np.testing.assert_array_equal(delta["kernel"], 0)
     np.testing.assert_allclose(delta["bias"], 1e-16, rtol=1e-9)  # 1e-16 * 0.5 * 2
 
@@ -242,7 +185,7 @@ def test_noise_is_a_function_of_the_key_and_the_step(x64):
     harness.assert_equal(draw(0, 0), first)
     harness.assert_equal(draw(jax.random.key(0, impl="threefry2x32"), 0), first)
     for other in (draw(0, 1), draw(1, 0), draw(1, 1)):
-        assert np.min(np.abs(flat(other) - flat(first))) > 1e-6
+        assert np.min(np.abs(lib.flat(other) - lib.flat(first))) > 1e-6
     # Leaves of one shape differ, and are not correlated.
     a, b = np.ravel(first["a"]), np.ravel(first["b"])
     assert np.min(np.abs(a - b)) > 1e-6
@@ -255,75 +198,39 @@ def test_noise_is_a_function_of_the_key_and_the_step(x64):
 
 def test_noise_differs_between_devices(x64):
     """Each device smooths by itself; what is emitted is one mean for all."""
-    params = harness.tree()
-    rule = ascent.smoothed(RHO, 0.5, key=3)
-    step = optax_sam.when.Step(jnp.zeros((), jnp.int32), axis_name="d")
-    member = optax_sam.random_sam(RHO, sigma=0.5, key=3, axis_name="d")
+    params, grad_fn = harness.tree(), lambda p: jax.tree.map(jnp.sin, p)
 
-    grad_fn = lambda p: jax.tree.map(jnp.sin, p)
+    def step(noise=None, **settings):
+        member = optax_sam.random_sam(lib.RHO, sigma=0.5, key=3, **settings)
+        extra = {} if noise is None else {"noise": noise}
+        state = member.init(params)
+        return member.update(params, state, params, grad_fn=grad_fn, **extra)[0]
 
-    def look(params):
-        points = []
-        seen = lambda p: points.append(p) or grad_fn(p)
-        rule.update(params, rule.init(params), params, grad_fn=seen, step=step)
-        d, _ = member.update(params, member.init(params), params, grad_fn=grad_fn)
-        return points[0], d
-
-    run = jax.vmap(look, in_axes=None, axis_size=8, axis_name="d", out_axes=(0, None))
-    points, d = run(params)
-    keys = jax.random.fold_in(jax.random.key(3, impl="threefry2x32"), 0)
-    emissions = []
+    together = lambda _: step(axis_name="d")
+    found = jax.vmap(together, axis_name="d")(jnp.arange(8))
+    first = jax.random.fold_in(jax.random.key(3, impl="threefry2x32"), 0)
+    keys = (jax.random.fold_in(first, device) for device in range(8))
+    draw = lambda key: optax.tree.random_like(key, params, jax.random.normal)
+    alone = [step(draw(key)) for key in keys]
+    mean = jax.tree.map(lambda *xs: sum(xs) / 8, *alone)
     for device in range(8):
-        key = jax.random.fold_in(keys, device)
-        noise = optax.tree.random_like(key, params, jax.random.normal)
-        delta, _ = smoothing(noise=noise)
-        point = jax.tree.map(lambda x: x[device], points)  # noqa: B023
-        harness.assert_close(point, optax.tree.add(params, delta), 1e-12)
-        single = optax_sam.random_sam(RHO, sigma=0.5)
-        alone, _ = single.update(
-            params, single.init(params), params, grad_fn=grad_fn, noise=noise
-        )
-        emissions.append(alone)
-    mean = jax.tree.map(lambda *xs: sum(xs) / 8, *emissions)
-    harness.assert_close(d, mean, 1e-12)
-
-
-def test_the_mask_of_random_sam_holds_in_both_passes(x64):
-    params = harness.tree()
-    kernel = {"layer": {"kernel": True, "bias": False}, "gain": False}
-    for mask in (kernel, lambda p: jax.tree.map(lambda x: x.ndim == 2, p)):
-        _, points, _ = ascended(optax_sam.random_sam(RHO, sigma=0.5, mask=mask))
-        assert len(points) == 2
-        for point in points:
-            assert np.all(point["layer"]["kernel"] != params["layer"]["kernel"])
-            harness.assert_equal(point["layer"]["bias"], params["layer"]["bias"])
-            harness.assert_equal(point["gain"], params["gain"])
-        moved = points[1]["layer"]["kernel"] - params["layer"]["kernel"]
-        np.testing.assert_allclose(np.linalg.norm(moved), RHO, rtol=1e-9)
+        row = jax.tree.map(lambda x: x[device], found)  # noqa: B023
+        harness.assert_close(row, mean, 1e-12)
+    lib.assert_apart(alone[0], alone[1])
 
 
 def test_smoothed_under_the_engines_mask_is_refused():
-    rule = ascent.smoothed(RHO)
+    rule = ascent.smoothed(lib.RHO)
     member = optax_sam.sharpness_aware(rule, mask={"layer": True, "gain": False})
-    g, g_s = pair()
+    g, g_s = lib.pair()
     with pytest.raises(ValueError, match=r"ascent\.smoothed\(\.\.\., mask=mask\)"):
-        emitted(member, g, g_s)
-
-
-def test_random_sam_emits_the_plain_gradient_where_it_skips(x64):
-    member = optax_sam.random_sam(RHO, sigma=0.5, when=when.every_k(2))
-    g, g_s = pair()
-    update = jax.jit(lambda state: member.update(g, state, g, grad_fn=lambda p: g_s))
-    state = member.init(g)
-    for t in range(4):
-        d, state = update(state)
-        harness.assert_equal(d, g if t % 2 else g_s)
+        lib.emitted(member, g, g_s)
 
 
 def test_random_sam_falls_back_on_its_own_gradient(x64):
     """Where the second one is not finite; the incoming one is not looked at."""
-    member = optax_sam.random_sam(RHO)
-    g, g_1 = pair()
+    member = optax_sam.random_sam(lib.RHO)
+    g, g_1 = lib.pair()
     answers = iter([g_1, harness.with_entry(g_1, np.nan)])
     broken = harness.with_entry(g, np.inf)
     d, state = member.update(broken, member.init(g), g, grad_fn=lambda p: next(answers))

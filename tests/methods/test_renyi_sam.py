@@ -51,26 +51,20 @@ CASES = {
     # On some of the steps.
     "capped": (optax_sam.renyi_sam(0.05, max_offset_norm=0.02), capped),
     "never capped": (optax_sam.renyi_sam(0.05), of(0.05, 1.2)),
-    "always capped": (
-        optax_sam.sam(0.02),
-        lambda t, w, grad: grad(base.add(w, base.unit(grad(w)), 0.02)),
-    ),
     "after a warm-up": (
         optax_sam.renyi_sam(0.3, warmup_steps=4, when=when.every_k(2)),
         after_4_every_2,
     ),
 }
-test_ten_steps_are_those_of_the_reference, test_the_cases_differ = ten_steps(CASES)
+test_ten_steps_meet_the_reference, test_cases_differ = ten_steps(CASES)
 POWER_SUMS = {"NEWRSAM": renyi_sam.elementwise, "RSAM": renyi_sam.layerwise}
-test_the_reference_meets_the_recorded_runs, test_the_recorded_runs_are_met = (
-    recorded_runs(
-        5,
-        "renyi_sam",
-        member=lambda name, h: optax_sam.renyi_sam(
-            h["rho"], alpha=h["a"], layerwise=h["cls"] == "RSAM"
-        ),
-        direction=lambda h: of(h["rho"], h["a"], POWER_SUMS[h["cls"]]),
-    )
+test_the_reference_is_as_recorded, test_it_is_as_recorded = recorded_runs(
+    5,
+    "renyi_sam",
+    member=lambda name, h: optax_sam.renyi_sam(
+        h["rho"], alpha=h["a"], layerwise=h["cls"] == "RSAM"
+    ),
+    direction=lambda h: of(h["rho"], h["a"], POWER_SUMS[h["cls"]]),
 )
 
 
@@ -80,22 +74,6 @@ def renyi_offset(g, rho=0.3, alpha=1.2, **settings):
 
 
 ORDERS = pytest.mark.parametrize("alpha", [0.3, 0.5, 1.2, 2.0, 5.0])
-
-
-@ORDERS
-def test_renyi_of_equal_coordinates_and_of_one(alpha, x64):
-    """``S = dim^(1 - a)`` and ``S = 1``, in offsets of length ``rho S / ||g||``."""
-    signs = jax.tree.map(lambda x: 0.2 * jnp.sign(x), harness.tree())
-    e = flat(renyi_offset(signs, alpha=alpha))
-    n, dim = np.linalg.norm(flat(signs)), e.size
-    np.testing.assert_allclose(
-        np.linalg.norm(e), 0.3 * dim ** (1 - alpha) / n, rtol=1e-9
-    )
-    lone = harness.with_entry(harness.like(harness.tree(), 0.0), -1.7)
-    e = renyi_offset(lone, alpha=alpha)
-    assert np.count_nonzero(flat(e)) == 1
-    wanted = -1.0 if alpha > 1 else 1.0
-    np.testing.assert_allclose(flat(e).sum(), wanted * 0.3 / 1.7, rtol=1e-9)
 
 
 @ORDERS
@@ -114,19 +92,6 @@ def test_renyi_length_direction_and_scale(alpha, layerwise, x64):
     for c in (0.5, 40.0):  # S does not feel the scale, so c e(c g) = e(g)
         scaled = renyi_offset(optax.tree.scale(c, g), alpha=alpha, layerwise=layerwise)
         np.testing.assert_allclose(c * flat(scaled), e, rtol=1e-9)
-
-
-@pytest.mark.parametrize("alpha", [0.5, 1.2])
-def test_renyi_offset_is_capped(alpha, x64):
-    g = harness.tree(1)
-    free = flat(renyi_offset(g, alpha=alpha))
-    length = np.linalg.norm(free)
-    loose = renyi_offset(g, alpha=alpha, max_offset_norm=1.01 * length)
-    np.testing.assert_allclose(flat(loose), free, rtol=1e-12)
-    tight = flat(renyi_offset(g, alpha=alpha, max_offset_norm=0.5 * length))
-    np.testing.assert_allclose(tight, 0.5 * free, rtol=1e-9)
-    tiny = flat(renyi_offset(harness.tree(1, 1e-6), alpha=alpha, max_offset_norm=0.1))
-    np.testing.assert_allclose(np.linalg.norm(tiny), 0.1, rtol=1e-9)
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -163,17 +128,6 @@ def test_renyi_of_a_zero_gradient_is_zero():
     for settings in ({}, {"max_offset_norm": 0.1}, {"layerwise": True}):
         for alpha in (0.5, 1.2, 5.0):  # the last one's epsilon overflows
             harness.assert_equal(renyi_offset(zero, alpha=alpha, **settings), zero)
-
-
-def test_renyi_of_one_leaf_is_sam_of_another_radius(x64):
-    """A single leaf, layer by layer: S = 1, whatever the gradient."""
-    g = jnp.asarray(np.random.default_rng(0).normal(size=7))
-    for alpha in (1.2, 3.0):
-        e = renyi_offset(g, alpha=alpha, layerwise=True)
-        np.testing.assert_allclose(e, 0.3 * g / (g @ g), rtol=1e-9)
-        np.testing.assert_allclose(
-            renyi_offset(g, alpha=0.6, layerwise=True), -e, rtol=1e-9
-        )
 
 
 def test_renyi_sam_warms_up_as_the_base_optimizer(x64):
