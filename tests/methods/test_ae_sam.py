@@ -44,14 +44,3 @@ def test_infinite_thresholds(lag, x64):
     for method in (optax_sam.ae_sam, optax_sam.ae_looksam)[: 1 if lag else 2]:
         member = method(RHO, threshold=np.inf, lag=lag)
         harness.assert_close(trained(member), never, 1e-12)
-
-
-def test_the_statistics_of_the_reference_are_weighted_sums():
-    x = np.random.RandomState(1).rand(30)
-    statistics, means = ae_sam.Statistics(delta=0.8), []
-    for x_t in x:
-        statistics.observe(x_t)
-        means.append(statistics.mu)
-    weights = 0.2 * 0.8 ** np.arange(30)[::-1]
-    mean, variance = weights @ x + 0.8**30 * x[0], weights @ (x - means) ** 2
-    np.testing.assert_allclose([statistics.mu, statistics.var], [mean, variance])

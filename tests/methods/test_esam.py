@@ -132,13 +132,6 @@ def test_it_is_as_recorded(name, x64):
         np.testing.assert_array_equal(active, wanted)
 
 
-def test_the_selections_of_the_reference_differ_by_the_example_at_the_threshold():
-    rise = np.array([0.1, 0.5, 0.3, 0.4, 0.3, 0.2])
-    strict, exact = esam.strictly_above(rise, 0.5), esam.largest(rise, 0.5)
-    np.testing.assert_array_equal(np.flatnonzero(strict), [1, 3])
-    np.testing.assert_array_equal(np.flatnonzero(exact), [1, 2, 3])
-
-
 # What it must equal.
 
 

@@ -186,9 +186,7 @@ def test_noise_is_a_function_of_the_key_and_the_step(x64):
     harness.assert_equal(draw(jax.random.key(0, impl="threefry2x32"), 0), first)
     for other in (draw(0, 1), draw(1, 0), draw(1, 1)):
         assert np.min(np.abs(lib.flat(other) - lib.flat(first))) > 1e-6
-    # Leaves of one shape differ, and are not correlated.
-    a, b = np.ravel(first["a"]), np.ravel(first["b"])
-    assert np.min(np.abs(a - b)) > 1e-6
+    # Leaves of one shape are not correlated.
     drawn = [draw(0, t) for t in range(60)]
     a, b = (np.concatenate([np.ravel(x[name]) for x in drawn]) / 2 for name in "ab")
     np.testing.assert_allclose([a.mean(), b.mean()], 0, atol=0.1)
