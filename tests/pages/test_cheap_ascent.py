@@ -17,7 +17,7 @@ import pytest
 
 import optax_sam
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/cheap_ascent.json"
 
 
