@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from extreme_norms import RULES, SEQUENCES, SHARE, STEPS, WARM_UP, WINDOW
 
-from optax_sam.when.rule import Step
+from optax_sam.when import Step
 
 
 def fed(rule):

@@ -13,7 +13,7 @@ from registry import BY_NAME, OTHERS, every_one
 
 import optax_sam
 from optax_sam.ascent import norm
-from optax_sam.ascent.rule import tiny_norm
+from optax_sam.trees import tiny_norm
 
 
 def scaled(tree, factor):
