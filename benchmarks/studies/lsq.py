@@ -4,8 +4,8 @@ The training is that of examples/lsq_digits.py. A full-precision network is trai
 each of ten seeds; then it is quantized and fine-tuned by all methods, from the same
 start and on the same batches. A minute on two cores.
 
-    python benchmarks/lsq.py [--bits 4 2] [--quick] [--out FILE]
-    python benchmarks/lsq.py --report benchmarks/results/lsq.json
+    python benchmarks/studies/lsq.py [--bits 4 2] [--quick] [--out FILE]
+    python benchmarks/studies/lsq.py --report [FILE]
 
 Bits that the file already holds are not trained again. Four bits are printed beside
 what vSAM's paper has of them.
@@ -13,8 +13,6 @@ what vSAM's paper has of them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -22,17 +20,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import presets
-from rich.console import Console
 from rich.progress import Progress
-from tables import begun, environment, table, write
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+
+import lsq_digits as example
+from lsq_layers import Network, not_steps
 
 import optax_sam
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-import lsq_digits as example  # noqa: E402
-from lsq_layers import Network, not_steps  # noqa: E402
+from benchmarks.lib import costs, study
+from benchmarks.lib.tables import table
+from benchmarks.quality import presets
 
 
 class Method(NamedTuple):
@@ -93,10 +92,10 @@ def train(
             params, opt_state = fits[name](start[quantized], batches)
             logits = models[quantized].apply(params, test_images)
             row = {"accuracy": 100 * np.mean(logits.argmax(-1) == test_labels)}
-            # SGD has no ascents to read.
-            sgd = member is example.SGD
-            rate = 0 if sgd else optax_sam.metrics(opt_state)["ascent_rate"]
-            row["gradients_per_step"] = 1 + rate
+            price, rate = costs.cost(member), 1.0
+            if price.skipped is not None:
+                rate = optax_sam.metrics(opt_state)["ascent_rate"]
+            row["gradients_per_step"] = price.mean(rate)
             now, then = params["params"], start[quantized]["params"]
             for kind in STEPS if quantized else ():
                 row[kind] = np.mean([now[k][kind] / then[k][kind] for k in now])
@@ -151,7 +150,7 @@ def quoted(published: dict[str, Any], name: str) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> dict[str, str]:
-    """The tables of docs/quantization.md, by name."""
+    """The tables of docs/guide/quantization.md, by name."""
     by_bits: dict[str, dict[str, Any]] = {}
     for name, row in results["rows"].items():
         bits, method = name.split(", ")
@@ -169,28 +168,22 @@ def markdown(results: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     """Trains, writes and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = study.parser(__doc__, "lsq.json", quick="one seed, ten epochs")
     wanted = "of the inner layers (4 2)"
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2], help=wanted)
-    parser.add_argument("--quick", action="store_true", help="one seed, ten epochs")
-    out = Path("out/lsq.json")
-    parser.add_argument("--out", type=Path, default=out, help=f"JSON, added to ({out})")
-    parser.add_argument("--report", type=Path, help="JSON to print as Markdown")
     options = parser.parse_args()
     if min(options.bits) < 2:
         parser.error("--bits must be at least 2: a sign takes one of them")
     if not options.report:
         run(options.bits, options.quick, options.out)
-    results = json.loads((options.report or options.out).read_text())
-    for name, text in markdown(results).items():
-        print(f"{name}\n\n{text}\n")
+    study.show(options, markdown)
 
 
 def run(bits: list[int], quick: bool, out: Path) -> None:
     """Trains what the file lacks, and adds it."""
     num_seeds, num_epochs = (1, 10) if quick else (10, 50)
     settings = {
-        **environment(),
+        **study.environment(),
         "seeds": num_seeds,
         "epochs": num_epochs,
         "training_images": example.NUM_IMAGES,
@@ -199,13 +192,13 @@ def run(bits: list[int], quick: bool, out: Path) -> None:
         "momentum": 0.9,
         "weight_decay": 5e-4,
     }
-    results = begun(settings, out)
-    with Progress(console=Console(), refresh_per_second=4) as progress:
+    results = study.begun(settings, out)
+    with study.progress() as progress:
         for number in bits:
             if f"{number} bits, LSQ + SGD" not in results["rows"]:
                 rows = train(number, num_seeds, num_epochs, progress)
                 results["rows"] |= rows
-                write(results, out)
+                study.write(results, out)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import optax
 from jax.typing import ArrayLike
 
 import optax_sam
+from benchmarks.lib import costs, networks
 
-model = nn.Sequential([nn.Dense(256), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)])
+model = networks.dense(256, 256)
 BATCH_SIZE = 64
 WINDOW = 30  # vSAM decides every 30 steps how many of the next 30 ascend
 
@@ -31,20 +31,23 @@ class Method(NamedTuple):
     Attributes:
       settings: as the table shows them.
       optimizer: with all that is its own.
-      base_cost: gradients per step without the ascents.
-      ascent_cost: gradients that an ascent adds.
-      first: the examples of a batch that the first gradient is taken of.
+      divisor: the first gradient is taken of one example in so many.
+      kept: the share of the batch that ESAM's second one is taken of.
       penalty: term of the loss, from the optimizer's state, the batch and its logits.
       eval_params: the parameters to test, from the optimizer's state and those trained.
     """
 
     settings: str
     optimizer: optax.GradientTransformation
-    base_cost: float = 1.0
-    ascent_cost: float = 0.0
-    first: Callable[[Batch], Batch] = lambda batch: batch
+    divisor: int = 1
+    kept: float | None = None
     penalty: Callable[[Any, Batch, jax.Array], ArrayLike] = lambda *_: 0.0
     eval_params: Callable[[Any, Any], Any] = lambda opt_state, params: params
+
+    @property
+    def cost(self) -> costs.Cost:
+        """What a step costs."""
+        return costs.cost(self.optimizer, 1 / self.divisor, self.kept)
 
 
 def saf_penalty(opt_state: Any, batch: Batch, logits: jax.Array) -> jax.Array:
@@ -63,7 +66,8 @@ def all_methods(steps: int, examples: int) -> dict[str, Method]:
     """The methods by name, for a run of some steps on a data set of some examples.
 
     Radii and coefficients are from small grids, judged on a part of the training set,
-    see docs/demo.md. Methods that do not ascend on every step want larger radii.
+    see docs/results/demo.md. Methods that do not ascend on every step want larger
+    ones.
     """
     lr = optax.cosine_decay_schedule(0.05, steps)
     decay, sgd = optax.add_decayed_weights(5e-4), optax.sgd(lr, momentum=0.9)
@@ -73,14 +77,12 @@ def all_methods(steps: int, examples: int) -> dict[str, Method]:
     every_5, half = optax_sam.when.every_k(5), optax_sam.when.bernoulli(0.5)
     wsam = optax_sam.wsam(optax.chain(decay, sgd), learning_rate=lr, rho=0.7, gamma=0.9)
 
-    def ascending(settings: str, member: Any, ascent_cost: float = 1.0) -> Method:
-        tx = optax.chain(member, decay, sgd)
-        return Method(settings, tx, ascent_cost=ascent_cost)
+    def ascending(settings: str, member: Any, **more: Any) -> Method:
+        return Method(settings, optax.chain(member, decay, sgd), **more)
 
     def on_part(divisor: int, part: str) -> Method:
-        method = ascending(f"`rho` 1.0, along {part}", optax_sam.sam(rho=1.0))
-        first = lambda batch: optax_sam.ascent_batch(batch, divisor)
-        return method._replace(first=first, base_cost=1 / divisor)
+        settings = f"`rho` 1.0, along {part}"
+        return ascending(settings, optax_sam.sam(rho=1.0), divisor=divisor)
 
     return {
         "SGD": Method("", optax.chain(decay, sgd)),
@@ -105,8 +107,7 @@ def all_methods(steps: int, examples: int) -> dict[str, Method]:
         "ESAM": ascending(
             "`rho` 0.3, `beta` 0.6, `gamma` 0.5",
             optax_sam.esam(rho=0.3, beta=0.6, gamma=0.5),
-            # A forward pass to choose half of the examples, less one.
-            ascent_cost=1 / 3 + 31 / BATCH_SIZE,
+            kept=costs.kept(0.5, BATCH_SIZE),
         ),
         "AE-SAM": ascending(
             "`rho` 1.0, threshold 1 to -1",
@@ -139,19 +140,16 @@ def all_methods(steps: int, examples: int) -> dict[str, Method]:
         "F-SAM": ascending(
             "`rho` 0.7, `decay` 0.9", optax_sam.friendly_sam(rho=0.7, decay=0.9)
         ),
-        "WSAM": Method("`rho` 0.7, `gamma` 0.9", wsam, ascent_cost=1.0),
+        "WSAM": Method("`rho` 0.7, `gamma` 0.9", wsam),
         "Fisher SAM": ascending("`rho` 0.5", optax_sam.fisher_sam(rho=0.5)),
         "AMP": ascending("`epsilon` 0.5", optax_sam.amp(epsilon=0.5)),
         "GAM": ascending(
-            "`grad_rho` 0.5, `norm_rho` 0.1",
-            optax_sam.gam(0.5, norm_rho=0.1),
-            ascent_cost=3.0,
+            "`grad_rho` 0.5, `norm_rho` 0.1", optax_sam.gam(0.5, norm_rho=0.1)
         ),
         "StableSAM": ascending("`rho` 0.5", optax_sam.stable_sam(rho=0.5)),
         "SAMPa": Method(
             "`rho` 0.7, `interpolation` 0.2",
             optax_sam.sampa(optax.chain(decay, sgd), rho=0.7, interpolation=0.2),
-            base_cost=2.0,
         ),
         "MSAM": Method(
             "`rho` 2.0",
@@ -166,7 +164,6 @@ def all_methods(steps: int, examples: int) -> dict[str, Method]:
         "MESA": Method(
             "`coefficient` 10, `decay` 0.995",
             optax.chain(decay, sgd, optax_sam.mesa(decay=0.995)),
-            base_cost=1 + 1 / 3,
             penalty=mesa_penalty,
         ),
     }

@@ -10,8 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-# Grey for SGD, and Okabe and Ito's colours.
-PALETTE = "#666666", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+from benchmarks.lib import study
+from benchmarks.lib.study import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
+
+PALETTE = GREY, BLUE, ORANGE, GREEN, RED, PINK, SKY
 
 
 def average(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,5 +96,4 @@ def draw(rows: dict[str, Any], path: Path) -> None:
             ncols=4,
             loc="outside lower center",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    study.save(figure, path)

@@ -10,12 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from label_noise_methods import BATCH_SIZE, WINDOW, Batch, Method, all_methods, model
 from rich.progress import Progress
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import optax_sam
+from benchmarks.lib import datasets, networks
+from benchmarks.studies.label_noise_methods import (
+    BATCH_SIZE,
+    WINDOW,
+    Batch,
+    Method,
+    all_methods,
+    model,
+)
 
 NOISE = 0.4  # share of the training labels drawn anew, uniformly from all ten
 
@@ -29,9 +35,7 @@ def make_epoch(method: Method) -> Any:
 
         def forward(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
             logits = model.apply(params, batch.images)
-            labels = batch.labels
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses, logits
+            return networks.losses(logits, batch.labels), logits
 
         def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
             losses, logits = forward(params, batch)
@@ -44,7 +48,7 @@ def make_epoch(method: Method) -> Any:
             return forward(params, chosen)[0]
 
         gradient = jax.grad(loss_fn, has_aux=True)
-        grads, logits = gradient(params, method.first(batch))
+        grads, logits = gradient(params, optax_sam.ascent_batch(batch, method.divisor))
         # Each method takes what it needs; XLA drops the rest.
         updates, opt_state = tx.update(
             grads,
@@ -64,20 +68,6 @@ def make_epoch(method: Method) -> Any:
     return jax.jit(epoch, donate_argnums=0)
 
 
-@jax.jit
-def accuracy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """The share of right answers, in percent."""
-    return 100 * jnp.mean(model.apply(params, images).argmax(-1) == labels)
-
-
-def corrupt(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Replaces a share of the labels by random ones."""
-    chosen = rng.permutation(len(labels))[: round(NOISE * len(labels))]
-    labels = labels.copy()
-    labels[chosen] = rng.integers(0, 10, len(chosen))
-    return labels
-
-
 def train(
     names: list[str], num_seeds: int, num_epochs: int, progress: Progress
 ) -> dict[str, Any]:
@@ -92,11 +82,8 @@ def train(
     Returns:
       A row of the results for each method.
     """
-    images, labels = load_digits(return_X_y=True)
-    images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
-    images, test_images, clean_labels, test_labels = train_test_split(
-        images, labels, test_size=0.2, stratify=labels, random_state=0
-    )
+    images, clean_labels, test_images, test_labels = datasets.digits()
+    images, test_images = (datasets.flat(x, 16) for x in (images, test_images))
     steps = len(images) // BATCH_SIZE
     methods = all_methods(num_epochs * steps, len(images))
 
@@ -124,7 +111,8 @@ def train(
     measured: Any = defaultdict(lambda: defaultdict(lambda: np.zeros(shape)))
     for seed in range(num_seeds):
         rng = np.random.default_rng(seed)
-        labels = corrupt(clean_labels, rng)
+        count = round(NOISE * len(clean_labels))
+        labels = datasets.replaced(clean_labels, count, rng)
         batches = shuffled(labels, rng)
         states = {name: start(name, seed, batches) for name in names}
         progress.update(task.id, description=f"Seed {seed + 1} of {num_seeds}")
@@ -135,9 +123,9 @@ def train(
                 seconds = time.perf_counter() - began
                 (params, opt_state, _), method = states[name], methods[name]
                 params = method.eval_params(opt_state, params)
-                percent = accuracy(params, test_images, test_labels)
-                row = {"seconds": seconds, "accuracy": percent, "ascent_rate": 0.0}
-                if method.ascent_cost:  # else there are no ascents to read
+                percent = networks.accuracy(model, params, test_images, test_labels)
+                row = {"seconds": seconds, "accuracy": percent, "ascent_rate": 1.0}
+                if method.cost.skipped is not None:
                     row |= optax_sam.metrics(opt_state)
                 for quantity, value in row.items():
                     measured[name][quantity][seed, i] = value
@@ -150,7 +138,7 @@ def train(
 def kept(method: Method, measured: dict[str, Any], sgd: np.ndarray) -> dict[str, Any]:
     """What the file holds of a method: arrays over seeds, or seeds and epochs."""
     rounded = lambda values, digits: np.round(values, digits).tolist()
-    gradients = method.base_cost + method.ascent_cost * measured["ascent_rate"][:, -1]
+    gradients = method.cost.mean(measured["ascent_rate"][:, -1])
     # All of training, each epoch by its median over the seeds.
     ratio = np.median(measured["seconds"] / sgd, axis=0).mean()
     row = {

@@ -4,8 +4,9 @@ A small network is trained by each method for three seeds, in turns of one epoch
 their times compare, and tested on clean labels after each. Gradients are counted, a
 forward pass alone as a third of one. Four minutes on two cores for all methods.
 
-    python benchmarks/label_noise.py [--methods LookSAM,MSAM] [--quick] [--out FILE]
-    python benchmarks/label_noise.py --report benchmarks/results/label_noise.json
+    python benchmarks/studies/label_noise.py [--methods LookSAM,MSAM] [--quick]
+        [--out FILE]
+    python benchmarks/studies/label_noise.py --report [FILE]
         [--methods SGD,SAM,vSAM,MSAM --figure docs/images/digits_label_noise.png]
 
 Methods that the file already holds are not trained again; SGD always is, as the measure
@@ -16,17 +17,20 @@ costs.
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from label_noise_figure import draw
-from label_noise_methods import BATCH_SIZE, all_methods
-from label_noise_training import NOISE, train
-from rich.console import Console
-from rich.progress import Progress, TextColumn
-from tables import begun, environment, table, write
+from rich.progress import TextColumn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.lib import study
+from benchmarks.lib.tables import table
+from benchmarks.studies.label_noise_figure import draw
+from benchmarks.studies.label_noise_methods import BATCH_SIZE, all_methods
+from benchmarks.studies.label_noise_training import NOISE, train
 
 DEMO = "SGD", "SAM", "vSAM", "MSAM"  # as in examples/digits_label_noise.py
 
@@ -49,7 +53,7 @@ def comparison(rows: dict[str, Any], times: bool = True) -> str:
 
 
 def markdown(results: dict[str, Any]) -> dict[str, str]:
-    """The tables of docs/demo.md, by name."""
+    """The tables of docs/results/demo.md, by name."""
     rows = results["rows"]
     tables = {"all": comparison(rows)}
     if rows.keys() >= {*DEMO}:
@@ -71,31 +75,27 @@ def chosen(text: str) -> list[str]:
 
 def main() -> None:
     """Trains, writes, draws and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    quick = "one seed, two epochs"
+    parser = study.parser(__doc__, "label_noise.json", quick=quick, figure=True)
     which = "names with commas between; all if not given"
     parser.add_argument("--methods", type=chosen, help=which)
-    parser.add_argument("--quick", action="store_true", help="one seed, two epochs")
-    out = Path("out/label_noise.json")
-    parser.add_argument("--out", type=Path, default=out, help=f"JSON, added to ({out})")
-    parser.add_argument("--report", type=Path, help="JSON to print as Markdown")
-    parser.add_argument("--figure", type=Path, help="PNG to draw")
     options = parser.parse_args()
     names = options.methods or list(all_methods(1, 1))
     if not options.report:
         run(names, options.quick, options.out)
-    results = json.loads((options.report or options.out).read_text())
-    rows = {name: results["rows"][name] for name in names if name in results["rows"]}
-    if options.figure:
-        draw(rows, options.figure)
-    for name, text in markdown({"rows": rows}).items():
-        print(f"{name}\n\n{text}\n")
+
+    def read(path: Path) -> dict[str, Any]:
+        rows = study.read(path)["rows"]
+        return {"rows": {name: rows[name] for name in names if name in rows}}
+
+    study.show(options, markdown, lambda found, path: draw(found["rows"], path), read)
 
 
 def run(names: list[str], quick: bool, out: Path) -> None:
     """Trains what the file lacks, and adds it."""
     num_seeds, num_epochs = (1, 2) if quick else (3, 100)
     settings = {
-        **environment(),
+        **study.environment(),
         "seeds": num_seeds,
         "epochs": num_epochs,
         "batch_size": BATCH_SIZE,
@@ -104,17 +104,16 @@ def run(names: list[str], quick: bool, out: Path) -> None:
         "momentum": 0.9,
         "weight_decay": 5e-4,
     }
-    rows = begun(settings, out)["rows"]
+    rows = study.begun(settings, out)["rows"]
     missing = [name for name in names if name not in rows]
     if not missing:
         return
     speed = TextColumn("{task.fields[rate]:.1f} epochs/s")
-    columns = *Progress.get_default_columns(), speed
-    with Progress(*columns, console=Console(), refresh_per_second=4) as progress:
+    with study.progress(speed) as progress:
         wanted = [name for name in names if name in {"SGD", *missing}]
         rows = train(wanted, num_seeds, num_epochs, progress) | rows
     ordered = {name: rows[name] for name in all_methods(1, 1) if name in rows}
-    write({"settings": settings, "rows": ordered}, out)
+    study.write({"settings": settings, "rows": ordered}, out)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cost_methods
 import jax
 import jax.numpy as jnp
 import optax
-from cost_methods import METHODS, NUM_BATCHES
-from cost_models import Subject
 
 import optax_sam
+from benchmarks.steps import cost_methods
+from benchmarks.steps.cost_methods import METHODS, NUM_BATCHES
+from benchmarks.steps.cost_models import Subject
 
 
 def compiled(function: Callable[..., Any], *args: Any, **jit_options: Any) -> Any:
@@ -45,7 +45,7 @@ class Row:
         self, name: str, form: str, model: Subject, start: Any, batches: list[Any]
     ) -> None:
         self.name, self.form, self.model = name, form, model
-        self.method = METHODS[name]
+        self.method, self.cost = METHODS[name], cost_methods.cost(name)
         base = optax.sgd(0.01, momentum=0.9)
         tx = self.method.build(base, model)
         self.step = cost_methods.train_step(name, model, tx)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from cost_models import Subject
 
 import optax_sam
 import optax_sam.linen
+from benchmarks.lib import costs
+from benchmarks.steps.cost_models import Subject, subject
 from optax_sam import when
 
 NUM_BATCHES = 4
@@ -25,8 +26,8 @@ class Method(NamedTuple):
 
     Attributes:
       build: the base optimizer and the subject, to the whole optimizer.
-      gradients: how many an ascended step needs.
-      forwards: how many forward passes beyond those.
+      summed: whether :func:`optax_sam.summary` counts its gradients; else they are two.
+      divisor: the first gradient is that of one example in so many.
       forms: the programs that are timed: ``""`` is the one that ``jit`` makes where
         each step is alike; else ``"ascended"``, ``"skipped"``, ``"dispatched"``
         between those two, or one with a ``"conditional"``.
@@ -36,8 +37,8 @@ class Method(NamedTuple):
     """
 
     build: Callable[[optax.GradientTransformation, Subject], Any]
-    gradients: float = 2
-    forwards: int = 0
+    summed: bool = True
+    divisor: int = 1
     forms: tuple[str, ...] = ("",)
     calls: int = 1
     needs: str = ""
@@ -73,13 +74,13 @@ def micro(base: Any, subject: Subject) -> Any:
 MIXED = "dispatched", "conditional"
 EACH = "ascended", "skipped", *MIXED
 METHODS = {
-    "SGD": Method(lambda base, _: optax.with_extra_args_support(base), 1),
-    OPAQUE: Method(lambda base, _: contrib_sam(base, True)),
+    "SGD": Method(lambda base, _: optax.with_extra_args_support(base)),
+    OPAQUE: Method(lambda base, _: contrib_sam(base, True), summed=False),
     "sam": first(optax_sam.sam()),
-    TRANSPARENT: Method(lambda base, _: contrib_sam(base, False), calls=2),
+    TRANSPARENT: Method(lambda base, _: contrib_sam(base, False), False, calls=2),
     "sam_5": first(optax_sam.sam(when=when.every_k(5)), forms=MIXED),
-    "sam, quarter batch": first(optax_sam.sam(), 1.25),
-    "sam, 2 ascents": first(optax_sam.sam(num_ascent_steps=2), 3),
+    "sam, quarter batch": first(optax_sam.sam(), divisor=4),
+    "sam, 2 ascents": first(optax_sam.sam(num_ascent_steps=2)),
     "vsam": first(optax_sam.vsam(**VSAM), forms=EACH),
     "vsam_a": first(optax_sam.vsam(**VSAM, reuse_decay=0.0), forms=MIXED),
     "looksam": first(optax_sam.looksam(), forms=EACH),
@@ -92,9 +93,7 @@ METHODS = {
     "esam": Method(
         lambda base, subject: optax.chain(
             optax_sam.esam(gamma=0.5 + 1 / subject.batch_size), base
-        ),
-        gradients=1.5,
-        forwards=1,
+        )
     ),
     "renyi_sam": first(optax_sam.renyi_sam()),
     "random_sam": first(optax_sam.random_sam(0.1)),
@@ -103,22 +102,30 @@ METHODS = {
     "sam_on": first(optax_sam.sam_on(), needs="norms"),
     "fisher_sam": first(optax_sam.fisher_sam()),
     "amp": first(optax_sam.amp()),
-    "gam": first(optax_sam.gam(), 4),
+    "gam": first(optax_sam.gam()),
     "stable_sam": first(optax_sam.stable_sam()),
     "wsam": Method(lambda base, _: optax_sam.wsam(base, learning_rate=0.01)),
     "sampa": Method(lambda base, _: optax_sam.sampa(base, learning_rate=0.01)),
-    "m-sam, 4 shards": Method(micro),
-    "msam": Method(lambda base, _: optax_sam.msam(base), 1),
-    "mesa": Method(lambda base, _: optax.chain(base, optax_sam.mesa()), 1, 1),
+    "m-sam, 4 shards": Method(micro, summed=False),
+    "msam": Method(lambda base, _: optax_sam.msam(base)),
+    "mesa": Method(lambda base, _: optax.chain(base, optax_sam.mesa())),
     "saf": Method(
         lambda base, subject: optax.chain(
             optax_sam.saf(NUM_BATCHES * subject.batch_size, subject.classes), base
         ),
-        gradients=1,
         needs="rows",
     ),
 }
 QUICK = "SGD", OPAQUE, "sam", "sam_5", "vsam"
+
+
+def cost(name: str) -> costs.Cost:
+    """What a step of a method needs."""
+    method = METHODS[name]
+    if not method.summed:  # a call of SAM's alone, or the gradients of shards
+        return costs.Cost(2)
+    like = subject("MLP", "cpu", half=False)._replace(batch_size=costs.EXAMPLES)
+    return costs.cost(method.build(costs.BASE, like), 1 / method.divisor)
 
 
 def train_step(name: str, subject: Subject, tx: Any) -> Callable[..., Any]:
@@ -155,7 +162,7 @@ def train_step(name: str, subject: Subject, tx: Any) -> Callable[..., Any]:
         value_and_grad = optax_sam.linen.value_and_grad(loss_fn, has_aux=True)
         (_, (losses, logits)), grads, grad_fn = value_and_grad(params, batch)
         if name == "sam, quarter batch":
-            _, grads, _ = value_and_grad(params, optax_sam.ascent_batch(batch, 4))
+            _, grads, _ = value_and_grad(params, optax_sam.ascent_batch(batch))
         extra: dict[str, Any] = {"logits": logits} if name == "saf" else {}
         if name == "esam":
             extra["per_example_loss_fn"] = per_example_loss_fn

@@ -3,8 +3,8 @@
 Each variant is the library with one thing changed for the occasion, timed in blocks
 interleaved with SGD as in ``step_cost.py``, with what its program moves and keeps.
 
-    python benchmarks/overhead.py [--rounds 7] [--models MLP CNN] [--out FILE]
-    python benchmarks/overhead.py --report
+    python benchmarks/steps/overhead.py [--rounds 7] [--models MLP CNN] [--out FILE]
+    python benchmarks/steps/overhead.py --report
 
 The report has two runs side by side: one with jemalloc told to keep what it has (see
 ``docs/design/overhead.md``), and one with the C library's allocator.
@@ -12,31 +12,31 @@ The report has two runs side by side: one with jemalloc told to keep what it has
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import cost_methods
 import jax
 import optax
-import tables
-from cost_models import MODELS, Subject, subject
-from cost_report import MIB, quartiles
-from cost_rows import Row, allocator
 from rich.progress import track
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import optax_sam
+from benchmarks.lib import study, tables
+from benchmarks.steps import cost_methods
+from benchmarks.steps.cost_models import MODELS, Subject, subject
+from benchmarks.steps.cost_report import MIB, quartiles
+from benchmarks.steps.cost_rows import Row, allocator
 from optax_sam import arguments
 from optax_sam.ascent import noise
 
-RESULTS = Path(__file__).parent / "results"
-STEADY, PLAIN = RESULTS / "overhead_cpu.json", RESULTS / "overhead_glibc_cpu.json"
+STEADY, PLAIN = "overhead_cpu.json", "overhead_glibc_cpu.json"
 
 
 def barrier() -> Any:
@@ -70,7 +70,7 @@ def shards(method: str) -> Any:
             optax_sam.micro_sharpness(member, count, method=method), base
         )
 
-    way = cost_methods.Method(build)
+    way = cost_methods.Method(build, summed=False)
     return mock.patch.dict(cost_methods.METHODS, {"m-sam, 4 shards": way})
 
 
@@ -100,7 +100,7 @@ def built(model: Subject) -> Iterator[Row]:
         yield row
 
 
-def study(name: str, rounds: int) -> list[dict[str, Any]]:
+def variants(name: str, rounds: int) -> list[dict[str, Any]]:
     """All variants of a model."""
     model = subject(name, "cpu", half=False)
     rows = list(built(model))
@@ -154,26 +154,23 @@ def markdown(steady: dict[str, Any], plain: dict[str, Any]) -> str:
 
 def main() -> None:
     """Times, writes and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = STEADY if os.environ.get("LD_PRELOAD") else PLAIN
+    parser = study.parser(__doc__, STEADY, out=study.RESULTS / default)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=7)
-    default = STEADY if os.environ.get("LD_PRELOAD") else PLAIN
-    parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--report", action="store_true", help="print the Markdown")
     options = parser.parse_args()
-    read = lambda path: json.loads(path.read_text())
     if options.report:
-        print(markdown(read(STEADY), read(PLAIN)))
+        beside = study.read(study.RESULTS / PLAIN)
+        study.show(options, lambda results: markdown(results, beside))
         return
     settings = {
-        **tables.environment(),
+        **study.environment(),
         "rounds": options.rounds,
         "allocator": allocator(),
     }
-    studies = {name: study(name, options.rounds) for name in options.models}
-    results = {"settings": settings, "models": studies}
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(markdown(results, results))
+    made = {name: variants(name, options.rounds) for name in options.models}
+    study.write({"settings": settings, "models": made}, options.out)
+    study.show(options, lambda results: markdown(results, results))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
-from models import Decoder
+
+from benchmarks.lib import networks
+from benchmarks.lib.models import Decoder
 
 MODELS = "MLP", "CNN", "transformer"
 
@@ -94,8 +95,7 @@ class Subject(NamedTuple):
 
     def losses(self, logits: jax.Array, y: jax.Array) -> jax.Array:
         """The loss of each example, (batch,)."""
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return losses.reshape(len(y), -1).mean(-1)
+        return networks.losses(logits, y).reshape(len(y), -1).mean(-1)
 
     @property
     def parameters(self) -> int:

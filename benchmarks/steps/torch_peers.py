@@ -6,22 +6,26 @@ of the two frameworks stand side by side in the report; times themselves do not 
 Needs PyTorch, which is no dependency of the project:
 
     pip install torch pytorch_optimizer
-    python benchmarks/torch_peers.py [--rounds 9] [--out FILE]
-    python benchmarks/torch_peers.py --report [FILE]
+    python benchmarks/steps/torch_peers.py [--rounds 9] [--out FILE]
+    python benchmarks/steps/torch_peers.py --report [FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.lib import study
+from benchmarks.lib.tables import table
+
+NAME = "torch_peers_cpu.json"
 # What each is called there and here.
 PEERS = {"SAM": "sam", "GSAM": "gsam", "WSAM": "wsam", "LookSAM": "looksam"}
 SIZES = {  # of ``cost_models.py`` on a CPU: classes, batch size, steps in a block
@@ -134,15 +138,13 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 def markdown(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """Both frameworks' ratios."""
-    from tables import table  # JAX need not be where PyTorch is
-
     lines = []
-    for name, study in theirs["models"].items():
+    for name, peers in theirs["models"].items():
         rows = ours["models"][name]["rows"]
         found = {(row["method"], row["form"]): row["to_sgd"][1] for row in rows}
         for peer, method in PEERS.items():
             here = found.get((method, ""), found.get((method, "dispatched")))
-            low, middle, high = study["to_sgd"][peer]
+            low, middle, high = peers["to_sgd"][peer]
             there = f"{middle:.2f} ({low:.2f} to {high:.2f})"
             lines.append([name, peer, there, f"{here:.2f}"])
     header = ["model", "method", "PyTorch: time / SGD (quartiles)", "JAX: time / SGD"]
@@ -151,30 +153,22 @@ def markdown(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def main() -> None:
     """Times and writes, or prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = study.parser(__doc__, NAME, out=study.RESULTS / NAME)
     parser.add_argument("--rounds", type=int, default=9)
-    out = RESULTS / "torch_peers_cpu.json"
-    parser.add_argument("--out", type=Path, default=out)
-    report = "JSON to print beside step_cost_cpu.json"
-    parser.add_argument("--report", type=Path, nargs="?", const=out, help=report)
     options = parser.parse_args()
-    if options.report:
-        ours = json.loads((RESULTS / "step_cost_cpu.json").read_text())
-        print(markdown(json.loads(options.report.read_text()), ours))
-        return
-    import torch
+    if not options.report:
+        import torch
 
-    found = {
-        "settings": {
+        settings = {
             "torch": torch.__version__,
             "pytorch_optimizer": version("pytorch_optimizer"),
             "threads": torch.get_num_threads(),
             "rounds": options.rounds,
-        },
-        "models": {name: measure(name, options.rounds) for name in SIZES},
-    }
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+        }
+        models = {name: measure(name, options.rounds) for name in SIZES}
+        study.write({"settings": settings, "models": models}, options.out)
+    ours = study.read(study.RESULTS / "step_cost_cpu.json")
+    study.show(options, lambda theirs: markdown(theirs, ours))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ Trains a network on a data set with any of the methods and the papers' hyperpara
 for several seeds. Data stay on the device; where that pays (accelerators; networks
 without convolutions) an epoch is one program.
 
-    python benchmarks/quality.py --data-set digits --model mlp --seeds 0 1 2
-    python benchmarks/quality.py --data-set cifar10 --data cifar-10-batches-py \\
-        --model resnet18 --methods SGD SAM vSAM --epochs 30 --minutes 8 --out FILE
-    python benchmarks/quality.py --plan plan.json --out FILE
-    python benchmarks/quality.py --report FILE [--no-times] [--figure FILE]
+    python benchmarks/quality/quality.py --data-set digits --model mlp --seeds 0 1 2
+    python benchmarks/quality/quality.py --data-set cifar10 --model resnet18 \\
+        --data cifar-10-batches-py --epochs 30 --minutes 8 --out FILE
+    python benchmarks/quality/quality.py --plan plan.json --out FILE
+    python benchmarks/quality/quality.py --report FILE [--no-times] [--figure FILE]
 
 Each finished training is a line of JSON in ``--out``, and what is there already is not
 trained again. After ``--minutes`` the training at hand stops at the end of an epoch and
@@ -23,27 +23,25 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import platform
+import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import jax
-import networks
-import presets
-import quality_report
-from quality_checkpoints import Epoch
-from quality_training import Trainer, settings
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
-import optax_sam
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-ROOT = Path(__file__).parent
+from benchmarks.lib import datasets, networks, study
+from benchmarks.quality import presets, report
+from benchmarks.quality.checkpoints import Epoch
+from benchmarks.quality.training import Trainer, settings
+
+CHECKPOINTS = study.ROOT / "benchmarks/checkpoints"
 OVERRIDES = (  # options that replace a field of the recipe
     *("epochs", "batch_size", "learning_rate", "weight_decay", "smoothing"),
     *("augmentation", "label_noise", "limit", "dtype"),
@@ -69,7 +67,9 @@ class Job(NamedTuple):
 
 def parser() -> argparse.ArgumentParser:
     """All options; those of a training can be in a plan too."""
-    new = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    new = study.parser(
+        __doc__, "quality_cpu.jsonl", out=Path("out/quality.jsonl"), figure=True
+    )
     new.add_argument("--data-set", choices=datasets.NAMES, default="digits")
     new.add_argument("--data", help="folder of the standard archive, or .npz")
     new.add_argument("--model", choices=networks.NETWORKS, default="mlp")
@@ -83,11 +83,8 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--scan", choices=("auto", "on", "off"), default="auto")
     new.add_argument("--plan", type=Path, help="JSON: a list of such options")
     new.add_argument("--minutes", type=float, help="stop in time")
-    new.add_argument("--out", type=Path, default=Path("out/quality.jsonl"))
-    new.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints")
-    new.add_argument("--report", type=Path, help="results to print as Markdown")
+    new.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
     new.add_argument("--no-times", action="store_true", help="report counts alone")
-    new.add_argument("--figure", type=Path, help="PNG to draw")
     return new
 
 
@@ -167,17 +164,6 @@ def identity(given: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def environment() -> dict[str, str]:
-    """The versions, and the machine."""
-    names = "jax", "jaxlib", "flax", "optax"
-    return {
-        **{name: version(name) for name in names},
-        "optax_sam": optax_sam.__version__,
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-    }
-
-
 def read(path: Path) -> list[dict[str, Any]]:
     """The results in a file, which need not exist; a cut off line is left out."""
     rows = []
@@ -253,7 +239,7 @@ def train(options: argparse.Namespace, console: Console) -> bool:
                 "id": name,
                 **given,
                 "scan": trainer.scan,
-                **environment(),
+                **study.environment("jax", "jaxlib", "flax", "optax"),
                 **results,
             }
             row["train_examples"] = trainer.examples
@@ -276,11 +262,8 @@ def main() -> None:
     options, console = parser().parse_args(), Console()
     if not options.report:
         train(options, console)
-    rows = read(options.report or options.out)
-    for title, table in quality_report.markdown(rows, not options.no_times).items():
-        print(f"{title}\n\n{table}\n")
-    if options.figure and rows:
-        quality_report.draw(rows, options.figure)
+    markdown = lambda rows: report.markdown(rows, not options.no_times)
+    study.show(options, markdown, report.draw, read)
 
 
 if __name__ == "__main__":

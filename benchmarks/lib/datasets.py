@@ -63,13 +63,13 @@ def load(
       Arrays in the host's memory.
     """
     if name == "digits":
-        arrays = _digits()
+        arrays = digits()
     elif path is None:
         raise SystemExit(f"{name} needs --data, see benchmarks/README.md")
     elif path.is_dir() and name in ARCHIVES:
         arrays = _folder(name, path)
     else:
-        arrays = _npz(path)
+        arrays = npz(path)
     train_x, train_y, test_x, test_y = arrays
     for x, y in ((train_x, train_y), (test_x, test_y)):
         if x.dtype != np.uint8 or len(x) != len(y):
@@ -84,9 +84,9 @@ def load(
     mean, deviation = moments(train_x)
     train_y = train_y.astype(np.int32)
     if label_noise:
+        count = round(label_noise * len(train_y))
         rng = np.random.default_rng(1)
-        wrong = rng.permutation(len(train_y))[: round(label_noise * len(train_y))]
-        train_y[wrong] = rng.integers(0, CLASSES[name], len(wrong))
+        train_y = replaced(train_y, count, rng, CLASSES[name])
     return Data(train_x, train_y, test_x, test_y.astype(np.int32), mean, deviation)
 
 
@@ -103,7 +103,22 @@ def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.float32(means), np.float32(deviations)
 
 
-def _digits() -> tuple[np.ndarray, ...]:
+def replaced(
+    labels: np.ndarray, count: int, rng: np.random.Generator, classes: int = 10
+) -> np.ndarray:
+    """The labels, so many of which are drawn anew from all classes."""
+    chosen, labels = rng.permutation(len(labels))[:count], labels.copy()
+    labels[chosen] = rng.integers(0, classes, len(chosen))
+    return labels
+
+
+def flat(images: np.ndarray, largest: int) -> np.ndarray:
+    """(n, features), float32 from 0 to 1."""
+    return (images.reshape(len(images), -1) / largest).astype(np.float32)
+
+
+def digits() -> tuple[np.ndarray, ...]:
+    """Images for training, their labels, and both for testing."""
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.uint8)  # 0 to 16
     train_x, test_x, train_y, test_y = train_test_split(
@@ -112,7 +127,8 @@ def _digits() -> tuple[np.ndarray, ...]:
     return train_x, train_y, test_x, test_y
 
 
-def _npz(path: Path) -> tuple[np.ndarray, ...]:
+def npz(path: Path) -> tuple[np.ndarray, ...]:
+    """Likewise, from a file."""
     with np.load(path) as file:
         missing = {"train_x", "train_y", "test_x", "test_y"} - set(file)
         if missing:

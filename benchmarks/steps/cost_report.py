@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tables
-from cost_methods import OPAQUE, TRANSPARENT
+
+from benchmarks.lib import tables
+from benchmarks.steps.cost_methods import OPAQUE, TRANSPARENT
 
 median = statistics.median
 MIB = 2**20
@@ -44,7 +45,7 @@ def rows(timed: list[Any], costs: list[dict[str, float]]) -> list[Any]:
                 "method": row.name,
                 "form": row.form,
                 "gradients": round(statistics.mean(of(row, "gradients")), 3),
-                "forwards": row.method.forwards,
+                "forwards": int(row.cost.forwards),
                 "ms": round(1e3 * median(of(row, "seconds")), 3),
                 "to_sgd": quartiles(of(row, "to_sgd")),
                 "to_ideal": quartiles(of(row, "to_ideal")),

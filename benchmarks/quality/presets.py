@@ -16,6 +16,7 @@ import jax
 import optax
 
 import optax_sam
+from benchmarks.lib import costs
 
 METHODS = (
     *("SGD", "SAM", "SAM-5", "SAM-10", "LookSAM-5", "ESAM", "AE-SAM", "SAF", "MESA"),
@@ -23,7 +24,6 @@ METHODS = (
 )
 PUBLISHED = Path(__file__).with_name("published.csv")
 PUBLISHED_EPOCHS = 200
-FORWARD = 1 / 3  # what a forward pass costs of a gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,20 +190,25 @@ class Method(NamedTuple):
 
     Attributes:
       tx: the optimizer.
-      base_cost: gradients of a step, a forward pass being a third of one.
-      ascent_cost: gradients of an ascent on top.
       divisor: the incoming gradient is that of one example in so many.
+      kept: the share of the batch that ESAM's second gradient is of.
+      forwards: forward passes of the training step beside those of the optimizer.
     """
 
     tx: optax.GradientTransformationExtraArgs
-    base_cost: float = 1.0
-    ascent_cost: float = 0.0
     divisor: int = 1
+    kept: float | None = None
+    forwards: int = 0
+
+    @property
+    def cost(self) -> costs.Cost:
+        """What a step costs."""
+        return costs.cost(self.tx, 1 / self.divisor, self.kept, self.forwards)
 
     @property
     def ascends(self) -> bool:
         """Whether it has a sharpness-aware member."""
-        return self.ascent_cost > 0
+        return self.cost.gradients > 1
 
 
 def build(
@@ -233,65 +238,58 @@ def build(
     sgd = optax.sgd(rate, momentum=recipe.momentum)
     key = jax.random.key(seed)
     given: dict[str, Any] = dict(values)
+    divisor = int(given.pop("divisor", 1))
 
-    def ascending(member: Any, ascent_cost: float = 1.0, **more: Any) -> Method:
-        tx = optax.chain(member, decay, sgd)
-        return Method(tx, ascent_cost=ascent_cost, **more)
+    def member() -> Any:
+        """What stands before weight decay and SGD."""
+        match method:
+            case "SAF":
+                delay, start = int(values["delay"]), int(values["start"])
+                return optax_sam.saf(examples, classes, delay=delay, start=start)
+            case "SAM-5" | "SAM-10":
+                when = optax_sam.when.every_k(given.pop("k"))
+                return optax_sam.sam(when=when, **given)
+            case "AE-SAM":
+                ends = given.pop("first"), given.pop("last")
+                return optax_sam.ae_sam(
+                    threshold=optax.linear_schedule(*ends, steps), **given
+                )
+            case "ESAM":
+                return optax_sam.esam(key=key, **given)
+            case "R-SAM":
+                first, growth = given.pop("sigma"), given.pop("growth")
+                sigma = optax.cosine_decay_schedule(first, steps, alpha=growth)
+                return optax_sam.random_sam(sigma=sigma, key=key, **given)
+            case "GSAM":
+                radii: Any = {"rho_min": given.pop("rho_min")}
+                radii |= {"rho_max": given.pop("rho"), "lr_min": 0.0}
+                radius = optax_sam.rho_from_lr(
+                    rate, lr_max=recipe.learning_rate, **radii
+                )
+                return optax_sam.gsam(radius, **given)
+            case "vSAM" | "vSAM-A":
+                return optax_sam.vsam(key=key, **{"reuse_decay": 0.0} | given)
+        factories: dict[str, Any] = {
+            "SAM": optax_sam.sam,
+            "quarter-batch SAM": optax_sam.sam,
+            "LookSAM-5": optax_sam.looksam,
+            "RSAM": optax_sam.renyi_sam,
+            "ASAM": optax_sam.asam,
+        }
+        return factories[method](**given)
 
     if method == "SGD":
-        return Method(optax.with_extra_args_support(optax.chain(decay, sgd)))
-    if method == "MSAM":
-        return Method(optax.chain(decay, optax_sam.msam(sgd, **given)))
-    if method == "SAF":
-        table = optax_sam.saf(
-            examples, classes, delay=int(values["delay"]), start=int(values["start"])
-        )
-        return Method(optax.chain(table, decay, sgd))
-    if method == "MESA":
-        average = optax_sam.mesa(values["decay"])
-        return Method(optax.chain(decay, sgd, average), base_cost=1 + FORWARD)
-    if method in ("SAM-5", "SAM-10"):
-        when = optax_sam.when.every_k(given.pop("k"))
-        return ascending(optax_sam.sam(when=when, **given))
-    if method == "quarter-batch SAM":
-        divisor = int(given.pop("divisor"))
-        return Method(
-            ascending(optax_sam.sam(**given)).tx,
-            base_cost=1 / divisor,
-            ascent_cost=1.0,
-            divisor=divisor,
-        )
-    if method == "AE-SAM":
-        falling = optax.linear_schedule(given.pop("first"), given.pop("last"), steps)
-        return ascending(optax_sam.ae_sam(threshold=falling, **given))
-    if method == "ESAM":
-        kept = int(values["gamma"] * recipe.batch_size) - 1
-        cost = FORWARD + kept / recipe.batch_size
-        return ascending(optax_sam.esam(key=key, **given), cost)
-    if method == "R-SAM":
-        growing = optax.cosine_decay_schedule(
-            given.pop("sigma"), steps, alpha=given.pop("growth")
-        )
-        member = optax_sam.random_sam(sigma=growing, key=key, **given)
-        # No gradient at the parameters, but a forward pass for BatchNorm's statistics
-        # and the loss that is reported.
-        return Method(ascending(member).tx, base_cost=FORWARD, ascent_cost=2.0)
-    if method == "GSAM":
-        radii: Any = {"rho_min": given.pop("rho_min"), "rho_max": given.pop("rho")}
-        radius = optax_sam.rho_from_lr(
-            rate, **radii, lr_min=0.0, lr_max=recipe.learning_rate
-        )
-        return ascending(optax_sam.gsam(radius, **given))
-    if method in ("vSAM", "vSAM-A"):
-        given.setdefault("reuse_decay", 0.0)
-        return ascending(optax_sam.vsam(key=key, **given))
-    factories: dict[str, Any] = {
-        "SAM": optax_sam.sam,
-        "LookSAM-5": optax_sam.looksam,
-        "RSAM": optax_sam.renyi_sam,
-        "ASAM": optax_sam.asam,
-    }
-    return ascending(factories[method](**given))
+        tx = optax.with_extra_args_support(optax.chain(decay, sgd))
+    elif method == "MSAM":
+        tx = optax.chain(decay, optax_sam.msam(sgd, **given))
+    elif method == "MESA":
+        tx = optax.chain(decay, sgd, optax_sam.mesa(values["decay"]))
+    else:
+        tx = optax.chain(member(), decay, sgd)
+    kept = costs.kept(values["gamma"], recipe.batch_size) if method == "ESAM" else None
+    # R-SAM takes no gradient at the parameters, but BatchNorm's statistics and the loss
+    # that is reported are those of a forward pass there.
+    return Method(tx, divisor, kept, forwards=method == "R-SAM")
 
 
 def published(data: str, model: str) -> dict[str, list[dict[str, str]]]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import presets
-import tables
 from matplotlib.figure import Figure
+
+from benchmarks.lib import study, tables
+from benchmarks.lib.study import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
+from benchmarks.quality import presets
 
 Row = dict[str, Any]
 TITLES = {
@@ -133,8 +135,8 @@ def table(family: dict[str, list[Row]], times: bool = True) -> str:
     return tables.table(cut(HEADER), [cut(line) for line in lines])
 
 
-# Okabe and Ito's colours with four shapes each.
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000"
+# Each with the shapes.
+COLOURS = BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK
 SHAPES = "o", "s", "^"
 
 
@@ -178,5 +180,4 @@ def draw(rows: list[Row], path: Path) -> None:
         ncols=4 * len(found),
         loc="outside lower center",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    study.save(figure, path)

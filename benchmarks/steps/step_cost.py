@@ -5,9 +5,9 @@ a program that computes one gradient. "Ideal" is the step of SGD, and for each f
 gradient (forward pass) that a method needs one program of that and nothing else, timed
 in the same rounds. Compile times are ratios to SGD's, compiled just before.
 
-    python benchmarks/step_cost.py [--models MLP CNN transformer] [--methods sam vsam]
-        [--rounds 9] [--half] [--workers 1] [--quick] [--out FILE]
-    python benchmarks/step_cost.py --report benchmarks/results/step_cost_cpu.json
+    python benchmarks/steps/step_cost.py [--models MLP CNN transformer]
+        [--methods sam vsam] [--rounds 9] [--half] [--workers 1] [--quick] [--out FILE]
+    python benchmarks/steps/step_cost.py --report [FILE]
 
 On an accelerator ``--workers 16`` compiles that many programs at a time, and times the
 compiling of a few only.
@@ -16,25 +16,25 @@ compiling of a few only.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import cost_methods
-import cost_report
 import jax
-import tables
-from cost_methods import METHODS, NUM_BATCHES
-from cost_models import MODELS, subject
-from cost_rows import Row, allocator, timer
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import Progress
 
-RESULTS = Path(__file__).parent / "results/step_cost_{}.json"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.lib import study
+from benchmarks.steps import cost_methods, cost_report
+from benchmarks.steps.cost_methods import METHODS, NUM_BATCHES
+from benchmarks.steps.cost_models import MODELS, subject
+from benchmarks.steps.cost_rows import Row, allocator, timer
+
 BETWEEN = 2  # rows between two blocks of what they are compared with
 # What is compiled alone, to be timed, where others are compiled side by side.
 ALONE = cost_methods.OPAQUE, "sam", "sam_5", "vsam", "gsam"
@@ -84,9 +84,9 @@ def measure(rows: list[Row], start: Any, rounds: int, advance: Any) -> Iterator[
             after = plain.block()[0], gradient()
             sgd, of_gradient = ((x + y) / 2 for x, y in zip(before, after, strict=True))
             for row, (seconds, rate) in zip(some, blocks, strict=True):
-                needed = 1 + rate * (row.method.gradients - 1)
+                needed = 1 + rate * (row.cost.gradients - 1)
                 ideal = sgd + (needed - 1) * of_gradient
-                ideal += min(rate, 1) * row.method.forwards * of_forward
+                ideal += min(rate, 1) * row.cost.forwards * of_forward
                 row.measured.append(
                     {
                         "seconds": seconds,
@@ -105,7 +105,7 @@ def costs(row: Row) -> dict[str, float]:
     shares = [1.0]
     if row.form == "dispatched":
         rate = statistics.mean(x["gradients"] - 1 for x in row.measured)
-        rate /= row.method.gradients - 1
+        rate /= row.cost.gradients - 1
         shares = [rate, 1 - rate]
     total = {"flops": 0.0, "bytes": 0.0, "peak": 0.0, "temporary": 0.0}
     for share, program in zip(shares, row.programs, strict=True):
@@ -121,7 +121,7 @@ def costs(row: Row) -> dict[str, float]:
     return total
 
 
-def study(
+def rows_of(
     name: str, options: argparse.Namespace, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """All rows of one model, after each round."""
@@ -152,49 +152,43 @@ def study(
         yield {"settings": settings | {"rounds": done}, "rows": made}
 
 
-def main() -> None:
-    """Times, writes and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
-    parser.add_argument("--rounds", type=int, help="default: 3")
-    parser.add_argument("--compiles", type=int, default=1, help="of each program")
-    parser.add_argument("--workers", type=int, default=1, help="that compile")
-    parser.add_argument("--half", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--quick", action="store_true", help="tiny models, few methods")
-    parser.add_argument("--out", type=Path, help="JSON to write, or to add models to")
-    parser.add_argument("--report", type=Path, help="JSON to print as Markdown")
-    options = parser.parse_args()
-    if options.report:
-        print(cost_report.markdown(json.loads(options.report.read_text())))
-        return
-    options.rounds = options.rounds or (2 if options.quick else 3)
-    options.methods = options.methods or list(
-        cost_methods.QUICK if options.quick else METHODS
-    )
-    backend = jax.default_backend()
-    out = options.out or Path(str(RESULTS).format(backend))
-    if options.quick and not options.out:
-        out = Path("out/step_cost.json")
-    results = json.loads(out.read_text()) if out.exists() else {"models": {}}
+def run(options: argparse.Namespace) -> None:
+    """Times the models, and writes after each round."""
+    results = study.read(options.out, {"models": {}})
     results["settings"] = {
-        **tables.environment(),
-        "backend": backend,
+        **study.environment(),
+        "backend": jax.default_backend(),
         "machine": platform.machine(),
         "allocator": allocator(),
     }
-    console = Console()
-    columns = *Progress.get_default_columns(), MofNCompleteColumn()
-    with Progress(*columns, console=console, refresh_per_second=1) as progress:
+    with study.progress() as progress:
         for name in options.models:
-            for made in study(name, options, progress):
+            for made in rows_of(name, options, progress):
                 cost_report.merge(results, name, made)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(results, indent=1) + "\n")
+                study.write(results, options.out)
             # The next model's programs want the memory, and no pauses.
             jax.clear_caches()
-    print(cost_report.markdown(results))
-    console.print(f"Results: {out}")
+
+
+def main() -> None:
+    """Times, writes and prints."""
+    name = f"step_cost_{jax.default_backend()}.json"
+    quick = "tiny models, few methods"
+    parser = study.parser(__doc__, name, out=study.RESULTS / name, quick=quick)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compiles", type=int, default=1, help="of each program")
+    parser.add_argument("--workers", type=int, default=1, help="that compile")
+    parser.add_argument("--half", action="store_true", help="compute in bfloat16")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds = 2
+        options.methods = options.methods or cost_methods.QUICK
+    options.methods = options.methods or list(METHODS)
+    if not options.report:
+        run(options)
+    study.show(options, cost_report.markdown)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.lib import networks
+
 HALF = jnp.bfloat16
 
 
@@ -145,8 +147,7 @@ class Task(NamedTuple):
 
     def losses(self, logits: jax.Array, y: jax.Array) -> jax.Array:
         """The loss of each example."""
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return losses.reshape(y.shape[0], -1).mean(-1)
+        return networks.losses(logits, y).reshape(y.shape[0], -1).mean(-1)
 
 
 def resnet(image: int = 224, per_chip: int = 64, **model: Any) -> Task:

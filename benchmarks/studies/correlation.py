@@ -9,9 +9,9 @@ granulated one is the mean over pairs that differ in one hyperparameter alone. R
 reported in full, not the best only. A second part compares geodesic with adaptive
 sharpness of a small transformer under changes of its weights that do not change it.
 
-    python benchmarks/correlation.py [--data fashion_mnist_20k.npz] [--quick]
+    python benchmarks/studies/correlation.py [--data fashion_mnist_20k.npz] [--quick]
         [--sets digits fashion] [--out FILE] [--figure FILE]
-    python benchmarks/correlation.py --report benchmarks/results/correlation.json
+    python benchmarks/studies/correlation.py --report [FILE] [--figure FILE]
 
 Without ``--data`` only digits run. It goes on where it stopped: models that the file
 already holds are not trained again.
@@ -23,7 +23,7 @@ import argparse
 import functools
 import itertools
 import json
-import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,17 +35,17 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from rich.console import Console
-from rich.progress import Progress
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tables import table
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import optax_sam
+from benchmarks.lib import datasets, networks, study
+from benchmarks.lib.study import BLUE, GREEN, GREY, RED, SKY
+from benchmarks.lib.tables import table
 from optax_sam import sharpness
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results/correlation.json"
 TITLES = {
     "digits": "Digits, 20 % of the labels replaced",
     "fashion": "Fashion-MNIST, 2,000 images, clean labels",
@@ -60,7 +60,7 @@ SHAPE = tuple(map(len, GRID.values()))
 SUBSET, BATCH = 512, 128  # m, which m-sharpness depends on
 RENYI = {"num_top_matvecs": 40, "num_lanczos": 30, "num_probes": 5, "num_eigs": 20}
 
-model = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(32), nn.relu, nn.Dense(10)])
+model = networks.dense(48, 32)
 
 
 class Task(NamedTuple):
@@ -83,22 +83,17 @@ def load(name: str, data: Path | None) -> Task:
         x, test_x, y, test_y = train_test_split(
             images, labels, train_size=1024, stratify=labels, random_state=0
         )
-        rng = np.random.default_rng(0)
-        wrong = rng.permutation(len(y))[: len(y) // 5]
-        y = y.copy()
-        y[wrong] = rng.integers(0, 10, len(wrong))
+        y = datasets.replaced(y, len(y) // 5, np.random.default_rng(0))
         rho = {"SAM": 0.2, "vSAM": 0.2, "MSAM": 1.0}
         return Task(x, y.astype(np.int32), test_x, test_y, 0.2, 100, rho)
     assert data is not None
-    with np.load(data) as file:
-        # Two by two pixels in one: a tenth of the time for the measures.
-        small = lambda x: (x.reshape(-1, 14, 2, 14, 2).mean((2, 4)) / 255).astype("f4")
-        x, test_x = small(file["train_x"]), small(file["test_x"])
-        y, test_y = file["train_y"].astype("i4"), file["test_y"].astype("i4")
+    x, y, test_x, test_y = datasets.npz(data)
+    # Two by two pixels in one: a tenth of the time for the measures.
+    small = lambda x: datasets.flat(x.reshape(-1, 14, 2, 14, 2).mean((2, 4)), 255)
     rows = np.random.default_rng(0).permutation(len(y))[:2048]
-    flat = lambda x: x.reshape(len(x), -1)
     rho = {"SAM": 0.1, "vSAM": 0.1, "MSAM": 0.4}
-    return Task(flat(x[rows]), y[rows], flat(test_x), test_y, 0.0, 60, rho)
+    y, test_y = y.astype("i4"), test_y.astype("i4")
+    return Task(small(x[rows]), y[rows], small(test_x), test_y, 0.0, 60, rho)
 
 
 def logits_of(params: Any, images: jax.Array) -> jax.Array:
@@ -108,14 +103,13 @@ def logits_of(params: Any, images: jax.Array) -> jax.Array:
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:
     """Cross-entropy, without weight decay."""
-    losses = optax.softmax_cross_entropy_with_integer_labels
-    return losses(logits_of(params, batch[0]), batch[1]).mean()
+    return networks.losses(logits_of(params, batch[0]), batch[1]).mean()
 
 
 def normalized_loss(params: Any, batch: Any) -> jax.Array:
     """Cross-entropy of logits whose scale does not matter."""
     logits = sharpness.normalize_logits(logits_of(params, batch[0]))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+    return networks.losses(logits, batch[1]).mean()
 
 
 def accuracy(params: Any, batch: Any) -> jax.Array:
@@ -264,19 +258,8 @@ def measures() -> dict[str, Measure]:
             "PAC-Bayes, magnitude-aware": run(magnitude_aware=True).value,
         }
 
-    groups: dict[str, Measure] = {
-        f.__name__: jax.jit(f)
-        for f in (
-            eigenvalues,
-            entropies,
-            averages,
-            worst_cases,
-            normalized,
-            steps,
-            flatness,
-        )
-    }
-    return groups
+    groups = eigenvalues, entropies, averages, worst_cases, normalized, steps, flatness
+    return {f.__name__: jax.jit(f) for f in groups}
 
 
 def outcome(params: Any, start: Any, task: Task) -> dict[str, float]:
@@ -296,7 +279,7 @@ def outcome(params: Any, start: Any, task: Task) -> dict[str, float]:
     }
 
 
-def study(name: str, task: Task, rows: list[Any], save: Any, quick: bool) -> None:
+def fill(name: str, task: Task, rows: list[Any], save: Any, quick: bool) -> None:
     """Trains and measures all models of the grid that ``rows`` does not hold."""
     grid = [dict(zip(GRID, x, strict=True)) for x in itertools.product(*GRID.values())]
     done = [row["settings"] for row in rows]
@@ -305,7 +288,7 @@ def study(name: str, task: Task, rows: list[Any], save: Any, quick: bool) -> Non
     subset = jax.tree.map(lambda x: x[:SUBSET], data)
     batches = sharpness.stack_batches(subset, BATCH)
     groups = measures()
-    with Progress(console=Console(stderr=True)) as progress:
+    with study.progress() as progress:
         bar = progress.add_task(name, total=len(wanted) * (1 + len(groups)))
         for settings in wanted:
             params, start = train(
@@ -395,7 +378,7 @@ def transformer(quick: bool) -> dict[str, Any]:
     images, labels = load_digits(return_X_y=True)
     data = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
     net = Transformer()
-    loss = lambda params, batch: optax.softmax_cross_entropy_with_integer_labels(
+    loss = lambda params, batch: networks.losses(
         net.apply(params, batch[0]), batch[1]
     ).mean()
     tx = optax.adamw(2e-3)
@@ -485,7 +468,7 @@ def correlations(rows: list[Any]) -> list[dict[str, Any]]:
 
 
 def markdown(results: dict[str, Any]) -> dict[str, str]:
-    """The tables of docs/correlation.md, by name."""
+    """The tables of docs/measures/correlation.md, by name."""
     tables = {}
     for name, part in results["sets"].items():
         header = ["measure", "tau-a with the gap of errors", "95 % interval"]
@@ -528,10 +511,7 @@ def optimizers(rows: list[Any]) -> str:
     return table(header, lines)
 
 
-# Okabe and Ito's colours.
-COLOURS = dict(
-    zip(GRID["optimizer"], ("#666666", "#0072B2", "#D55E00", "#009E73"), strict=True)
-)
+COLOURS = {"SGD": GREY, "SAM": BLUE, "vSAM": RED, "MSAM": GREEN}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -550,12 +530,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
         y = np.arange(len(lines))
         tau = np.array([line["tau"] for line in lines])
         low, high = (np.array([line[k] for line in lines]) for k in ("low", "high"))
-        axes.hlines(y, low, high, color="#56B4E9", linewidth=3)
-        axes.plot(tau, y, "o", color="#0072B2", markersize=4, label="all models")
+        axes.hlines(y, low, high, color=SKY, linewidth=3)
+        axes.plot(tau, y, "o", color=BLUE, markersize=4, label="all models")
         if "granulated" in lines[0]:
             psi = [line["granulated"] for line in lines]
             axes.plot(
-                psi, y, "D", color="#D55E00", markersize=4, fillstyle="none",
+                psi, y, "D", color=RED, markersize=4, fillstyle="none",
                 label="granulated",
             )  # fmt: skip
         axes.axvline(0, color="black", linewidth=0.8)
@@ -592,64 +572,41 @@ def draw(results: dict[str, Any], path: Path) -> None:
     bottom.legend(
         handles, labels, fontsize=9, frameon=False, ncols=4, loc="outside upper center"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    study.save(figure, path)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains and measures what the file lacks."""
+    settings = {**study.environment(), "grid": json.loads(json.dumps(GRID))}
+    results = study.begun(settings, options.out, sets={}, transformer=None)
+    save = lambda: study.write(results, options.out)
+    results["transformer"] = results["transformer"] or transformer(options.quick)
+    for name in options.sets or (list(TITLES) if options.data else ["digits"]):
+        task = load(name, options.data)
+        new = {
+            "training_images": len(task.labels),
+            "test_images": len(task.test_labels),
+            "noise": task.noise,
+            "epochs": task.epochs,
+            "rho": task.rho,
+            "subset": SUBSET,
+            "m": BATCH,
+            "rows": [],
+        }
+        part = results["sets"].setdefault(name, new)
+        fill(name, task, part["rows"], save, options.quick)
+    save()
 
 
 def main() -> None:
     """Runs what the command line asks for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, help="Fashion-MNIST as an .npz file")
+    name, quick = "correlation.json", "three models, to try it"
+    parser = study.parser(__doc__, name, quick=quick, data=True, figure=True)
     parser.add_argument("--sets", nargs="+", choices=TITLES)
-    parser.add_argument("--quick", action="store_true", help="three models, to try it")
-    parser.add_argument("--out", type=Path, help="results, added to")
-    parser.add_argument("--figure", type=Path)
-    parser.add_argument("--report", type=Path, help="print tables of these results")
-    args = parser.parse_args()
-    if args.report:
-        results = json.loads(args.report.read_text())
-    else:
-        sets = args.sets or (list(TITLES) if args.data else ["digits"])
-        out = args.out
-        old = json.loads(out.read_text()) if out and out.exists() else {}
-        results = {
-            "versions": {
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "optax": optax.__version__,
-                "optax_sam": optax_sam.__version__,
-            },
-            "grid": GRID,
-            "sets": old.get("sets", {}),
-            "transformer": old.get("transformer") or transformer(args.quick),
-        }
-
-        def save() -> None:
-            if out:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(results, indent=1) + "\n")
-
-        for name in sets:
-            task = load(name, args.data)
-            part = results["sets"].setdefault(
-                name,
-                {
-                    "training_images": len(task.labels),
-                    "test_images": len(task.test_labels),
-                    "noise": task.noise,
-                    "epochs": task.epochs,
-                    "rho": task.rho,
-                    "subset": SUBSET,
-                    "m": BATCH,
-                    "rows": [],
-                },
-            )
-            study(name, task, part["rows"], save, args.quick)
-        save()
-    for name, text in markdown(results).items():
-        print(f"\n{name}\n\n{text}")
-    if args.figure:
-        draw(results, args.figure)
+    options = parser.parse_args()
+    if not options.report:
+        run(options)
+    study.show(options, markdown, draw)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from quality_step import State
+
+from benchmarks.quality.step import State
 
 
 class Epoch(NamedTuple):

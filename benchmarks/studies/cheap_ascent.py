@@ -10,9 +10,9 @@ Costs are counted, not timed. Each training is one program, with conditionals th
 really skip, and as many run at once as there are cores: under ``vmap`` every step would
 compute both branches.
 
-    python benchmarks/cheap_ascent.py [--data fashion_mnist_20k.npz] [--quick]
+    python benchmarks/studies/cheap_ascent.py [--data fashion_mnist_20k.npz] [--quick]
         [--sets digits fashion_fast fashion fashion_clean] [--out FILE] [--figure FILE]
-    python benchmarks/cheap_ascent.py --report benchmarks/results/cheap_ascent.json
+    python benchmarks/studies/cheap_ascent.py --report [FILE] [--figure FILE]
 
 Without ``--data`` only digits run. Fashion-MNIST runs at the digits' learning rate
 (``fashion_fast``) and at the one that is best for SGD (``fashion``); with right labels
@@ -23,16 +23,14 @@ Without ``--data`` only digits run. Fashion-MNIST runs at the digits' learning r
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,17 +38,16 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
-from sklearn.datasets import load_digits
+from rich.progress import Progress
 from sklearn.model_selection import train_test_split
-from tables import mean_and_error, table, with_error
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import optax_sam
+from benchmarks.lib import costs, datasets, networks, study
+from benchmarks.lib.study import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
+from benchmarks.lib.tables import mean_and_error, signed, table, with_error
 from optax_sam import when
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results/cheap_ascent.json"
 
 SETS = "digits", "fashion_fast", "fashion", "fashion_clean"
 TITLES = {
@@ -70,7 +67,7 @@ FIRST_RATES = 0.02, 0.05, 0.1
 WEIGHT_DECAY = 5e-4
 WINDOW = 30  # of vSAM, as in the demo: both tasks have too few steps for its 50
 
-model = nn.Sequential([nn.Dense(256), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)])
+model = networks.dense(256, 256)
 
 
 class Variant(NamedTuple):
@@ -87,6 +84,11 @@ class Variant(NamedTuple):
     rule: str
     divisor: int = 1
     whole_difference: bool = False
+
+    @property
+    def part(self) -> Fraction:
+        """The part of the batch that the ascent goes along."""
+        return Fraction(1, self.divisor)
 
 
 VARIANTS = [
@@ -159,6 +161,14 @@ def optimizer(
     return optax.chain(method(), decay, sgd)
 
 
+def gradients(variant: Variant, batch_size: int) -> costs.Cost:
+    """What a step costs."""
+    tx = optimizer(variant._replace(whole_difference=False), 0.1, 0.1, 0)
+    # The part of the batch, rounded up; the control takes the whole one as well.
+    part = -(-batch_size // variant.divisor) / batch_size
+    return costs.cost(tx, part + variant.whole_difference)
+
+
 class Job(NamedTuple):
     """The examples of a run: its labels, and which ones make which batch.
 
@@ -203,9 +213,7 @@ def train(variant: Variant, job: Job, learning_rate: Any, rho: Any) -> Outcome:
 
     def gradient(params: Any, batch: tuple[jax.Array, jax.Array]) -> Any:
         def loss_fn(params: Any) -> jax.Array:
-            logits = model.apply(params, batch[0])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-            return losses.mean()
+            return networks.losses(model.apply(params, batch[0]), batch[1]).mean()
 
         return jax.grad(loss_fn)(params)
 
@@ -243,12 +251,6 @@ def train(variant: Variant, job: Job, learning_rate: Any, rho: Any) -> Outcome:
     return Outcome(params, ascents, noise)
 
 
-@jax.jit
-def accuracy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """The share of right answers, in percent."""
-    return 100 * jnp.mean(model.apply(params, images).argmax(-1) == labels)
-
-
 class Task(NamedTuple):
     """A data set and how long to train on it; images are flat, from 0 to 1.
 
@@ -276,26 +278,21 @@ class Task(NamedTuple):
 def load(name: str, data: Path | None) -> Task:
     """The data set of that name."""
     if name == "digits":  # as in the demo
-        images, labels = load_digits(return_X_y=True)
-        images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)
-        images, test_images, labels, test_labels = train_test_split(
-            images, labels, test_size=0.2, stratify=labels, random_state=0
-        )
+        images, labels, test_images, test_labels = datasets.digits()
+        images, test_images = (datasets.flat(x, 16) for x in (images, test_images))
         return Task(images, labels, test_images, test_labels, 0.4, 64, 100, 0.05)
     assert data is not None
-    with np.load(data) as file:
-        images, labels = file["train_x"], file["train_y"].astype(np.int32)
-        test_images, test_labels = file["test_x"], file["test_y"].astype(np.int32)
+    images, labels, test_images, test_labels = datasets.npz(data)
+    labels = labels.astype(np.int32)
     rng = np.random.default_rng(0)
     rows = np.concatenate(
         [rng.permutation(np.flatnonzero(labels == c))[:400] for c in range(10)]
     )
-    flat = lambda x: (x.reshape(len(x), -1) / 255).astype(np.float32)
     return Task(
-        flat(images[rows]),
+        datasets.flat(images[rows], 255),
         labels[rows],
-        flat(test_images),
-        test_labels,
+        datasets.flat(test_images, 255),
+        test_labels.astype(np.int32),
         noise=0.0 if name == "fashion_clean" else 0.4,
         batch_size=128,
         epochs=40,
@@ -332,8 +329,8 @@ class Study:
         """Replaces labels and draws batches, on these rows of the training set."""
         task, rng = self.task, np.random.default_rng(seed)
         labels, size = task.labels.copy(), task.batch_size
-        wrong = rows[rng.permutation(len(rows))[: round(task.noise * len(rows))]]
-        labels[wrong] = rng.integers(0, 10, len(wrong))
+        count = round(task.noise * len(rows))
+        labels[rows] = datasets.replaced(labels[rows], count, rng)
         per_epoch = len(rows) // size
         steps, room = per_epoch * task.epochs, len(labels) // size * task.epochs
         order = np.zeros((room, size), np.int32)
@@ -360,11 +357,14 @@ class Study:
             seed, learning_rate, rho = setting
             job = self.jobs[seed]
             out = program(job, jnp.float32(learning_rate), jnp.float32(rho))
-            percent = accuracy(out.params, *(self.held_out if tuning else self.test))
+            judged = self.held_out if tuning else self.test
+            percent = networks.accuracy(model, out.params, *judged)
             rate = float(out.ascents) / int(job.steps)
             self.progress.advance(self.progress.task_ids[-1])
             return float(percent), rate, float(out.noise) / max(float(out.ascents), 1)
 
+        bar = self.progress.tasks[-1]
+        self.progress.update(bar.id, total=(bar.total or 0) + len(settings))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(one, settings))
 
@@ -380,8 +380,6 @@ class Study:
         wanted = list(first[1:3] if self.quick else first)
         while wanted:
             settings = [(s, *setting(v)) for v in wanted for s in self.tuning_seeds]
-            bar = self.progress.tasks[-1]
-            self.progress.update(bar.id, total=(bar.total or 0) + len(settings))
             percents = [x[0] for x in self.run(program, settings, tuning=True)]
             for i, value in enumerate(wanted):
                 n = len(self.tuning_seeds)
@@ -412,15 +410,11 @@ class Study:
                 program, RADII, FIRST_RADII, lambda rho: (rate, rho)
             )
         settings = [(seed, rate, row["rho"] or 0.0) for seed in self.seeds]
-        bar = self.progress.tasks[-1]
-        self.progress.update(bar.id, total=(bar.total or 0) + len(settings))
         results = np.array(self.run(program, settings, tuning=False))
-        size = self.task.batch_size
-        part = -(-size // variant.divisor) / size  # of the batch, rounded up
-        ascent = part + variant.whole_difference
         row["accuracy"] = results[:, 0].round(3).tolist()
         row["ascents_per_step"] = results[:, 1].round(4).tolist()
-        row["gradients_per_step"] = round(1 + ascent * results[:, 1].mean(), 4)
+        price = gradients(variant, self.task.batch_size).mean(results[:, 1].mean())
+        row["gradients_per_step"] = round(price, 4)
         if results[:, 2].any():
             row["noise_of_the_difference"] = results[:, 2].round(3).tolist()
         return row
@@ -446,7 +440,7 @@ def difference(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float
 
 
 def markdown(results: dict[str, Any]) -> dict[str, str]:
-    """The tables of docs/cheap_ascents.md, by name."""
+    """The tables of docs/results/cheap_ascents.md, by name."""
     tables = {}
     for name, rows in results["rows"].items():
         tables[name] = comparison(rows)
@@ -454,11 +448,6 @@ def markdown(results: dict[str, Any]) -> dict[str, str]:
         if any(row["whole_difference"] for row in rows):
             tables[f"{name}, reuse"] = reuse(rows)
     return tables
-
-
-def signed(mean: float, error: float) -> str:
-    """A difference and its standard error, if it has one."""
-    return f"{mean:+.2f}" + ("" if np.isnan(error) else f" ± {error:.2f}")
 
 
 def variant(row: dict[str, Any]) -> Variant:
@@ -489,7 +478,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
         if row["whole_difference"]:
             continue
         ascends = row["rule"] not in ("SGD", "MSAM")
-        part = f"{Fraction(1, row['divisor'])}" if ascends else ""
+        part = f"{variant(row).part}" if ascends else ""
         cells = [row["rule"], part, radius(row), f"{row['gradients_per_step']:.3f}"]
         cells.append(with_error(row["accuracy"]))
         for other in (sam, sgd):
@@ -506,18 +495,14 @@ def radii(rows: list[dict[str, Any]]) -> str:
     for row in family:
         means = {float(rho): np.mean(x) for rho, x in row["tuning"].items()}
         cells = [f"{means[rho]:.1f}" if rho in means else "" for rho in columns]
-        lines.append([f"{Fraction(1, row['divisor'])}", *cells])
+        lines.append([f"{variant(row).part}", *cells])
     return table(["ascent batch", *(f"{rho:g}" for rho in columns)], lines)
 
 
 def reuse(rows: list[dict[str, Any]]) -> str:
     """What reuse gains, and what the part's noise does to it."""
-    header = [
-        "rule",
-        "ascent batch",
-        "ascents per step",
-        "minus the same without reuse",
-    ]
+    header = ["rule", "ascent batch", "ascents per step"]
+    header += ["minus the same without reuse"]
     header += ["control's `rho`", "its ascents per step", "its test accuracy (%)"]
     header += ["minus control", "noise / difference"]
     lines = []
@@ -526,7 +511,7 @@ def reuse(rows: list[dict[str, Any]]) -> str:
             continue
         rate = lambda row: f"{np.mean(row['ascents_per_step']):.3f}"
         without = find(rows, WITHOUT_REUSE[row["rule"]], row["divisor"])
-        cells = [row["rule"], f"{Fraction(1, row['divisor'])}", rate(row)]
+        cells = [row["rule"], f"{variant(row).part}", rate(row)]
         cells.append(signed(*difference(row, without)))
         if row["divisor"] == 1:
             cells += [""] * 5
@@ -540,14 +525,9 @@ def reuse(rows: list[dict[str, Any]]) -> str:
     return table(header, lines)
 
 
-# Okabe and Ito's colours, and a marker for each part of the batch.
-COLOURS = dict(
-    zip(
-        ("SAM", "SAM-2", "SAM-5", "LookSAM", "vSAM", "vSAM-A"),
-        ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7"),
-        strict=True,
-    )
-)
+COLOURS = {"SAM": BLUE, "SAM-2": SKY, "SAM-5": ORANGE, "LookSAM": GREEN}
+COLOURS |= {"vSAM": RED, "vSAM-A": PINK}
+# One for each part of the batch.
 MARKERS = {1: "o", 2: "D", 4: "s", 8: "v", 16: "^"}
 
 
@@ -578,13 +558,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
             mean, error = mean_and_error(find(rows, rule)["accuracy"])
             # One that is far off would press the others together.
             if mean > low - (high - low):
-                axes.axhline(mean, color="#666666", linewidth=1, linestyle=line)
-                axes.axhspan(mean - error, mean + error, color="#666666", alpha=0.1)
+                axes.axhline(mean, color=GREY, linewidth=1, linestyle=line)
+                axes.axhspan(mean - error, mean + error, color=GREY, alpha=0.1)
             else:
                 text = f"{rule}: {mean:.1f}"
                 text += ", below" if np.isnan(error) else f" ± {error:.1f}, below"
                 place: Any = {"transform": axes.transAxes, "fontsize": 8, "ha": "right"}
-                axes.text(0.99, 0.02, text, color="#666666", **place)
+                axes.text(0.99, 0.02, text, color=GREY, **place)
         axes.set_xscale("log")
         ticks = 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0
         axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -592,17 +572,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.set_xticklabels([f"{1 + x:g}" for x in ticks])
         axes.set_xlabel("Gradients per step")
     figure.axes[0].set_ylabel("Test accuracy, clean labels (%)")
-    grey = "#666666"
     handles = [Line2D([], [], color=c, label=rule) for rule, c in COLOURS.items()]
     handles += [
-        Line2D([], [], color=grey, linestyle=line, label=rule)
+        Line2D([], [], color=GREY, linestyle=line, label=rule)
         for rule, line in (("MSAM (1)", "--"), ("SGD (1)", ":"))
     ]
     handles += [
         Line2D(
             [],
             [],
-            color=grey,
+            color=GREY,
             marker=marker,
             linestyle="",
             label="whole batch" if k == 1 else f"{Fraction(1, k)} of it",
@@ -616,79 +595,49 @@ def draw(results: dict[str, Any], path: Path) -> None:
         ncols=7 if panels > 1 else 4,
         loc="outside lower center",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    study.save(figure, path)
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    """As JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def report(results: dict[str, Any]) -> None:
-    """Prints all tables."""
-    for name, text in markdown(results).items():
-        print(f"{name}\n\n{text}\n")
-
-
-def main() -> None:
-    """Trains, writes, draws and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="Fashion-MNIST as .npz")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS[:3]))
-    parser.add_argument("--out", type=Path, help="JSON to write, or to add sets to")
-    parser.add_argument("--figure", type=Path, help="PNG to draw")
-    parser.add_argument("--report", type=Path, help="JSON to print as Markdown")
-    parser.add_argument("--quick", action="store_true", help="two epochs, few variants")
-    options = parser.parse_args()
-    if options.report:
-        results = json.loads(options.report.read_text())
-        if options.figure:
-            draw(results, options.figure)
-        report(results)
-        return
-
-    console = Console()
+def run(options: argparse.Namespace) -> None:
+    """Trains, and writes each set when it is done."""
     sets = options.sets
     if options.data is None and sets != ["digits"]:
-        console.print("No --data: only digits run, without Fashion-MNIST.")
+        print("No --data: only digits run, without Fashion-MNIST.")
         sets = ["digits"]
     # Results of other sets stay, so that one can be run anew.
-    out = options.out or (Path("out/cheap_ascent.json") if options.quick else RESULTS)
-    results = json.loads(out.read_text()) if out.exists() else {}
-    device = jax.devices()[0]
+    results = study.read(options.out, {})
     results["settings"] = {
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "optax_sam": optax_sam.__version__,
-        "python": platform.python_version(),
-        "device": device.device_kind,
+        **study.environment(),
         "weight_decay": WEIGHT_DECAY,
         "momentum": 0.9,
         "vsam_window": WINDOW,
     }
-    variants = QUICK_VARIANTS if options.quick else VARIANTS
-    columns = *Progress.get_default_columns(), MofNCompleteColumn()
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+    with study.progress() as progress:
         for name in sets:
             progress.add_task(name, total=0)  # the search adds to it as it goes
-            study = Study(load(name, options.data), progress, options.quick)
+            runs = Study(load(name, options.data), progress, options.quick)
             rows = []
-            for variant in variants:
+            for variant in QUICK_VARIANTS if options.quick else VARIANTS:
                 if name == "fashion_fast" and variant.whole_difference:
                     continue  # the dearest runs; the other two sets have them
-                part = f" {Fraction(1, variant.divisor)}" * (variant.divisor > 1)
+                part = f" {variant.part}" * (variant.divisor > 1)
                 bar = progress.task_ids[-1]
                 progress.update(bar, description=f"{name}, {variant.rule}{part}")
-                rows.append(study.row(variant))
-            for key, value in (("data", study.settings()), ("rows", rows)):
+                rows.append(runs.row(variant))
+            for key, value in (("data", runs.settings()), ("rows", rows)):
                 results.setdefault(key, {})[name] = value
-            write(results, out)
-    if options.figure:
-        draw(results, options.figure)
-    report(json.loads(out.read_text()))
-    console.print(f"Results: {out}")
+            study.write(results, options.out)
+
+
+def main() -> None:
+    """Trains, writes, draws and prints."""
+    name, quick = "cheap_ascent.json", "two epochs, few variants"
+    parser = study.parser(__doc__, name, quick=quick, data=True, figure=True)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS[:3]))
+    options = parser.parse_args()
+    if not options.report:
+        run(options)
+    study.show(options, markdown, draw)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 Conv = functools.partial(
     nn.Conv,
@@ -31,6 +32,25 @@ def norm(train: bool, dtype: Any) -> Callable[..., nn.Module]:
 def head(x: jax.Array, classes: int) -> jax.Array:
     """Logits of (batch, features), in float32 in any case."""
     return nn.Dense(classes, dtype=jnp.float32, name="head")(x.astype(jnp.float32))
+
+
+def dense(*widths: int) -> nn.Module:
+    """Ten logits of flat images, through hidden layers of these widths."""
+    hidden = [layer for width in widths for layer in (nn.Dense(width), nn.relu)]
+    return nn.Sequential((*hidden, nn.Dense(10)))  # hashable, unlike a list
+
+
+def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The cross-entropy of each example."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def accuracy(
+    model: nn.Module, params: Any, images: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """The share of right answers, in percent."""
+    return 100 * jnp.mean(model.apply(params, images).argmax(-1) == labels)
 
 
 class MLP(nn.Module):

@@ -9,14 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import jax
 import jax.numpy as jnp
-import presets
-from quality_checkpoints import Epoch, brief, restore, save
-from quality_step import EVALUATION_BATCH, State, Steps, evaluator, initializer
 
 import optax_sam
+from benchmarks.lib import datasets
+from benchmarks.quality import presets
+from benchmarks.quality.checkpoints import Epoch, brief, restore, save
+from benchmarks.quality.step import (
+    EVALUATION_BATCH,
+    State,
+    Steps,
+    evaluator,
+    initializer,
+)
 
 LAST = 5  # epochs over which the second accuracy is a mean
 STATISTICS_BATCHES = 50  # that estimate BatchNorm's statistics anew
@@ -178,7 +184,7 @@ class Trainer(Steps):
         ascents = 0
         if built.ascends:
             ascents = int(optax_sam.metrics(state.opt_state)["ascents"])
-        cost = built.base_cost + built.ascent_cost * ascents / steps
+        cost = built.cost.mean(ascents / steps)
         accuracies = [epoch.accuracy for epoch in history]
         warm = [epoch.seconds for epoch in history if not epoch.cold]
         images = self.steps * self.recipe.batch_size

@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import datasets
 import jax
 import jax.numpy as jnp
-import networks
 import optax
-import presets
 
 import optax_sam
 import optax_sam.linen
+from benchmarks.lib import datasets, networks
+from benchmarks.quality import presets
 
 EVALUATION_BATCH = 1000
 

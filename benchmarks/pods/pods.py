@@ -6,16 +6,16 @@ and the compiler's estimate of the time. "Ideal" is the estimate for the plain s
 for each further gradient that for a program of one gradient and nothing else.
 
     make bench-pods [ARGS="--only decoder"]
-    python benchmarks/pods.py --report
+    python benchmarks/pods/pods.py --report
 
 Each row is written when it is done, and one that the file has is not made again.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -24,19 +24,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import models
 import optax
-import programs
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import optax_sam
 import optax_sam.linen
+from benchmarks.lib import costs, models, study, tables
+from benchmarks.pods import programs
 
-RESULTS = Path(__file__).parent / "results/pods.json"
+RESULTS = study.RESULTS / "pods.json"
 TASKS = {
     "ResNet-50": models.resnet(),
     "decoder": models.decoder(),
@@ -47,58 +48,51 @@ LAYOUTS = "data parallel", "FSDP", "FSDP x TP"
 MODEL_PARALLEL = {"2x4": 4, "8x8": 8, "16x16": 16, "4x4x8": 8}
 
 
-class Method(NamedTuple):
-    """A method of the table.
-
-    Attributes:
-      build: the base optimizer, and the number of examples, to the whole optimizer.
-      gradients: how many it promises for an ascended step.
-      forwards: how many forward passes beyond those, a third of a gradient each.
-    """
-
-    build: Callable[[Any, int], Any]
-    gradients: float
-    forwards: int = 0
+# The base optimizer, and the number of examples, to the whole optimizer.
+Build = Callable[[Any, int], Any]
 
 
-def first(member: Any, gradients: float = 2, forwards: int = 0) -> Method:
+def first(member: Any) -> Build:
     """A member that stands before the base optimizer."""
-    return Method(lambda base, _: optax.chain(member, base), gradients, forwards)
+    return lambda base, _: optax.chain(member, base)
 
 
-# The training loop reports the loss of the incoming gradient, so those that drop that
-# gradient leave its forward pass.
-METHODS = {
-    "plain": Method(lambda base, _: optax.with_extra_args_support(base), 1),
+METHODS: dict[str, Build] = {
+    "plain": lambda base, _: optax.with_extra_args_support(base),
     "sam": first(optax_sam.sam()),
     "vsam": first(optax_sam.vsam()),
     "looksam": first(optax_sam.looksam()),
     "gsam": first(optax_sam.gsam()),
-    "msam": Method(lambda base, _: optax_sam.msam(base, rho=3.0), 1),
+    "msam": lambda base, _: optax_sam.msam(base, rho=3.0),
     "asam": first(optax_sam.asam()),
     # It keeps one example less than gamma says: the chips must divide what is left.
-    "esam": Method(
-        lambda base, n: optax.chain(optax_sam.esam(gamma=0.5 + 1 / n), base),
-        gradients=1.5,
-        forwards=1,
-    ),
-    "esam_unplaced": first(optax_sam.esam(), 1.5, 1),
+    "esam": lambda base, n: optax.chain(optax_sam.esam(gamma=0.5 + 1 / n), base),
+    "esam_unplaced": first(optax_sam.esam()),
     "ae_sam": first(optax_sam.ae_sam()),
     "ae_looksam": first(optax_sam.ae_looksam()),
     "look_layer_sam": first(optax_sam.look_layer_sam()),
     "renyi_sam": first(optax_sam.renyi_sam()),
-    "random_sam": first(optax_sam.random_sam(0.1), 2, 1),
+    "random_sam": first(optax_sam.random_sam(0.1)),
     "gnp": first(optax_sam.gnp()),
     "friendly_sam": first(optax_sam.friendly_sam()),
     "sam_on": first(optax_sam.sam_on()),
     "fisher_sam": first(optax_sam.fisher_sam()),
     "amp": first(optax_sam.amp()),
-    "gam": first(optax_sam.gam(), 4),
+    "gam": first(optax_sam.gam()),
     "stable_sam": first(optax_sam.stable_sam()),
-    "wsam": Method(lambda base, _: optax_sam.wsam(base, learning_rate=1e-3), 2),
-    "sampa": Method(lambda base, _: optax_sam.sampa(base), 2, 1),
-    "mesa": Method(lambda base, _: optax.chain(base, optax_sam.mesa()), 1, 1),
+    "wsam": lambda base, _: optax_sam.wsam(base, learning_rate=1e-3),
+    "sampa": lambda base, _: optax_sam.sampa(base),
+    "mesa": lambda base, _: optax.chain(base, optax_sam.mesa()),
 }
+
+
+@functools.cache
+def promised(method: str) -> costs.Cost:
+    """What an ascended step is to cost."""
+    build = METHODS[method.removesuffix("_unplaced")]  # half of the batch less one
+    # The training loop reports the loss of the incoming gradient.
+    forwards = method in costs.WITHOUT_FIRST
+    return costs.cost(build(costs.BASE, costs.EXAMPLES), forwards=forwards)
 
 
 class Row(NamedTuple):
@@ -224,7 +218,7 @@ def compiled(row: Row) -> dict[str, Any]:
     if row.method == "gradient":
         tx = optax.identity()
     else:
-        tx = METHODS[row.method].build(task.optimizer, rows * task.per_chip)
+        tx = METHODS[row.method](task.optimizer, rows * task.per_chip)
     batch = task.batch(rows), P("data")
     program = programs.read(
         programs.compile_step(
@@ -257,19 +251,16 @@ def compared(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         this = found.get(row)
         if row.method == "gradient" or not (this and plain and gradient):
             continue
-        promised = 1.0
-        if row.ascend is not False:
-            method = METHODS[row.method]
-            promised = method.gradients + method.forwards / 3
+        needed = 1.0 if row.ascend is False else promised(row.method).whole
         ideal = None
         if plain["seconds"] and gradient["seconds"]:
-            ideal = plain["seconds"] + (promised - 1) * gradient["seconds"]
+            ideal = plain["seconds"] + (needed - 1) * gradient["seconds"]
         ratio = lambda key: this[key] / plain[key] if plain[key] else None  # noqa: B023
         beyond = lambda key: (this[key] - plain[key]) / 2**20  # noqa: B023
         yield {
             "group": (row.model, row.layout, row.topology, this["chips"]),
             "method": row.name,
-            "promised": f"{promised:.2f}",
+            "promised": f"{needed:.2f}",
             "flops": f"{ratio('flops'):.3f}",
             "reduced": _pair(ratio("reduced"), this["reductions"]),
             "gathered": _pair(ratio("gathered"), this["gathers"]),
@@ -324,53 +315,43 @@ def title(group: Any, results: list[dict[str, Any]]) -> str:
 
 def markdown(results: list[dict[str, Any]]) -> str:
     """The tables of the page."""
-    lines = []
+    parts = []
     for group, cells in by_group(results).items():
-        heads = list(COLUMNS.values())
-        lines += [f"**{title(group, results)}**", "", f"| {' | '.join(heads)} |"]
-        lines += [f"|{' --- |' * len(heads)}"]
-        lines += [f"| {' | '.join(row[key] for key in COLUMNS)} |" for row in cells]
-        lines.append("")
-    return "\n".join(lines).strip()
+        rows = [[row[key] for key in COLUMNS] for row in cells]
+        text = tables.table(list(COLUMNS.values()), rows)
+        parts.append(f"**{title(group, results)}**\n\n{text}")
+    return "\n\n".join(parts)
 
 
-def load() -> list[dict[str, Any]]:
-    """The rows that are there."""
-    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-
-
-def save(results: list[dict[str, Any]]) -> None:
+def save(results: list[dict[str, Any]], path: Path) -> None:
     """Writes all rows, in their order."""
     order = {row: i for i, row in enumerate(rows())}
     place = lambda x: order.get(Row(*(x[k] for k in Row._fields)), len(order))
     settings = {name: version(name) for name in ("jax", "libtpu", "optax", "flax")}
     settings["optimization_level"] = str(jax.config.jax_optimization_level)
-    content = {"settings": settings, "rows": sorted(results, key=place)}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    study.write({"settings": settings, "rows": sorted(results, key=place)}, path)
 
 
 def main() -> None:
     """Compiles what is missing, and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = study.parser(__doc__, RESULTS.name, out=RESULTS)
     parser.add_argument("--only", default="", help="rows with this text in them")
-    parser.add_argument("--report", action="store_true", help="print the Markdown")
     options = parser.parse_args()
-    results = load()
     if options.report:
-        print(markdown(results))
+        study.show(options, lambda results: markdown(results["rows"]))
         return
+    results = study.read(options.out, {"rows": []})["rows"]
     done = {Row(*(x[k] for k in Row._fields)) for x in results}
     missing = [r for r in rows() if r not in done and options.only in ", ".join(r[:4])]
     console = Console()
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with (
-        Progress(*columns, console=console) as progress,
+        study.progress(console=console) as progress,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         bar = progress.add_task("steps compiled", total=len(missing))
         for future in as_completed([pool.submit(compiled, row) for row in missing]):
             results.append(future.result())
-            save(results)
+            save(results, options.out)
             progress.advance(bar)
     for group, cells in by_group(results).items():
         heads = COLUMNS.values()
