@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_sam.contract import check_integer
+from optax_sam.schedules import check_integer
 
 
 def ascent_batch(batch: Any, divisor: int = 4) -> Any:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.arguments import Mask, at, resolve_mask
-from optax_sam.contract import check_schedule
+from optax_sam.masks import Mask, resolve_mask
+from optax_sam.schedules import at, check_schedule
 
 __all__ = ["DecayAfterState", "decay_after"]
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from optax_sam.engine import recorded_steps
+from optax_sam.parts import known_ahead
 from optax_sam.readers import ascends_next, ascent_plan, members
 from optax_sam.states import without_variables
 
@@ -139,7 +140,7 @@ def _has_keyword(train_step: Callable[..., Any]) -> bool:
 def _decides_late(tree: Any) -> bool:
     """Whether the rule needs the next gradient."""
     found = members(tree)
-    return len(found) == 1 and not hasattr(found[0].when, "ascends")
+    return len(found) == 1 and not known_ahead(found[0].when)
 
 
 def _counter(*trees: Any) -> Any:

@@ -4,16 +4,18 @@ r"""The engine: one gradient in, one sharpness-aware gradient out, on three axes
   e = \text{ascent}(g), \qquad g_s = \nabla L(w + e), \qquad
   d = \text{blend}(g, g_s) \text{ if when, else } \text{blend}(g)
 
-Every method that reshapes the gradient is a product of an ascent (where is the second
-gradient taken?), a when (on this step?) and a blend (how do both become one?). The
-conditional that skips the second gradient is here and nowhere else.
+Every method that reshapes the gradient is a product of an ascent (where is the
+perturbed gradient taken?), a when (on this step?) and a blend (how do both become
+one?). A step goes through five stages, each a function here: :func:`check`,
+:func:`decide`, :func:`climb`, :func:`judge`, :func:`keep`. The conditional that skips
+the perturbed gradient is in ``update`` and nowhere else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -23,28 +25,38 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from optax_sam import contract
-from optax_sam.arguments import Mask, gradients, resolve_nonempty_mask
-from optax_sam.ascent import OwnGradient, norm, restrict
-from optax_sam.ascent.rule import add
-from optax_sam.blend import Blend, take_ascended
-from optax_sam.step import Step
-from optax_sam.when import When, always
+from optax_sam import checks, masks
+from optax_sam.axes import check_returned, check_varies, vary
+from optax_sam.barrier import gradients
+from optax_sam.parts import (
+    Blend,
+    Call,
+    Descent,
+    OwnGradient,
+    Step,
+    When,
+    always,
+    metrics_of,
+)
+from optax_sam.schedules import check_float_dtype
+from optax_sam.states import check_not_masked, check_state, registered
+from optax_sam.trees import add, norm
 
 
+@registered
 class SharpnessAwareState(NamedTuple):
     """State of :func:`sharpness_aware`.
 
     Attributes:
       count: number of steps taken, () int32; drives the schedules.
-      num_ascents: number of second gradients asked for, () int32.
-      num_rejected: how many ascents were not finite and not used, () int32.
-      gradient_norm: norm of the gradient on the last ascended step, () float.
-      ascended_norm: norm of the ascended gradient on that step, () float.
+      num_ascents: number of perturbed gradients asked for, () int32.
+      num_rejected: how many of them were not finite and not used, () int32.
+      gradient_norm: norm of the gradient on the last perturbed step, () float.
+      ascended_norm: norm of the perturbed gradient on that step, () float.
       survival: ``<achieved, e> / ||e||^2`` on that step, () float: the share of the
         offset that rounding left over, on leaves that are kept in half precision or
         handed to ``grad_fn`` in it; 1 if there are none.
-      ascent: state of the ascent rule.
+      ascent: state of the ascent.
       when: state of the rule that decides.
       blend: state of the blend, with any cached tree.
     """
@@ -61,30 +73,49 @@ class SharpnessAwareState(NamedTuple):
 
     def metrics(self) -> dict[str, jax.Array]:
         """Scalars to log, with those of the parts."""
-        values = {
+        return {
             "ascents": self.num_ascents,
             "rejected_ascents": self.num_rejected,
             "ascent_rate": self.num_ascents / jnp.maximum(self.count, 1),
             "gradient_norm": self.gradient_norm,
             "ascended_norm": self.ascended_norm,
             "survival": self.survival,
-        }
-        for part in (self.ascent, self.when, self.blend):
-            values |= part.metrics() if hasattr(part, "metrics") else {}
-        return values
+        } | metrics_of(self.ascent, self.when, self.blend)
+
+
+class _Method(NamedTuple):
+    """What :func:`sharpness_aware` was given."""
+
+    ascent: optax.GradientTransformationExtraArgs
+    when: When
+    blend: Blend
+    descent: Descent
+    mask: masks.Mask
+    axis_name: Any
+    ascent_dtype: DTypeLike | None
+    name: str
+
+    def mean(self, tree: Any) -> Any:
+        return tree if self.axis_name is None else jax.lax.pmean(tree, self.axis_name)
+
+    def rounded(self, point: Any) -> Any:
+        # float32 offsets make float32 points of half-precision parameters.
+        dtype = self.ascent_dtype
+        return point if dtype is None else optax.tree.cast(point, dtype)
 
 
 def sharpness_aware(
     ascent: optax.GradientTransformation,
     when: When = always(),
-    blend: Blend = take_ascended(),
+    blend: Blend = Blend(),
     *,
-    mask: Mask = None,
+    descent: Descent = Descent(),
+    mask: masks.Mask = None,
     axis_name: Any = None,
     ascent_dtype: DTypeLike | None = None,
     name: str = "sharpness_aware",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A sharpness-aware method from its three parts.
+    r"""A sharpness-aware method from its parts.
 
     On step :math:`t` with gradient :math:`g` at :math:`w`:
 
@@ -102,28 +133,33 @@ def sharpness_aware(
     ``False`` compile one of them, without a conditional, and overrule the rule (see
     :func:`optax_sam.dispatch`).
 
-    A gradient that is not finite, or whose squared norm overflows, is not used: an
-    ascended one gives way to ``stale``, an incoming one passes through for a later
+    A gradient that is not finite, or whose squared norm overflows, is not used: a
+    perturbed one gives way to ``stale``, an incoming one passes through for a later
     guard to see; neither enters a state.
 
     Args:
       ascent: transformation from gradient to offset, one of ``optax_sam.ascent`` or
         your own.
-      when: the rule that decides, one of ``optax_sam.when`` or your own.
-      blend: the rule that combines, one of ``optax_sam.blend`` or your own.
+      when: on which steps to take the perturbed gradient, a rule of
+        ``optax_sam.when`` or your own.
+      blend: the rule that combines both gradients, one of ``optax_sam.blend`` or your
+        own.
+      descent: which gradient stands for the perturbed one, for methods that do not
+        take that of the batch at ``w + e``.
       mask: the leaves that are perturbed; excluded ones get a zero offset and stay
         out of the norm. A bool, a tree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all. A tree or a
         function that excludes all leaves is refused; ``False`` says that none is meant.
       axis_name: name of a mapped axis (``shard_map``, ``pmap``) over which the
-        incoming gradient is *not yet* averaged: each device then takes its own
-        ascent (m-sharpness), and the result is averaged.
+        incoming gradient is *not yet* averaged: each device then has its own
+        perturbation (m-sharpness), and the result is averaged.
       ascent_dtype: dtype of the perturbed parameters handed to ``grad_fn``; ``None``
         means float32 for half-precision leaves, else the leaf's own.
       name: what errors call this method.
 
     Returns:
-      The transformation; its state is a :class:`SharpnessAwareState`.
+      A transformation for the first place in an ``optax.chain``. Its ``update`` needs
+      ``grad_fn``; its state is a :class:`SharpnessAwareState`.
 
     Raises:
       ValueError: if ``when`` or ``blend`` is no rule; on ``init`` or ``update``, if
@@ -159,18 +195,14 @@ def sharpness_aware(
             f"{name}: ascent must be a transformation from a gradient to an offset,"
             f" such as ascent.l2(0.05); got {ascent!r}."
         )
-    contract.check_float_dtype("ascent_dtype", ascent_dtype)
-    ascent = restrict(ascent, mask)
-
-    def mean(tree: Any) -> Any:
-        return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+    check_float_dtype("ascent_dtype", ascent_dtype)
+    ascent = masks.restrict(ascent, mask)
+    method = _Method(ascent, when, blend, descent, mask, axis_name, ascent_dtype, name)
 
     def init(params: Any) -> SharpnessAwareState:
-        contract.check_not_masked(name, params)
+        check_not_masked(name, params)
         # Leaves that are no real floats, as in Equinox's models, have no gradient.
-        params = jax.tree.map(
-            lambda x: x if contract.is_perturbable(x) else None, params
-        )
+        params = jax.tree.map(lambda x: x if checks.is_perturbable(x) else None, params)
         # Every leaf is a buffer of its own, so that the state can be donated.
         return SharpnessAwareState(
             count=jnp.zeros((), jnp.int32),
@@ -184,15 +216,7 @@ def sharpness_aware(
             blend=blend.init(params),
         )
 
-    @functools.lru_cache(maxsize=2)
-    def shapes_for(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-        return jax.eval_shape(init, jax.tree.unflatten(structure, leaves))
-
-    def made_for(params: Any) -> Any:
-        """The shapes of the state that ``init`` makes for these parameters."""
-        leaves, structure = jax.tree.flatten(params)
-        kinds = (jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
-        return shapes_for(structure, tuple(kinds))
+    state_shapes = _shapes_of(init)
 
     def update(
         updates: Any,
@@ -203,97 +227,14 @@ def sharpness_aware(
         ascend: bool | None = None,
         **extra: Any,
     ) -> tuple[Any, SharpnessAwareState]:
-        params, whole = contract.with_gradients(updates, params)
-        contract.check_call(name, updates, params, grad_fn)
-        contract.check_state(name, SharpnessAwareState, state, made_for(params))
-        resolve_nonempty_mask(mask, params, name="mask")
-        if axis_name is not None:
-            contract.check_varies(name, contract.INCOMING, updates, axis_name)
-        # Python and NumPy numbers among the leaves become arrays, as in Optax.
-        g, params = gradients(updates), jax.tree.map(jnp.asarray, params)
-        params = contract.vary(params, axis_name)
-        step = Step(state.count, mean, axis_name)
-
-        def rounded(point: Any) -> Any:
-            # float32 offsets make float32 points of half-precision parameters.
-            return (
-                point if ascent_dtype is None else optax.tree.cast(point, ascent_dtype)
-            )
-
-        def gradient(point: Any) -> Any:
-            grads = grad_fn(whole(rounded(point)))
-            contract.check_returned(name, grads, params, axis_name)
-            return gradients(grads)
-
-        def emitted(d: Any) -> Any:
-            return optax.tree.cast_like(d, g)
-
-        def ascended(state: SharpnessAwareState) -> tuple[Any, SharpnessAwareState]:
-            e, ascent_state = ascent.update(
-                g,
-                state.ascent,
-                params,
-                grad_fn=gradient,
-                step=step,
-                count=state.count,
-                **extra,
-            )
-            # A rule that looked elsewhere (R-SAM) stands on its own gradient, also
-            # where it falls back: XLA drops the incoming one if nothing uses it.
-            e, first = e if isinstance(e, OwnGradient) else (e, g)
-            w_e = rounded(add(params, e))
-            g_s = gradient(w_e)
-            # Judged in the dtype that is emitted: float16 may not hold what grad_fn
-            # returned for a float32 point.
-            measured = jnp.stack(
-                [
-                    x.astype(state.gradient_norm.dtype)
-                    for x in (
-                        norm(optax.tree.cast_like(first, g)),
-                        norm(optax.tree.cast_like(g_s, g)),
-                        _survival(params, w_e, e),
-                    )
-                ]
-            )
-            # One device's failure is everybody's, so that all stay equal: the mean of
-            # the norms is finite where each of them is.
-            measured = mean(measured)
-            accepted = jnp.all(jnp.isfinite(measured[:2]))
-
-            choose = functools.partial(optax.tree.where, accepted)
-            d, fresh_blend = blend.fresh(first, g_s, state.blend, step)
-            fallback, stale_blend = blend.stale(first, state.blend, step)
-            gradient_norm, ascended_norm, survival = choose(
-                tuple(measured),
-                (state.gradient_norm, state.ascended_norm, state.survival),
-            )
-            observed = when.observe(state.when, first, g_s, step)
-            d = choose(emitted(d), emitted(fallback))
-            return mean(d), state._replace(
-                num_ascents=optax.safe_increment(state.num_ascents),
-                num_rejected=state.num_rejected + (~accepted).astype(jnp.int32),
-                gradient_norm=gradient_norm,
-                ascended_norm=ascended_norm,
-                survival=survival,
-                ascent=choose(ascent_state, state.ascent),
-                when=choose(observed, state.when),
-                blend=choose(fresh_blend, stale_blend),
-            )
-
-        def skipped(state: SharpnessAwareState) -> tuple[Any, SharpnessAwareState]:
-            d, blend_state = blend.stale(g, state.blend, step)
-            return mean(emitted(d)), state._replace(blend=blend_state)
-
-        forced = _decided(_static(ascend), state.count)
-        decision, moved = when.now(state.when, g, step)
-        decision, state = (
-            decision if forced is None else forced,
-            state._replace(when=moved),
-        )
+        call = check(method, updates, state, params, grad_fn, extra, state_shapes)
+        decision, state = decide(method, call, state, ascend)
+        perturb = functools.partial(_perturbed, method, call)
+        skip = functools.partial(_skipped, method, call)
         if isinstance(decision, jax.core.Tracer):
-            d, state = jax.lax.cond(decision, ascended, skipped, state)
+            d, state = jax.lax.cond(decision, perturb, skip, state)
         else:  # known while tracing, or nothing is traced: a cond would be compiled
-            d, state = (ascended if decision else skipped)(state)
+            d, state = (perturb if decision else skip)(state)
         after = optax.safe_increment(state.count)
         if (recorded := _recorded.get()) is not None:
             recorded.steps.append((state.count, after))
@@ -304,8 +245,167 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def check(
+    method: _Method,
+    updates: Any,
+    state: Any,
+    params: Any,
+    grad_fn: Any,
+    extra: dict[str, Any],
+    state_shapes: Callable[[Any], Any],
+) -> Call:
+    """Stage 1: what ``update`` got is what it needs; what later stages look at."""
+    name, axis_name = method.name, method.axis_name
+    params, whole = checks.with_gradients(updates, params)
+    checks.check_params(name, updates, params)
+    method.descent.check(name, grad_fn, extra)
+    checks.check_gradients(name, checks.INCOMING, updates, params)
+    check_state(name, SharpnessAwareState, state, state_shapes(params))
+    masks.resolve_nonempty_mask(method.mask, params, name="mask")
+    if axis_name is not None:
+        check_varies(name, checks.INCOMING, updates, axis_name)
+    # Python and NumPy numbers among the leaves become arrays, as in Optax.
+    g, params = gradients(updates), jax.tree.map(jnp.asarray, params)
+    params = vary(params, axis_name)
+
+    def taken(function: Callable[[Any], Any], point: Any) -> Any:
+        grads = function(method.rounded(point))
+        check_returned(name, grads, params, axis_name)
+        return gradients(grads)
+
+    step = Step(state.count, method.mean, axis_name)
+    return Call(g, params, whole, step, taken, grad_fn, extra)
+
+
+def decide(
+    method: _Method, call: Call, state: SharpnessAwareState, ascend: Any
+) -> tuple[bool | jax.Array, SharpnessAwareState]:
+    """Stage 2: whether this step is perturbed, and the state of the rule after it."""
+    forced = _static(ascend)
+    recorded = _recorded.get()
+    if forced is None and recorded is not None and recorded.start is state.count:
+        forced = recorded.ascend
+    decision, moved = method.when.now(state.when, call.g, call.step)
+    return decision if forced is None else forced, state._replace(when=moved)
+
+
+class Climbed(NamedTuple):
+    """What :func:`climb` found.
+
+    Attributes:
+      first: the gradient at the weights, or an ascent's own.
+      g_s: the perturbed gradient.
+      ascent: state of the ascent after it.
+      survival: the share of the offset that rounding left over.
+    """
+
+    first: Any
+    g_s: Any
+    ascent: Any
+    survival: jax.Array
+
+
+def climb(method: _Method, call: Call, state: SharpnessAwareState) -> Climbed:
+    """Stage 3: the offset, the perturbed weights (rounded here), the gradient there."""
+    e, ascent_state = method.ascent.update(
+        call.g,
+        state.ascent,
+        call.params,
+        grad_fn=call.grad_fn and call.gradient,
+        step=call.step,
+        count=state.count,
+        **call.extra,
+    )
+    # A rule that looked elsewhere (R-SAM) stands on its own gradient, also where it
+    # falls back: XLA drops the incoming one if nothing uses it.
+    e, first = e if isinstance(e, OwnGradient) else (e, call.g)
+    w_e = method.rounded(add(call.params, e))
+    g_s = method.descent.gradient(w_e, call)
+    return Climbed(first, g_s, ascent_state, _survival(call.params, w_e, e))
+
+
+def judge(
+    method: _Method, call: Call, state: SharpnessAwareState, climbed: Climbed
+) -> tuple[jax.Array, jax.Array]:
+    """Stage 4: both norms and the survival, (3,), and whether to use the gradients."""
+    # Judged in the dtype that is emitted: float16 may not hold what grad_fn returned
+    # for a float32 point.
+    emitted = lambda tree: optax.tree.cast_like(tree, call.g)
+    measures = (
+        norm(emitted(climbed.first)),
+        norm(emitted(climbed.g_s)),
+        climbed.survival,
+    )
+    # One device's failure is everybody's, so that all stay equal: the mean of the norms
+    # is finite where each of them is.
+    measured = method.mean(
+        jnp.stack([x.astype(state.gradient_norm.dtype) for x in measures])
+    )
+    return measured, jnp.all(jnp.isfinite(measured[:2]))
+
+
+def keep(
+    method: _Method,
+    call: Call,
+    state: SharpnessAwareState,
+    climbed: Climbed,
+    measured: jax.Array,
+    accepted: jax.Array,
+) -> tuple[Any, SharpnessAwareState]:
+    """Stage 5: what is emitted and what enters the state; a rejection changes both."""
+    first, g_s, step = climbed.first, climbed.g_s, call.step
+    d, fresh_blend = method.blend.fresh(first, g_s, state.blend, step)
+    fallback, stale_blend = method.blend.stale(first, state.blend, step)
+    observed = method.when.observe(state.when, first, g_s, step)
+    choose = functools.partial(optax.tree.where, accepted)
+    gradient_norm, ascended_norm, survival = choose(
+        tuple(measured), (state.gradient_norm, state.ascended_norm, state.survival)
+    )
+    d = choose(*(optax.tree.cast_like(x, call.g) for x in (d, fallback)))
+    return method.mean(d), state._replace(
+        num_ascents=optax.safe_increment(state.num_ascents),
+        num_rejected=state.num_rejected + (~accepted).astype(jnp.int32),
+        gradient_norm=gradient_norm,
+        ascended_norm=ascended_norm,
+        survival=survival,
+        ascent=choose(climbed.ascent, state.ascent),
+        when=choose(observed, state.when),
+        blend=choose(fresh_blend, stale_blend),
+    )
+
+
+def _perturbed(
+    method: _Method, call: Call, state: SharpnessAwareState
+) -> tuple[Any, SharpnessAwareState]:
+    climbed = climb(method, call, state)
+    return keep(method, call, state, climbed, *judge(method, call, state, climbed))
+
+
+def _skipped(
+    method: _Method, call: Call, state: SharpnessAwareState
+) -> tuple[Any, SharpnessAwareState]:
+    d, blend_state = method.blend.stale(call.g, state.blend, call.step)
+    d = optax.tree.cast_like(d, call.g)
+    return method.mean(d), state._replace(blend=blend_state)
+
+
+def _shapes_of(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function from parameters to the shapes of what ``init`` makes for them."""
+
+    @functools.lru_cache(maxsize=2)
+    def shapes(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+        return jax.eval_shape(init, jax.tree.unflatten(structure, leaves))
+
+    def of(params: Any) -> Any:
+        leaves, structure = jax.tree.flatten(params)
+        kinds = (jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        return shapes(structure, tuple(kinds))
+
+    return of
+
+
 class _Recorded(NamedTuple):
-    """What a caller decided for the step from ``count``, and the steps it sees."""
+    """What a caller decided for the step from ``start``, and the steps it sees."""
 
     start: Any
     ascend: bool | None
@@ -333,14 +433,6 @@ def recorded_steps(start: Any, ascend: bool | None) -> Iterator[list[tuple[Any, 
         yield steps
     finally:
         _recorded.reset(token)
-
-
-def _decided(forced: bool | None, count: Any) -> bool | None:
-    """What the argument says, or else the caller for the step from ``count``."""
-    recorded = _recorded.get()
-    if forced is None and recorded is not None and recorded.start is count:
-        return recorded.ascend
-    return forced
 
 
 def _static(ascend: Any) -> bool | None:

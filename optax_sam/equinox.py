@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from optax_sam.mapped import mapped_axes
+from optax_sam.axes import mapped_axes
 from optax_sam.value_and_grad import check_arguments, with_arguments
 from optax_sam.value_and_grad import value_and_grad as of_pytrees
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import mapped
+from optax_sam import axes
 from optax_sam.value_and_grad import value_and_grad
 
 try:
@@ -243,7 +243,5 @@ def _has_statistics(name: str, x: Any) -> bool:
         return False
     if name in _COLLECTIONS or any(key in x for key in _COLLECTIONS):
         return True
-    paths = [
-        mapped.names(path) for path, _ in jax.tree_util.tree_flatten_with_path(x)[0]
-    ]
+    paths = [axes.names(path) for path, _ in jax.tree_util.tree_flatten_with_path(x)[0]]
     return all(path and path[-1] in _STATISTICS for path in paths)

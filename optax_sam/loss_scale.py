@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam.contract import check_number
+from optax_sam.axes import mapped_axes, on_device
 from optax_sam.engine import SharpnessAwareState
-from optax_sam.mapped import mapped_axes, on_device
 from optax_sam.methods.sampa import SAMPaState
+from optax_sam.schedules import check_number
 from optax_sam.states import nodes, without_variables
 
 

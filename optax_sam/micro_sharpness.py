@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import contract
+from optax_sam import checks, schedules
 
 _CALL = (
     "tx.update(None, opt_state, params,"
@@ -108,7 +108,7 @@ def micro_sharpness(
       et al., `mSAM: Micro-Batch-Averaged Sharpness-Aware Minimization
       <https://arxiv.org/abs/2302.09693>`_, 2023
     """
-    contract.check_integer("num_shards", num_shards, 1)
+    schedules.check_integer("num_shards", num_shards, 1)
     if not (hasattr(member, "init") and hasattr(member, "update")):
         raise ValueError(
             "micro_sharpness needs a member, such as"
@@ -196,7 +196,7 @@ def _check_call(params: Any, grad_fn: Any, extra: dict[str, Any]) -> None:
     try:
         inspect.signature(grad_fn).bind(params, 0)
     except (TypeError, ValueError):
-        raise contract.MissingArgument(
+        raise checks.MissingArgument(
             "micro_sharpness needs grad_fn, a function of the parameters and of a"
             " shard's number that returns the gradients on this shard alone; got"
             f" {grad_fn!r}. Write {_CALL}.",

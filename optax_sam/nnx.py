@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from optax_sam.contract import is_perturbable
-from optax_sam.mapped import Axes, mapped_axes, mean, mean_of_aux, on_device
+from optax_sam.axes import Axes, mapped_axes, mean, mean_of_aux, on_device
+from optax_sam.checks import is_perturbable
 from optax_sam.value_and_grad import (
     averaged,
     check_arguments,

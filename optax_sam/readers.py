@@ -19,12 +19,8 @@ import numpy as np
 import optax
 
 from optax_sam.engine import SharpnessAwareState
-from optax_sam.methods.msam import MSAMState
-from optax_sam.methods.sampa import SAMPaState
-from optax_sam.states import nodes, paths, without_variables
-from optax_sam.trajectory.saf import SAFState
-
-_MEASURED = (SharpnessAwareState, MSAMState, SAMPaState, SAFState)
+from optax_sam.parts import known_ahead, plan_of
+from optax_sam.states import OURS, nodes, paths, without_variables
 
 
 def members(tree: Any) -> list[SharpnessAwareState]:
@@ -53,7 +49,7 @@ def only_member(opt_state: Any) -> SharpnessAwareState:
             f" {several}. Pass the state of one of them."
         )
     member = without_variables(found[0])
-    if not hasattr(member.when, "ascends"):
+    if not known_ahead(member.when):
         raise ValueError(
             f"{type(member.when).__name__} decides from the next step's gradient, so"
             " nothing is known ahead. Leave the decision to the step itself"
@@ -90,7 +86,7 @@ def ascends_next(opt_state: optax.OptState) -> bool | jax.Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _plan(when: Any, num_axes: int) -> tuple[jax.Array, jax.Array]:
     """The plan of a rule's state, stacked over seeds or devices ``num_axes`` times."""
-    plan: Any = lambda when: when.plan()
+    plan: Any = plan_of
     for _ in range(num_axes):
         plan = jax.vmap(plan)
     return plan(when)
@@ -121,10 +117,8 @@ def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
     """
     member = only_member(opt_state)
     when = member.when
-    if not hasattr(when, "plan"):
-        return np.asarray(jax.device_get(when.ascends))[..., None]
     if not jax.tree.leaves(when):
-        decisions, known = when.plan()
+        decisions, known = plan_of(when)
     else:
         decisions, known = jax.device_get(_plan(when, jnp.ndim(member.count)))
     return np.asarray(decisions)[..., : int(np.min(known))]
@@ -158,9 +152,10 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       >>> int(optax_sam.metrics(state)["ascents"])
       0
     """
-    found = _some(opt_state, *_MEASURED)
+    measured = [kind for kind in OURS if hasattr(kind, "metrics")]
+    found = _some(opt_state, *measured)
     named: dict[str, jax.Array] = {}
-    for path, state in zip(paths(opt_state, *_MEASURED), found, strict=True):
+    for path, state in zip(paths(opt_state, *measured), found, strict=True):
         prefix = f"{path}/" if len(found) > 1 else ""
         values = without_variables(state).metrics()
         named |= {prefix + name: value for name, value in values.items()}

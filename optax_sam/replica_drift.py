@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam.mapped import mapped_axes, on_device
+from optax_sam.axes import mapped_axes, on_device
 
 
 def replica_drift(tree: Any, axis_name: Any) -> jax.Array:

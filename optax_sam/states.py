@@ -1,4 +1,4 @@
-"""States found by their type, wherever they are in the state of an optimizer."""
+"""States: which are ours, where they are in that of an optimizer, whether they fit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 State = TypeVar("State")
+Class = TypeVar("Class", bound=type)
+
+# The states of the methods, in the order in which they are defined.
+OURS: list[type] = []
+
+
+def registered(kind: Class) -> Class:
+    """Makes a class one of the states of our methods, for all that look for them."""
+    OURS.append(kind)
+    return kind
 
 
 def nodes(tree: Any, *types: type) -> list[Any]:
@@ -55,3 +66,89 @@ def with_dicts(tree: Any) -> Any:
         tree,
         is_leaf=is_other,
     )
+
+
+def has_placeholders(*trees: Any) -> bool:
+    """Whether some leaves are hidden by optax.masked or optax.partition."""
+    is_placeholder = lambda x: isinstance(x, optax.MaskedNode)
+    return any(map(is_placeholder, jax.tree.leaves(trees, is_leaf=is_placeholder)))
+
+
+def check_not_masked(method: str, *trees: Any, advice: str | None = None) -> None:
+    """Refuses placeholders: a member inside optax.masked or optax.partition."""
+    if has_placeholders(*trees):
+        advice = advice or (
+            "grad_fn would get placeholders instead of parameters. Put it outside, and"
+            " say with mask= which leaves it perturbs:"
+            f" optax.chain(optax_sam.{method}(..., mask=mask),"
+            " optax.partition(transforms, labels))."
+        )
+        raise ValueError(
+            f"{method} stands inside optax.masked or optax.partition, where {advice}"
+        )
+
+
+def check_state(method: str, kind: type, state: Any, expected: Any = None) -> None:
+    """Refuses the state of another optimizer, method, rule or window.
+
+    Args:
+      method: what errors call the method.
+      kind: the type of its state.
+      state: the state that ``update`` got.
+      expected: what ``init`` would make for these parameters, as shapes, to compare
+        all parts of the state with; ``None`` compares the type alone.
+    """
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"{method} got a state of another optimizer or of another place in the"
+            f" chain: {_named(state)} where it needs {kind.__name__}. A state belongs"
+            " to the transformation that made it: opt_state = tx.init(params), with"
+            " the same tx. A checkpoint is restored into such a state, as"
+            " target=tx.init(params); restored without one it is dicts and lists."
+        )
+    difference = None if expected is None else _difference(state, expected)
+    if difference is not None:
+        path, have, want = difference
+        part = path.split(".")[1].split("[")[0]
+        raise ValueError(
+            f"{method} got a state that was made with other settings or for other"
+            f" parameters: at state{path} it has {have}, and the method as it is now"
+            f" makes {want}. Build the method with the settings that the state was made"
+            f" with, or start this part again and keep the others: state ="
+            f" state._replace({part}=method.init(params).{part}), where method is this"
+            " transformation and state its own state in the optimizer's."
+        )
+
+
+def _named(state: Any) -> str:
+    if isinstance(state, tuple) and not hasattr(state, "_fields"):
+        return f"a tuple of {', '.join(type(x).__name__ for x in state) or 'nothing'}"
+    return type(state).__name__
+
+
+def _difference(have: Any, want: Any, path: str = "") -> tuple[str, str, str] | None:
+    """Where two states first differ in type or shape: the path, and what is there."""
+    if hasattr(want, "_fields"):
+        if type(have) is not type(want):
+            return path, type(have).__name__, type(want).__name__
+        parts = [
+            (f".{name}", getattr(have, name), getattr(want, name))
+            for name in want._fields
+        ]
+    elif isinstance(want, tuple):
+        if not isinstance(have, tuple) or len(have) != len(want):
+            return path, _named(have), _named(want)
+        parts = [
+            (f"[{i}]", *pair) for i, pair in enumerate(zip(have, want, strict=True))
+        ]
+    else:
+        # By leaves: NNX keeps a cached pytree in another structure than parameters.
+        shapes = lambda tree: list(map(jnp.shape, jax.tree.leaves(tree)))
+        if shapes(have) == shapes(want):
+            return None
+        show = lambda tree: ", ".join(map(str, shapes(tree)[:4])) or "nothing"
+        return path, f"arrays of shapes {show(have)}", f"arrays of shapes {show(want)}"
+    for name, *pair in parts:
+        if (found := _difference(pair[0], pair[1], path + name)) is not None:
+            return found
+    return None

@@ -14,19 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam.contract import MissingArgument
-from optax_sam.engine import SharpnessAwareState
-from optax_sam.methods.msam import MSAMState
-from optax_sam.methods.sampa import SAMPaState
-from optax_sam.methods.wsam import WSAMState
+from optax_sam.checks import MissingArgument
+from optax_sam.method import METHODS
+from optax_sam.parts import AlwaysState
 from optax_sam.readers import members
-from optax_sam.states import nodes
+from optax_sam.states import OURS, nodes
 from optax_sam.trajectory.mesa import MESAState
 from optax_sam.trajectory.saf import SAFState
-from optax_sam.when.fixed import AlwaysState
 
-_OWN = (SharpnessAwareState, WSAMState, MSAMState, SAMPaState, SAFState, MESAState)
-_FOLDERS = ("optax_sam.methods", "optax_sam.trajectory")
 _BATCH = 128  # examples in the stand-in for a batch, of which methods may take a part
 _EXAMPLE = "optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))"
 # What an optimizer is, and how long its steps are, is no part of a method's price.
@@ -143,7 +138,7 @@ def summary(
         except NameError as error:  # a mapped axis that is not there
             raise ValueError(f"summary found an axis_name. {_ONE_POINT}") from error
     skips = any(not isinstance(x.when, AlwaysState) for x in members(state))
-    own = sum(_bytes(x) - _bytes(getattr(x, "inner", ())) for x in nodes(state, *_OWN))
+    own = sum(_bytes(x) - _bytes(getattr(x, "inner", ())) for x in nodes(state, *OURS))
     return Summary(
         gradients=float(found["gradient"]),
         gradients_when_skipped=(
@@ -195,21 +190,13 @@ def _built(method: Any) -> Any:
 
 
 def _named(name: str) -> Callable[..., Any]:
-    """The method of this name: a public function that makes a transformation."""
-    import optax_sam  # its names are all there only after this module
-
-    def is_method(x: Any) -> bool:
-        makes = getattr(x, "__annotations__", {}).get("return", "")
-        folder = getattr(x, "__module__", "").rpartition(".")[0]
-        return folder in _FOLDERS and makes.startswith("optax.GradientTransformation")
-
-    public = {each: getattr(optax_sam, each) for each in optax_sam.__all__}
-    methods = {each: x for each, x in public.items() if is_method(x)}
-    if name not in methods:
+    """The method of this name."""
+    if name not in METHODS:
         raise ValueError(
-            f"There is no method called {name!r}; write one of {', '.join(methods)}."
+            f"There is no method called {name!r}; write one of"
+            f" {', '.join(sorted(METHODS))}."
         )
-    return methods[name]
+    return METHODS[name]
 
 
 def _bytes(tree: Any) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_sam.contract import check_loss, is_perturbable, varying
+from optax_sam.axes import Axes, mapped_axes, mean, mean_of_aux, on_device, varying
+from optax_sam.checks import check_loss, is_perturbable
 from optax_sam.loss_scale import check_loss_scale, in_single, scale_of
-from optax_sam.mapped import Axes, mapped_axes, mean, mean_of_aux, on_device
 
 
 def value_and_grad(

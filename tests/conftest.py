@@ -1,8 +1,10 @@
-"""Devices and fixtures for all tests."""
+"""Devices, fixtures, and what a whole test run is held to: expected skips, memory."""
 
 import importlib
 import importlib.metadata
 import os
+import re
+import resource
 import sys
 from pathlib import Path
 
@@ -23,6 +25,7 @@ for _flag, _value in _FLAGS.items():
         os.environ["XLA_FLAGS"] = f"{_given} {_flag}={_value}".strip()
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 # The first example of a shape compiles, so a deadline would measure the compiler. The
@@ -31,6 +34,21 @@ hypothesis.settings.register_profile(
     "tests", deadline=None, derandomize=True, max_examples=25
 )
 hypothesis.settings.load_profile("tests")
+
+# Reasons of skips that some environment of the Makefile has. Any other fails the run.
+EXPECTED_SKIPS = (
+    r"libtpu is missing",
+    r"could not import '(keras|clu\.metric_writers)'",
+)
+# A laptop runs two test processes beside a browser.
+MEMORY_LIMIT = 1.5e9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_go():
+    """JAX keeps every program it compiled; a whole run would take gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
@@ -53,3 +71,55 @@ def benchmark(monkeypatch):
         return importlib.import_module(".".join(parts))
 
     return found
+
+
+def _peak() -> float:
+    """The most memory that this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+_peaks = []
+
+
+class _Workers:
+    """Hooks of pytest-xdist, which pytest refuses where that is not there."""
+
+    @staticmethod
+    def pytest_testnodedown(node):
+        _peaks.append(getattr(node, "workeroutput", {}).get("peak", 0))
+
+
+def pytest_configure(config):
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(_Workers())
+
+
+def _unexpected(reporter):
+    reasons = [str(x.longrepr[2]) for x in reporter.stats.get("skipped", [])]
+    return [x for x in reasons if not any(re.search(y, x) for y in EXPECTED_SKIPS)]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    worker = getattr(session.config, "workeroutput", None)
+    if worker is not None:
+        worker["peak"] = _peak()
+        return
+    _peaks.append(_peak())
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.exitstatus == 0 and (
+        _unexpected(reporter) or max(_peaks) > MEMORY_LIMIT
+    ):
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter):
+    for reason in _unexpected(terminalreporter):
+        terminalreporter.write_line(f"FAILED: skip that is not expected: {reason}")
+    peak = max(_peaks, default=0)
+    verdict = "FAILED: " if peak > MEMORY_LIMIT else ""
+    terminalreporter.write_line(
+        f"{verdict}largest test process: {peak / 1e9:.2f} GB, of at most"
+        f" {MEMORY_LIMIT / 1e9:.1f}"
+    )

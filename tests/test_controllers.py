@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optax_sam import when
-from optax_sam.when.rule import Step
+from optax_sam.when import Step
 
 # Nothing, what is no normal float32, what squares to none, what just squares to one,
 # what squares beyond all of them, and what is no number.

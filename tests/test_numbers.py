@@ -10,7 +10,7 @@ from registry import BY_NAME, every_method, every_one, every_one_that_asks
 
 import optax_sam
 from optax_sam.ascent import norm
-from optax_sam.ascent.rule import tiny_norm
+from optax_sam.trees import tiny_norm
 
 
 def scaled(tree, factor):

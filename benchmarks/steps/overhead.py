@@ -33,8 +33,7 @@ from benchmarks.steps import cost_methods
 from benchmarks.steps.cost_models import MODELS, Subject, subject
 from benchmarks.steps.cost_report import MIB, quartiles
 from benchmarks.steps.cost_rows import Row, allocator
-from optax_sam import arguments
-from optax_sam.ascent import noise
+from optax_sam.methods import random_sam
 
 STEADY, PLAIN = "overhead_cpu.json", "overhead_glibc_cpu.json"
 
@@ -42,7 +41,7 @@ STEADY, PLAIN = "overhead_cpu.json", "overhead_glibc_cpu.json"
 def barrier() -> Any:
     """Each gradient passes a barrier on a CPU, too."""
     default = lambda *args, default, cpu: default(*args)
-    return mock.patch.object(arguments.jax.lax, "platform_dependent", default)
+    return mock.patch.object(jax.lax, "platform_dependent", default)
 
 
 def no_choice() -> Any:
@@ -56,7 +55,7 @@ def no_branch() -> Any:
     draws = lambda key, like, count: optax.tree.random_like(
         key, like, jax.random.normal
     )
-    return mock.patch.object(noise, "_normal", draws)
+    return mock.patch.object(random_sam, "_normal", draws)
 
 
 def shards(method: str) -> Any:

@@ -1,19 +1,25 @@
-"""Where the second gradient is taken: rules from a gradient to an offset ``e``.
+"""Where the perturbed gradient is taken: rules from a gradient to an offset ``e``.
 
 A rule is an ordinary ``optax.GradientTransformationExtraArgs`` whose updates are the
 offset, uphill. The engine hands it ``grad_fn``, for rules that look more than once,
-and ``count``, the step that schedules are read at and draws belong to.
+and ``count``, the step that schedules are read at and draws belong to. The rule that
+only one method uses is in the file of that method.
 """
 
-from optax_sam.ascent.ball import adaptive, l2, trust_ratio, weight_scaled
-from optax_sam.ascent.entropy import renyi
-from optax_sam.ascent.fisher import fisher
-from optax_sam.ascent.friendly import FriendlyState, friendly
-from optax_sam.ascent.masks import normalization_layers, restrict
-from optax_sam.ascent.noise import SmoothedState, smoothed
-from optax_sam.ascent.rule import OwnGradient, norm, rescale
-from optax_sam.ascent.steps import n_step, raw_steps
-from optax_sam.ascent.subset import RandomLeavesState, random_leaves
+from optax_sam.ascent.ball import l2, weight_scaled
+from optax_sam.ascent.steps import n_step
+from optax_sam.masks import restrict
+from optax_sam.methods.amp import raw_steps
+from optax_sam.methods.asam import adaptive
+from optax_sam.methods.esam import RandomLeavesState, random_leaves
+from optax_sam.methods.fisher_sam import fisher
+from optax_sam.methods.friendly_sam import FriendlyState, friendly
+from optax_sam.methods.look_layer_sam import trust_ratio
+from optax_sam.methods.random_sam import SmoothedState, smoothed
+from optax_sam.methods.renyi_sam import renyi
+from optax_sam.methods.sam_on import normalization_layers
+from optax_sam.parts import OwnGradient
+from optax_sam.trees import norm, rescale
 
 __all__ = [
     "FriendlyState",

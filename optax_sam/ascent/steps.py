@@ -1,28 +1,21 @@
-"""Several ascent steps, projected onto a ball or not."""
+"""Several normalized ascent steps, projected onto the ball or not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.arguments import at
-from optax_sam.ascent.rule import EPS, add, ascent_rule, norm, rescale, scaled
-from optax_sam.contract import check_integer, check_schedule
-from optax_sam.roles import by_layer, resolve_roles
-from optax_sam.step import Step
+from optax_sam.parts import Step, ascent_rule
+from optax_sam.schedules import at, check_integer, check_schedule
+from optax_sam.trees import add, norm, rescale
 
 # XLA's CPU backend runs backward convolutions in a loop many times slower than in the
 # entry computation, so short loops are unrolled.
 _UNROLL_LIMIT = 8
-
-_NEEDS = (
-    "An ascent of several steps needs params and grad_fn: rule.update(g, state, params,"
-    " grad_fn=grad_fn, count=count)."
-)
 
 
 def n_step(
@@ -85,12 +78,10 @@ def n_step(
         params: Any,
         step: Step,
         *,
-        grad_fn: Callable[[Any], Any] | None = None,
+        grad_fn: Callable[[Any], Any],
         **extra: Any,
     ) -> tuple[Any, Any]:
         del extra
-        if params is None or grad_fn is None:
-            raise ValueError(_NEEDS)
         radius = at(rho, step.count)
         length = radius if step_size is None else at(step_size, step.count)
 
@@ -109,104 +100,12 @@ def n_step(
         # unless it is longer than the radius.
         delta = rescale(g, norm(g), jnp.minimum(length, radius) if project else length)
         again = lambda _, delta: climb(delta, grad_fn(add(params, delta)))
-        return _repeat(again, num_steps, delta), state
+        return repeated(again, num_steps, delta), state
 
-    return ascent_rule(update)
-
-
-def raw_steps(
-    epsilon: optax.ScalarOrSchedule = 0.5,
-    step_size: optax.ScalarOrSchedule = 1.0,
-    num_steps: int = 1,
-    *,
-    projection: Literal["leaf", "global"] = "leaf",
-    roles: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Ascent steps of the gradient's own length, inside a ball for each leaf: AMP.
-
-    .. math::
-      \delta_0 = 0, \qquad
-      \delta_{i+1} = \Pi_\epsilon\big(\delta_i + s\, g_i\big), \qquad
-      g_i = \nabla L(w + \delta_i), \qquad e = \delta_n
-
-    where :math:`\Pi_\epsilon` shortens each leaf (of stacked layers, each of these), or
-    the whole, to the norm :math:`\epsilon` if it is longer: small gradients make small
-    offsets. With a ball for each leaf the whole offset can be as long as
-    :math:`\epsilon` times the root of their number.
-
-    Args:
-      epsilon: radius of the ball, at least 0, or a schedule.
-      step_size: the factor ``s`` of a gradient, at least 0, or a schedule.
-      num_steps: number ``n`` of steps, at least 1; up to 8 are unrolled.
-      projection: ``"leaf"``, as the authors' code, or ``"global"``.
-      roles: what each leaf is, for stacked layers: a
-        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
-        ``None`` means :func:`optax_sam.roles`.
-
-    Returns:
-      A transformation from a gradient to an offset; for several steps it needs
-      ``params`` and ``grad_fn``.
-
-    Raises:
-      ValueError: if ``epsilon`` or ``step_size`` is negative, ``num_steps`` is traced
-        or below 1, or ``projection`` is neither.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax_sam
-      >>> rule = optax_sam.ascent.raw_steps(epsilon=0.5)
-      >>> g = {"a": jnp.array([0.3, 0.0]), "b": jnp.array([3.0, 4.0])}
-      >>> e, _ = rule.update(g, rule.init(g))
-      >>> print(e["a"], e["b"])
-      [0.3 0. ] [0.3 0.4]
-
-    References:
-      Zheng, Zhang and Mao, `Regularizing Neural Networks via Adversarial Model
-      Perturbation <https://arxiv.org/abs/2010.04925>`_, 2021; code:
-      hiyouga/AMP-Regularizer
-    """
-    epsilon = check_schedule("epsilon", epsilon, 0.0)
-    step_size = check_schedule("step_size", step_size, 0.0)
-    check_integer("num_steps", num_steps, 1)
-    if projection not in ("leaf", "global"):
-        raise ValueError(f'projection must be "leaf" or "global"; got {projection!r}.')
-
-    def update(
-        g: Any,
-        state: Any,
-        params: Any,
-        step: Step,
-        *,
-        grad_fn: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
-        del extra
-        if num_steps > 1 and (params is None or grad_fn is None):
-            raise ValueError(_NEEDS)
-        radius, factor = at(epsilon, step.count), at(step_size, step.count)
-
-        def shortened(delta: Any) -> Any:
-            n = norm(delta)
-            return scaled(delta, jnp.where(n > radius, radius / (n + EPS), 1))
-
-        if projection == "leaf":
-            layers = resolve_roles(roles, g if params is None else params)
-
-        def project(delta: Any) -> Any:
-            if projection == "global":
-                return shortened(delta)
-            of_layers = lambda x, role: by_layer(shortened, role)(x)
-            return jax.tree.map(of_layers, delta, layers)
-
-        def again(_: Any, delta: Any) -> Any:
-            g = grad_fn(add(params, delta))
-            return project(add(delta, scaled(g, factor)))
-
-        return _repeat(again, num_steps, project(scaled(g, factor))), state
-
-    return ascent_rule(update)
+    return ascent_rule(update, needs=("params", "grad_fn"))
 
 
-def _repeat(step: Callable[[Any, Any], Any], num_steps: int, delta: Any) -> Any:
+def repeated(step: Callable[[Any, Any], Any], num_steps: int, delta: Any) -> Any:
     """The offset after all steps, of which ``delta`` is the first one's."""
     if num_steps > _UNROLL_LIMIT:
         return jax.lax.fori_loop(1, num_steps, step, delta)

@@ -1,18 +1,16 @@
-"""How both gradients become one, and what stands in where the second is not taken.
+"""How both gradients become one, and what is emitted without the perturbed one.
 
 A rule is a :class:`Blend`. The engine averages what it emits over ``axis_name`` and
-casts it to the incoming gradient's dtype.
+casts it to the incoming gradient's dtype. The rule that only one method uses is in the
+file of that method.
 """
 
-from optax_sam.blend.gap import surrogate_gap
-from optax_sam.blend.mix import interpolate, renormalize
-from optax_sam.blend.reuse import (
-    ReuseDifferenceState,
-    ReuseNormalState,
-    reuse_difference,
-    reuse_normal,
-)
-from optax_sam.blend.rule import Blend, take_ascended
+from optax_sam.methods.gnp import interpolate
+from optax_sam.methods.gsam import surrogate_gap
+from optax_sam.methods.looksam import ReuseNormalState, reuse_normal
+from optax_sam.methods.stable_sam import renormalize
+from optax_sam.methods.vsam import ReuseDifferenceState, reuse_difference
+from optax_sam.parts import Blend
 
 __all__ = [
     "Blend",
@@ -25,3 +23,17 @@ __all__ = [
     "surrogate_gap",
     "take_ascended",
 ]
+
+
+def take_ascended() -> Blend:
+    """The perturbed gradient where there is one, else the one at ``w``: SAM.
+
+    Returns:
+      A rule for ``blend=``.
+
+    Examples:
+      >>> import optax_sam
+      >>> tx = optax_sam.sharpness_aware(
+      ...     optax_sam.ascent.l2(0.05), blend=optax_sam.blend.take_ascended())
+    """
+    return Blend(call="blend.take_ascended()")

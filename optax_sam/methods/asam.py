@@ -2,27 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
+import jax
+import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import When, always
+from optax_sam.masks import Mask, resolve_mask
+from optax_sam.method import Options, method, on_engine
+from optax_sam.parts import Step, offset_rule
+from optax_sam.roles import is_weight, resolve_roles
+from optax_sam.schedules import at, check_schedule
+from optax_sam.trees import norm, rescale, wide
 
 
+def adaptive(
+    rho: optax.ScalarOrSchedule,
+    eta: optax.ScalarOrSchedule = 0.01,
+    adapt: Mask = None,
+    *,
+    roles: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The ascent of :func:`optax_sam.asam`: an ellipsoid that follows the weights.
+
+    Args:
+      rho: radius relative to the weights' sizes, at least 0, or a schedule of the step.
+      eta: added to the sizes, so that zero weights move too; at least 0, or a
+        schedule.
+      adapt: the adapted leaves: a bool for all, a tree of bools like the parameters
+        or a prefix of it, or a function from the parameters to one; ``None`` means
+        kernels, embeddings and gains of normalization layers, and neither biases nor
+        offsets.
+      roles: what each leaf is, where ``adapt`` does not say it: a pytree of
+        :class:`optax_sam.Role` or a function from the parameters to one; ``None``
+        means :func:`optax_sam.roles`, whose table :func:`optax_sam.roles_table`
+        prints.
+
+    Returns:
+      A transformation from a gradient to an offset with ``norm(e / T) = rho``; it
+      needs ``params``.
+
+    Raises:
+      ValueError: if ``rho`` or ``eta`` is negative, or both ``adapt`` and ``roles``
+        are given.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.adaptive(1.0, eta=0.0, adapt=True)
+      >>> w, g = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 2.0])}
+      >>> e, _ = rule.update(g, rule.init(w), w)
+      >>> print(e["w"])
+      [0.6 1.6]
+    """
+    rho = check_schedule("rho", rho, 0.0)
+    eta = check_schedule("eta", eta, 0.0)
+    if adapt is not None and roles is not None:
+        raise ValueError(
+            "adapt says which leaves are adapted, so that roles would not be read:"
+            " write roles= alone, or"
+            " adapt=lambda params: jax.tree.map(choose, roles(params))."
+        )
+
+    def offset(g: Any, params: Any, step: Step) -> Any:
+        eta_now = at(eta, step.count)
+        if adapt is None:
+            adapted = jax.tree.map(is_weight, resolve_roles(roles, params))
+        else:
+            adapted = resolve_mask(adapt, params, name="adapt")
+
+        def times_t(x: jax.Array, w: jax.Array, is_adapted: bool) -> jax.Array:
+            return (jnp.abs(wide(w)) + eta_now) * wide(x) if is_adapted else wide(x)
+
+        t_g = jax.tree.map(times_t, g, params, adapted)
+        t2_g = jax.tree.map(times_t, t_g, params, adapted)
+        return rescale(t2_g, norm(t_g), at(rho, step.count))
+
+    return offset_rule(offset, needs=("params",))
+
+
+@method(adaptive, sharpness_aware)
 def asam(
     rho: optax.ScalarOrSchedule = 0.5,
     *,
     eta: optax.ScalarOrSchedule = 0.01,
     adapt: Mask = None,
     roles: Any = None,
-    when: When = always(),
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""ASAM: SAM in an ellipsoid that follows the sizes of the weights.
 
@@ -37,45 +103,11 @@ def asam(
     eta=0.0``: all leaves, biases too; ``rho`` about 2). The authors' example script
     runs with ``eta=0.0``.
 
-    Cost: 2 gradients per ascended step, 1 on others; a few scalars of state.
-
-    Args:
-      rho: radius relative to the weights' sizes, at least 0, or a schedule.
-      eta: added to the sizes, at least 0, or a schedule.
-      adapt: the adapted leaves: a bool for all, a tree of bools like the parameters
-        or a prefix of it, or a function from the parameters to one; ``None`` means
-        kernels, embeddings and gains of normalization layers, and neither biases nor
-        offsets.
-      roles: what each leaf is, where ``adapt`` does not say it: a pytree of
-        :class:`optax_sam.Role` or a function from the parameters to one; ``None``
-        means :func:`optax_sam.roles`, whose table :func:`optax_sam.roles_table`
-        prints.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
-
-    Raises:
-      ValueError: if ``rho`` or ``eta`` is negative, or both ``adapt`` and ``roles``
-        are given.
+    Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_sam
-      >>> tx = optax.chain(optax_sam.asam(rho=0.5), optax.adam(0.1))
-      >>> loss_fn = lambda w: jnp.sum((w - 1.0) ** 2)
-      >>> w = jnp.zeros((3, 1))
-      >>> state = tx.init(w)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
-      ...     w = optax.apply_updates(w, updates)
-      >>> bool(loss_fn(w) < 0.1)
-      True
+      >>> import optax, optax_sam
+      >>> tx = optax.chain(optax_sam.asam(rho=0.5), optax.sgd(0.1))
 
     Differs from the authors' code in:
       1. 1e-12 is added to the norm; there 1e-16, which float32 does not see.
@@ -89,11 +121,4 @@ def asam(
       Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021;
       code: SamsungLabs/ASAM
     """
-    return sharpness_aware(
-        ascent.adaptive(rho, eta, adapt, roles=roles),
-        when,
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="asam",
-    )
+    return on_engine("asam", options, ascent=adaptive(rho, eta, adapt, roles=roles))

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
-from optax_sam.contract import (
-    DROPPED,
-    MissingArgument,
-    check_number,
-    check_static,
-    takes,
-    with_gradients,
-)
+from optax_sam.checks import DROPPED, MissingArgument, check_grad_fn, takes
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import When, always
+from optax_sam.keys import check_key, raw_key
+from optax_sam.method import Options, method, on_engine
+from optax_sam.parts import Call, Descent, Step, ascent_rule
+from optax_sam.schedules import at, check_number, check_schedule, check_static
+from optax_sam.trees import norm, rescale
 
 _CALL = (
     "tx.update(grads, opt_state, params,"
@@ -29,22 +24,109 @@ _CALL = (
 )
 
 
+class RandomLeavesState(NamedTuple):
+    """State of :func:`random_leaves`.
+
+    Attributes:
+      active: the leaves that move on the next ascent, (num_leaves,) bool.
+      key: raw key data, (2,) uint32; the draw of a step is a function of both.
+    """
+
+    active: jax.Array
+    key: jax.Array
+
+
+def random_leaves(
+    rho: optax.ScalarOrSchedule, beta: ArrayLike = 0.6, key: ArrayLike = 0
+) -> optax.GradientTransformationExtraArgs:
+    r"""The ascent of :func:`optax_sam.esam`: an l2 ascent on randomly chosen leaves.
+
+    .. math::
+      e = \frac{\rho}{\beta}\, \frac{g_S}{\|g_S\| + 10^{-7}}, \qquad
+      l \in S \text{ where } u_l \le \beta, \quad u_l \sim U(0, 1)
+
+    The norm is over the chosen leaves. A leaf of stacked layers (``nn.scan``) moves as
+    one: the state holds one draw for each leaf. On the first step all are chosen; the
+    draw at the end of a step is for the next one.
+
+    Args:
+      rho: radius of the ball, at least 0, or a schedule; the offset's norm is
+        ``rho / beta``.
+      beta: the probability of a leaf to move, in ``(0, 1]``.
+      key: an int, a key from ``jax.random.key``, or raw key data, for the leaves.
+
+    Returns:
+      A transformation from a gradient to an offset; it needs ``count``. The extra
+      argument ``mask_uniforms``, one number per leaf (a tree like the parameters, or
+      an array in the order of ``jax.tree.leaves``), replaces its draw.
+
+    Raises:
+      ValueError: if ``rho`` is negative, ``beta`` is not in ``(0, 1]``, or ``key`` is
+        no key; on update, if ``mask_uniforms`` has another number of entries.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.random_leaves(0.3, beta=0.6)
+      >>> g = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+      >>> e, state = rule.update(g, rule.init(g), count=0, mask_uniforms=[0.2, 0.9])
+      >>> print(e["a"], e["b"], state.active)
+      [0.3] [0.4] [ True False]
+    """
+    rho = check_schedule("rho", rho, 0.0)
+    beta = check_number("beta", beta, 0.0, 1.0, open_low=True)
+    check_key(key)
+
+    def init(params: Any) -> RandomLeavesState:
+        leaves = len(jax.tree.leaves(params))
+        return RandomLeavesState(jnp.ones(leaves, bool), raw_key(key))
+
+    def update(
+        g: Any,
+        state: RandomLeavesState,
+        params: Any,
+        step: Step,
+        *,
+        mask_uniforms: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, RandomLeavesState]:
+        del params, extra
+        leaves, structure = jax.tree.flatten(g)
+        chosen = [
+            jnp.where(active, x, 0)
+            for x, active in zip(leaves, state.active, strict=True)
+        ]
+        radius = at(rho, step.count) / beta
+        # The authors' 1e-7, ten thousand times what other methods add to a norm.
+        e = rescale(chosen, norm(chosen), radius, eps=1e-7)
+        if mask_uniforms is None:
+            uniforms = jax.random.uniform(step.key(state.key), state.active.shape)
+        else:
+            given = jax.tree.leaves(mask_uniforms)
+            uniforms = jnp.concatenate([jnp.ravel(jnp.asarray(u)) for u in given])
+            if uniforms.shape != state.active.shape:
+                raise ValueError(
+                    f"mask_uniforms must hold one number for each of the"
+                    f" {len(leaves)} leaves of the parameters; got {uniforms.size}."
+                )
+        return jax.tree.unflatten(structure, e), state._replace(active=uniforms <= beta)
+
+    return ascent_rule(update, init)
+
+
+@method(random_leaves, sharpness_aware)
 def esam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,
     beta: ArrayLike = 0.6,
     gamma: float = 0.5,
     key: ArrayLike = 0,
-    when: When = always(),
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""ESAM: perturbs random leaves and descends on the examples that mind most.
 
     Stochastic weight perturbation (SWP) moves each leaf with probability beta;
     sharpness-sensitive data selection (SDS) keeps the examples whose loss rises most,
-    a static number of them, so that the second gradient runs on a part of the batch:
+    a static number of them, so that the perturbed gradient runs on a part of the batch:
 
     .. math::
       e = \frac{\rho}{\beta}\, \frac{g_S}{\|g_S\|}, \qquad
@@ -69,26 +151,19 @@ def esam(
     with ``gamma=0.5 + 1 / B``, so that half of the batch is kept, which the devices
     divide.
 
-    Cost: 1 gradient, 1 forward pass and a gradient of ``k`` examples per ascended step,
-    1.82 gradients for ``gamma=0.5``; 1 on other steps; one bool for each leaf, a key
-    and a few scalars of state.
+    Cost: 1 gradient, 1 forward pass and a gradient of ``k`` examples per perturbed
+    step, 1.82 gradients for ``gamma=0.5``; 1 on other steps; one bool for each leaf, a
+    key and a few scalars of state.
 
     Args:
       rho: radius of the perturbation in units of the weights, at least 0, or a
         schedule of the step; the offset's norm is ``rho / beta``.
-      beta: the probability of a leaf to move, in ``(0, 1]``.
-      gamma: the share of the examples that the second gradient sees, in ``(0, 1]``,
+      gamma: the share of the examples that the perturbed gradient sees, in ``(0, 1]``,
         at least one example.
-      key: an int, a key from ``jax.random.key``, or raw key data, for the leaves.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
 
     Returns:
-      A transformation that stands first in a chain and needs ``per_example_loss_fn``.
+      A transformation for the first place in an ``optax.chain``, whose ``update`` needs
+      ``per_example_loss_fn``.
       The extra argument ``mask_uniforms``, one number per leaf, replaces the draw of
       the leaves that move on the next step.
 
@@ -127,63 +202,57 @@ def esam(
     """
     gamma = check_number("gamma", gamma, 0.0, 1.0, open_low=True)
     check_static("gamma", gamma, "a Python number")
-    engine = sharpness_aware(
-        ascent.random_leaves(rho, beta, key),
-        when,
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="esam",
-    )
+    # From here on the authors take all examples.
+    takes_all = gamma >= 0.99
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        per_example_loss_fn: Any = None,
-        per_example_losses: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
-        params, whole = with_gradients(updates, params)
-        losses_at = lambda p, *chosen: per_example_loss_fn(whole(p), *chosen)
+    def check(name: str, grad_fn: Any, extra: dict[str, Any]) -> None:
+        losses_fn = extra.get("per_example_loss_fn")
+        if losses_fn is None:
+            if takes_all and grad_fn is not None:
+                check_grad_fn(name, grad_fn)
+                return
+            raise MissingArgument(
+                f"{name} needs per_example_loss_fn: {_CALL}.{DROPPED}",
+                "per_example_loss_fn",
+            )
+        if not takes_all and not takes(losses_fn, 2):
+            raise ValueError(
+                f"{name}: per_example_loss_fn must take indices, the examples whose"
+                f" losses it computes. Write {_CALL}."
+            )
 
-        def selected_gradient(w_e: Any) -> Any:
-            if gamma >= 0.99:
-                return jax.grad(lambda p: jnp.mean(losses_at(p)))(w_e)
-            chosen = selected(w_e)
+    def selected_gradient(w_e: Any, call: Call) -> Any:
+        """The gradient of the examples whose losses rise most."""
+        losses_fn = call.extra.get("per_example_loss_fn")
+        if losses_fn is None:
+            return call.gradient(w_e)
+        losses_at = lambda p, *chosen: losses_fn(call.whole(p), *chosen)
 
-            def mean_loss(p: Any) -> jax.Array:
-                losses = losses_at(p, chosen)
-                _check_selection(losses, chosen)
-                return jnp.mean(losses)
+        def mean_loss(p: Any, *chosen: jax.Array) -> jax.Array:
+            losses = losses_at(p, *chosen)
+            if chosen:
+                _check_selection(losses, *chosen)
+            return jnp.mean(losses)
 
-            return jax.grad(mean_loss)(w_e)
+        def mean_gradient(w_e: Any) -> Any:
+            chosen = () if takes_all else (selected(w_e),)
+            return jax.grad(mean_loss)(w_e, *chosen)
 
         def selected(w_e: Any) -> jax.Array:
             # Both losses in one precision: of half-precision parameters w_e is wider.
-            before = (
-                losses_at(optax.tree.cast_like(params, w_e))
-                if per_example_losses is None
-                else per_example_losses
-            )
+            before = call.extra.get("per_example_losses")
+            if before is None:
+                before = losses_at(optax.tree.cast_like(call.params, w_e))
             return _largest_rises(before, losses_at(w_e), gamma)
 
-        if per_example_loss_fn is not None:
-            if gamma < 0.99 and not takes(per_example_loss_fn, 2):
-                raise ValueError(
-                    "esam: per_example_loss_fn must take indices, the examples whose"
-                    f" losses it computes. Write {_CALL}."
-                )
-            extra["grad_fn"] = selected_gradient
-        elif gamma < 0.99 or extra.get("grad_fn") is None:
-            raise MissingArgument(
-                f"esam needs per_example_loss_fn: {_CALL}.{DROPPED}",
-                "per_example_loss_fn",
-            )
-        return engine.update(updates, state, params, **extra)
+        return call.taken(mean_gradient, w_e)
 
-    return optax.GradientTransformationExtraArgs(engine.init, update)
+    return on_engine(
+        "esam",
+        options,
+        ascent=random_leaves(rho, beta, key),
+        descent=Descent(selected_gradient, check),
+    )
 
 
 def _check_selection(losses: jax.Array, chosen: jax.Array) -> None:

@@ -1,26 +1,65 @@
-"""Fisher SAM: SAM in the Fisher metric (Kim et al., arXiv 2206.04920, ICML 2022)."""
+"""Fisher SAM: a ball in the Fisher metric (Kim et al., arXiv 2206.04920, ICML 2022)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
+import jax
+import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import When, always
+from optax_sam.method import Options, method, on_engine
+from optax_sam.parts import Step, offset_rule
+from optax_sam.schedules import at, check_schedule
+from optax_sam.trees import inner, rescale, root, wide
 
 
+def fisher(
+    rho: optax.ScalarOrSchedule = 0.1, eta: optax.ScalarOrSchedule = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """The ascent of :func:`optax_sam.fisher_sam`: an ellipsoid, short where g is large.
+
+    Args:
+      rho: radius of the perturbation in the Fisher metric, at least 0, or a schedule
+        of the step.
+      eta: weight of the Fisher information against the identity, at least 0, or a
+        schedule; 0 is the l2 ball.
+
+    Returns:
+      A transformation from a gradient to an offset with
+      ``sqrt(<e, F e>) = rho``; a zero gradient gives a zero offset.
+
+    Raises:
+      ValueError: if ``rho`` or ``eta`` is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.fisher(1.0, eta=1.0)
+      >>> g = {"w": jnp.array([0.0, 1.0, 7.0])}
+      >>> e, _ = rule.update(g, rule.init(g))
+      >>> print(jnp.round(e["w"], 3))  # the larger entry moves less
+      [0.    0.411 0.115]
+    """
+    rho = check_schedule("rho", rho, 0.0)
+    eta = check_schedule("eta", eta, 0.0)
+
+    def offset(g: Any, params: Any, step: Step) -> Any:
+        del params
+        eta_now = at(eta, step.count)
+        by_metric = lambda x: x / (1 + eta_now.astype(x.dtype) * jnp.square(x))
+        f_inv_g = jax.tree.map(lambda x: by_metric(wide(x)), g)
+        return rescale(f_inv_g, root(inner(g, f_inv_g)), at(rho, step.count))
+
+    return offset_rule(offset)
+
+
+@method(fisher, sharpness_aware)
 def fisher_sam(
     rho: optax.ScalarOrSchedule = 0.1,
     *,
     eta: optax.ScalarOrSchedule = 1.0,
-    when: When = always(),
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Fisher SAM: SAM in a ball that the diagonal Fisher information measures.
 
@@ -29,43 +68,16 @@ def fisher_sam(
       e = \rho\, \frac{F^{-1} g}{\sqrt{\langle g, F^{-1} g \rangle}}, \qquad
       d = \nabla L(w + e)
 
-    ``eta=0`` is SAM. The squared gradient of the batch stands for the Fisher
+    ``eta=0`` is SAM. The squared gradient of the batch replaces the Fisher
     information, as in the codes of others; gradients of single examples would cost
-    more. It is small where gradients are: with those of norm 1 over a million weights
-    an ``eta`` of 1 changes nothing, so scale it with their number.
+    more. It is small where gradients are small: with a gradient of norm 1 over a
+    million weights an ``eta`` of 1 changes nothing, so scale ``eta`` with their number.
 
-    Cost: 2 gradients per ascended step, 1 on others; a few scalars of state.
-
-    Args:
-      rho: radius of the perturbation in the Fisher metric, at least 0, or a schedule
-        of the step.
-      eta: weight of the Fisher information against the identity, at least 0, or a
-        schedule.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
-
-    Raises:
-      ValueError: if ``rho`` or ``eta`` is negative.
+    Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> import optax, optax_sam
       >>> tx = optax.chain(optax_sam.fisher_sam(rho=0.1), optax.sgd(0.1))
-      >>> loss_fn = lambda w: jnp.sum((w - 1.0) ** 2)
-      >>> w = jnp.zeros(3)
-      >>> state = tx.init(w)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
-      ...     w = optax.apply_updates(w, updates)
-      >>> bool(loss_fn(w) < 0.1)
-      True
 
     Differs from the authors' code in:
       1. None was found. The formulas and defaults are those of two codes by others,
@@ -76,11 +88,4 @@ def fisher_sam(
       <https://arxiv.org/abs/2206.04920>`_, 2022; codes followed:
       johnjaejunlee95/torch-unified-SAM-optimization, QiaozheZhang/RSAM
     """
-    return sharpness_aware(
-        ascent.fisher(rho, eta),
-        when,
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="fisher_sam",
-    )
+    return on_engine("fisher_sam", options, ascent=fisher(rho, eta))

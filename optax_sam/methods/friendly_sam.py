@@ -2,26 +2,94 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
+import jax
+import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import When, always
+from optax_sam.method import Options, method, on_engine
+from optax_sam.parts import Step, ascent_rule
+from optax_sam.schedules import at, check_schedule
+from optax_sam.trees import beyond_rounding, cache, norm, rescale, weighted
 
 
+class FriendlyState(NamedTuple):
+    """State of :func:`friendly`.
+
+    Attributes:
+      average: ``m``, the average of the gradients, like the parameters, float32 or
+        better.
+      started: whether there was a gradient to average, () bool.
+    """
+
+    average: Any
+    started: jax.Array
+
+
+def friendly(
+    rho: optax.ScalarOrSchedule = 0.2,
+    sigma: optax.ScalarOrSchedule = 1.0,
+    decay: optax.ScalarOrSchedule = 0.6,
+) -> optax.GradientTransformationExtraArgs:
+    """The ascent of :func:`optax_sam.friendly_sam`: along what the average leaves over.
+
+    Args:
+      rho: radius of the perturbation in units of the weights, at least 0, or a
+        schedule of the step.
+      sigma: how much of the average is taken out, at least 0, or a schedule; 0 is the
+        l2 ball.
+      decay: the average's memory ``lambda`` per perturbed step, in ``[0, 1]``, or a
+        schedule. The authors' runs have 0.6 to 0.95.
+
+    Returns:
+      A transformation from a gradient to an offset, with one tree like the parameters
+      as state. Where only rounding is left, as on full batches of a loss without
+      curvature, the offset is zero.
+
+    Raises:
+      ValueError: if ``rho`` or ``sigma`` is negative or ``decay`` is not in
+        ``[0, 1]``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.friendly(1.0)
+      >>> w = jnp.zeros(2)
+      >>> e, state = rule.update(jnp.array([2.0, 0.0]), rule.init(w), w)
+      >>> e, state = rule.update(jnp.array([2.0, 3.0]), state, w)
+      >>> print(e)
+      [0. 1.]
+    """
+    rho = check_schedule("rho", rho, 0.0)
+    sigma = check_schedule("sigma", sigma, 0.0)
+    decay = check_schedule("decay", decay, 0.0, 1.0)
+
+    def init(params: Any) -> FriendlyState:
+        return FriendlyState(cache(params), jnp.zeros((), bool))
+
+    def update(
+        g: Any, state: FriendlyState, params: Any, step: Step, **extra: Any
+    ) -> tuple[Any, FriendlyState]:
+        del params, extra
+        g = optax.tree.cast_like(g, state.average)
+        a = weighted(jnp.ones(()), g, -at(sigma, step.count), state.average)
+        length = beyond_rounding(norm(a), norm(g))
+        lam = jnp.where(state.started, at(decay, step.count), 0)
+        average = weighted(lam, state.average, 1 - lam, step.mean(g))
+        started = jnp.ones_like(state.started)
+        return rescale(a, length, at(rho, step.count)), FriendlyState(average, started)
+
+    return ascent_rule(update, init)
+
+
+@method(friendly, sharpness_aware)
 def friendly_sam(
     rho: optax.ScalarOrSchedule = 0.2,
     *,
     sigma: optax.ScalarOrSchedule = 1.0,
     decay: optax.ScalarOrSchedule = 0.6,
-    when: When = always(),
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""F-SAM: perturbs along the batch's own noise, without the full gradient.
 
@@ -32,46 +100,17 @@ def friendly_sam(
 
     from :math:`a_0 = m_0 = g_0`, so that the first step is SAM's. The average
     :math:`m` estimates the gradient of all examples. ``sigma=0`` is SAM. With a
-    ``when`` that skips, the average is over the gradients of the ascended steps.
+    ``when`` that skips, the average is over the gradients of the perturbed steps.
 
-    Cost: 2 gradients per ascended step, 1 on others; one tree like the parameters and a
-    few scalars of state.
-
-    Args:
-      rho: radius of the perturbation in units of the weights, at least 0, or a
-        schedule of the step.
-      sigma: how much of the average is taken out, at least 0, or a schedule.
-      decay: the average's memory ``lambda`` per ascended step, in ``[0, 1]``, or a
-        schedule. The authors' runs have 0.6 to 0.95.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
-
-    Raises:
-      ValueError: if ``rho`` or ``sigma`` is negative or ``decay`` is not in
-        ``[0, 1]``.
+    Cost: 2 gradients per perturbed step, 1 on others; one tree like the parameters and
+    a few scalars of state.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> import optax, optax_sam
       >>> tx = optax.chain(optax_sam.friendly_sam(rho=0.2), optax.sgd(0.1))
-      >>> loss_fn = lambda w: jnp.sum((w - 1.0) ** 2)
-      >>> w = jnp.zeros(3)
-      >>> state = tx.init(w)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
-      ...     w = optax.apply_updates(w, updates)
-      >>> bool(loss_fn(w) < 0.1)
-      True
 
     Differs from the authors' code in:
-      1. Where nothing but rounding is left of the gradient, the offset is zero; there
+      1. Where only rounding is left of the gradient, the offset is zero; there
          rounding errors are blown up to the length ``rho``.
       2. Their paper updates the average before it is taken out, their code after, as
          here. For ``sigma=1`` both give one direction.
@@ -81,11 +120,4 @@ def friendly_sam(
       Li et al., `Friendly Sharpness-Aware Minimization
       <https://arxiv.org/abs/2403.12350>`_, 2024; code: nblt/F-SAM
     """
-    return sharpness_aware(
-        ascent.friendly(rho, sigma, decay),
-        when,
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="friendly_sam",
-    )
+    return on_engine("friendly_sam", options, ascent=friendly(rho, sigma, decay))

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask, at, gradients, resolve_mask
-from optax_sam.ascent.masks import keep
-from optax_sam.ascent.rule import (
+from optax_sam.ascent.ball import l2
+from optax_sam.engine import sharpness_aware
+from optax_sam.masks import resolve_mask
+from optax_sam.method import Options, method, on_engine
+from optax_sam.parts import Call, Descent
+from optax_sam.schedules import at, check_schedule
+from optax_sam.trees import (
     add,
+    along,
     beyond_rounding,
+    keep,
     lift,
     norm,
     rescale,
     scaled,
     weighted,
 )
-from optax_sam.blend.rule import along
-from optax_sam.contract import check_returned, check_schedule, with_gradients
-from optax_sam.engine import sharpness_aware
-from optax_sam.when import When, always
 
 
+@method(sharpness_aware)
 def gam(
     grad_rho: optax.ScalarOrSchedule = 0.02,
     *,
@@ -34,10 +35,7 @@ def gam(
     beta1: optax.ScalarOrSchedule = 0.6,
     gamma: optax.ScalarOrSchedule = 0.03,
     h_minus: Literal["paper", "code"] = "paper",
-    when: When = always(),
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""GAM: lowers the largest gradient norm nearby together with the loss.
 
@@ -56,7 +54,7 @@ def gam(
     it is about largest. This is the authors' accelerated form, without products with
     the Hessian. ``gamma=0, beta1=1`` is SAM with ``rho = grad_rho``.
 
-    Cost: 4 gradients per ascended step, one after another, 1 on others; a few scalars
+    Cost: 4 gradients per perturbed step, one after another, 1 on others; a few scalars
     of state. The norms in ``metrics`` are those of :math:`g_0` and :math:`d`.
 
     Args:
@@ -71,31 +69,13 @@ def gam(
         0, or a schedule.
       h_minus: ``"paper"``, as above, or ``"code"``, the authors' code, where
         :math:`h_- = g_0 + (1 - \beta)\, g_2`.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
 
     Raises:
       ValueError: if a number is out of its range, or ``h_minus`` is neither.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> import optax, optax_sam
       >>> tx = optax.chain(optax_sam.gam(0.02, norm_rho=0.2), optax.sgd(0.1))
-      >>> loss_fn = lambda w: jnp.sum((w - 1.0) ** 2)
-      >>> w = jnp.zeros(3)
-      >>> state = tx.init(w)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
-      ...     w = optax.apply_updates(w, updates)
-      >>> bool(loss_fn(w) < 0.1)
-      True
 
     Differs from the authors' code in:
       1. The paper's :math:`h_-` by default.
@@ -115,59 +95,32 @@ def gam(
     gamma = check_schedule("gamma", gamma, 0.0)
     if h_minus not in ("paper", "code"):
         raise ValueError(f'h_minus must be "paper" or "code"; got {h_minus!r}.')
-    engine = sharpness_aware(
-        ascent.l2(grad_rho),
-        when,
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="gam",
-    )
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        grad_fn: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
-        params, whole = with_gradients(updates, params)
+    def combined(w_1: Any, call: Call) -> Any:
+        """The method's gradient, seen from ``w_1``, the perturbed weights of SAM."""
+        chosen = resolve_mask(options.get("mask"), call.params)
+        read = lambda value: at(value, call.step.count)
 
-        def combined(w_1: Any) -> Any:
-            """The method's gradient, from the point to which the engine ascends."""
-            chosen = resolve_mask(mask, params)
-            read = lambda value: at(value, state.count)
+        def towards(h: Any, rho: optax.ScalarOrSchedule, reference: Any) -> Any:
+            h = keep(h, chosen)
+            length = beyond_rounding(norm(h), norm(keep(reference, chosen)))
+            return rescale(h, length, read(rho))
 
-            def gradient(point: Any) -> Any:
-                grads = grad_fn(whole(optax.tree.cast_like(point, w_1)))
-                check_returned("gam", grads, params, axis_name)
-                return gradients(grads)
+        g_0, g_1 = call.g, call.gradient(w_1)
+        h = weighted(jnp.ones(()), g_1, -jnp.ones(()), g_0)
+        w_2 = add(call.params, towards(h, norm_rho, g_0))
+        g_2 = call.gradient(w_2)
+        g_3 = call.gradient(add(w_2, towards(g_2, grad_rho, g_2)))
 
-            def towards(h: Any, rho: optax.ScalarOrSchedule, reference: Any) -> Any:
-                h = keep(h, chosen)
-                length = beyond_rounding(norm(h), norm(keep(reference, chosen)))
-                return rescale(h, length, read(rho))
+        alpha, beta = read(beta1), read(beta0)
+        h_plus = weighted(alpha, g_1, 1 - alpha, g_3)
+        share = beta if h_minus == "paper" else jnp.ones_like(beta)
+        h_less = weighted(share, g_0, 1 - beta, g_2)
+        factor = lift(norm(h_plus))
+        lifted = scaled(h_plus, factor)
+        c = along(scaled(h_less, factor), lifted)
+        # A zero gradient has no direction to be normal to.
+        weight = jnp.where(norm(lifted) > 0, read(gamma), 0)
+        return weighted(1 + weight * c, h_plus, -weight, h_less)
 
-            g_0, g_1 = gradients(updates), gradient(w_1)
-            h = weighted(jnp.ones(()), g_1, -jnp.ones(()), g_0)
-            w_2 = add(params, towards(h, norm_rho, g_0))
-            g_2 = gradient(w_2)
-            g_3 = gradient(add(w_2, towards(g_2, grad_rho, g_2)))
-
-            alpha, beta = read(beta1), read(beta0)
-            h_plus = weighted(alpha, g_1, 1 - alpha, g_3)
-            share = beta if h_minus == "paper" else jnp.ones_like(beta)
-            h_less = weighted(share, g_0, 1 - beta, g_2)
-            factor = lift(norm(h_plus))
-            lifted = scaled(h_plus, factor)
-            c = along(scaled(h_less, factor), lifted)
-            # A zero gradient has no direction to be normal to.
-            weight = jnp.where(norm(lifted) > 0, read(gamma), 0)
-            return weighted(1 + weight * c, h_plus, -weight, h_less)
-
-        # If it is none, the engine says so.
-        extra["grad_fn"] = combined if callable(grad_fn) else grad_fn
-        return engine.update(updates, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(engine.init, update)
+    return on_engine("gam", options, ascent=l2(grad_rho), descent=Descent(combined))

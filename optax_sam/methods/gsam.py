@@ -3,30 +3,81 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask, at
-from optax_sam.blend import surrogate_gap
-from optax_sam.contract import check_number, check_schedule
+from optax_sam.ascent.ball import l2
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import When, always
+from optax_sam.method import Options, method, on_engine
+from optax_sam.parts import Blend, Step
+from optax_sam.schedules import at, check_number, check_schedule, shown
+from optax_sam.trees import along, lift, norm, scaled, widest
 
 
+def surrogate_gap(
+    alpha: optax.ScalarOrSchedule = 0.4,
+    minimize: Literal["perturbed", "clean"] = "perturbed",
+) -> Blend:
+    r"""The blend of :func:`optax_sam.gsam`, which has the perturbed form.
+
+    .. math::
+      d = g + \alpha \Big(g_s - \frac{\langle g, g_s \rangle}{\|g\|^2} g\Big)
+        \quad\text{to minimize the clean loss}
+
+    The added part is normal to the other: the step along it lowers the gap and, to
+    first order, leaves the loss that is minimized as it is. On steps without a
+    perturbed gradient the one at ``w`` is emitted.
+
+    Args:
+      alpha: weight of the gap, at least 0, or a schedule; 0 is SAM.
+      minimize: ``"perturbed"``, as in the paper, or ``"clean"``, the alternative in
+        big_vision, where ``alpha = 0`` is the base optimizer.
+
+    Returns:
+      A rule for ``blend=``.
+
+    Raises:
+      ValueError: if ``alpha`` is negative or ``minimize`` is neither.
+
+    Examples:
+      >>> import optax_sam
+      >>> adaptive_gsam = optax_sam.sharpness_aware(
+      ...     optax_sam.ascent.adaptive(2.0, eta=0.0, adapt=True),
+      ...     blend=optax_sam.blend.surrogate_gap(alpha=0.4))
+    """
+    alpha = check_schedule("alpha", alpha, 0.0)
+    if minimize not in ("perturbed", "clean"):
+        raise ValueError(f'minimize must be "perturbed" or "clean"; got {minimize!r}.')
+
+    def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
+        main, other, sign = (g_s, g, -1) if minimize == "perturbed" else (g, g_s, 1)
+        factor = lift(norm(main))
+        lifted = scaled(main, factor)
+        c = along(scaled(other, factor), lifted)
+        # A zero gradient has no direction to be normal to.
+        weight = jnp.where(norm(lifted) > 0, sign * at(alpha, step.count), 0)
+
+        def d(x: jax.Array, y: jax.Array) -> jax.Array:
+            dtype = widest(x, y)
+            x, y = x.astype(dtype), y.astype(dtype)
+            return x + weight.astype(dtype) * (y - c.astype(dtype) * x)
+
+        return jax.tree.map(d, main, other), state
+
+    return Blend(fresh=fresh, call=f"blend.surrogate_gap({shown(alpha)})")
+
+
+@method(l2, surrogate_gap, sharpness_aware)
 def gsam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,
     alpha: optax.ScalarOrSchedule = 0.4,
-    when: When = always(),
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""GSAM: lowers the perturbed loss and its gap to the clean loss together.
 
@@ -35,44 +86,21 @@ def gsam(
       g_\perp = g - \frac{\langle g, g_s \rangle}{\|g_s\|^2}\, g_s, \qquad
       d = g_s - \alpha\, g_\perp
 
-    ``alpha=0`` is SAM. The paper ties the radius to the learning rate, see
+    The paper ties the radius to the learning rate, see
     :func:`optax_sam.rho_from_lr`; its ``alpha`` is 0.01 for ResNets and 0.4 to 1 for
     ViTs. A large ``alpha`` and a large radius together do not train (see the demo's
     page).
 
-    Cost: 2 gradients per ascended step, 1 on others; a few scalars of state.
-
-    Args:
-      rho: radius of the perturbation in units of the weights, at least 0, or a
-        schedule of the step.
-      alpha: weight of the gap, at least 0, or a schedule.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
+    Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
     Raises:
       ValueError: if ``rho`` or ``alpha`` is negative.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> import optax, optax_sam
       >>> lr = optax.cosine_decay_schedule(0.1, decay_steps=50)
       >>> rho = optax_sam.rho_from_lr(lr, rho_min=0.01, rho_max=0.1)
       >>> tx = optax.chain(optax_sam.gsam(rho, alpha=0.4), optax.sgd(lr))
-      >>> loss_fn = lambda w: jnp.sum((w - 1.0) ** 2)
-      >>> w = jnp.zeros(3)
-      >>> state = tx.init(w)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
-      ...     w = optax.apply_updates(w, updates)
-      >>> bool(loss_fn(w) < 0.1)
-      True
 
     Differs from the authors' code in:
       1. The projection has no epsilon, and a zero gradient none at all; the PyTorch
@@ -88,15 +116,7 @@ def gsam(
       <https://arxiv.org/abs/2203.08065>`_, 2022; code: google-research/big_vision,
       juntang-zhuang/GSAM
     """
-    return sharpness_aware(
-        ascent.l2(rho),
-        when,
-        surrogate_gap(alpha),
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="gsam",
-    )
+    return on_engine("gsam", options, ascent=l2(rho), blend=surrogate_gap(alpha))
 
 
 def rho_from_lr(

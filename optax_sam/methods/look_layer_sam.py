@@ -2,27 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
+import jax
+import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
-from optax_sam.blend import reuse_normal
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import every_k
+from optax_sam.method import WithoutWhen, method, on_engine
+from optax_sam.methods.looksam import reuse_normal
+from optax_sam.parts import Step, offset_rule
+from optax_sam.roles import by_layer, resolve_roles
+from optax_sam.schedules import at, check_schedule
+from optax_sam.trees import norm, scaled
+from optax_sam.when.fixed import every_k
 
 
+def trust_ratio(
+    rho: optax.ScalarOrSchedule, *, roles: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """The ascent of :func:`optax_sam.look_layer_sam`: a ball for each layer.
+
+    Args:
+      rho: radius relative to the norm of a leaf's weights, at least 0, or a schedule
+        of the step.
+      roles: what each leaf is, for stacked layers: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
+
+    Returns:
+      A transformation from a gradient to an offset whose layers have the norm
+      ``rho * norm(w_l)``; it needs ``params``.
+
+    Raises:
+      ValueError: if ``rho`` is negative, or ``params`` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.trust_ratio(0.1)
+      >>> w = {"a": jnp.array([6.0, 8.0]), "b": jnp.array([0.0])}
+      >>> g = {"a": jnp.array([0.0, 2.0]), "b": jnp.array([3.0])}
+      >>> e, _ = rule.update(g, rule.init(w), w)
+      >>> print(e["a"], e["b"])
+      [0. 1.] [0.3]
+    """
+    rho = check_schedule("rho", rho, 0.0)
+
+    def offset(g: Any, params: Any, step: Step) -> Any:
+        radius = at(rho, step.count)
+
+        def of_layer(x: jax.Array, w: jax.Array) -> jax.Array:
+            size, weights = norm(x), norm(w)
+            both = (size > 0) & (weights > 0)
+            ratio = jnp.where(both, weights / jnp.where(both, size, 1), 1)
+            return scaled(x, radius * ratio)
+
+        of_leaf = lambda x, w, role: by_layer(of_layer, role)(x, w)
+        return jax.tree.map(of_leaf, g, params, resolve_roles(roles, params))
+
+    return offset_rule(offset, needs=("params",))
+
+
+@method(trust_ratio, every_k, reuse_normal, sharpness_aware)
 def look_layer_sam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,
     k: int = 5,
     alpha: optax.ScalarOrSchedule = 0.7,
     roles: Any = None,
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[WithoutWhen],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Look-LayerSAM: LookSAM for very large batches, with layer-wise perturbations.
 
@@ -36,39 +84,12 @@ def look_layer_sam(
     Cost: 1 + 1/k gradients per step; one tree like the parameters and a few scalars of
     state.
 
-    Args:
-      rho: radius relative to the norm of a leaf's weights, at least 0, or a schedule
-        of the step.
-      k: the period in steps, at least 1.
-      alpha: length of what is added, relative to the plain gradient, at least 0, or a
-        schedule.
-      roles: what each leaf is, for stacked layers: a
-        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
-        ``None`` means :func:`optax_sam.roles`.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
-
     Raises:
       ValueError: if ``rho`` or ``alpha`` is negative, or ``k`` is below 1 or traced.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_sam
-      >>> tx = optax.chain(optax_sam.look_layer_sam(rho=0.02), optax.lamb(0.1))
-      >>> loss_fn = lambda w: jnp.sum((w - 1.0) ** 2)
-      >>> w = jnp.full(3, 0.1)
-      >>> state = tx.init(w)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
-      ...     w = optax.apply_updates(w, updates)
-      >>> bool(loss_fn(w) < 0.1)
-      True
+      >>> import optax, optax_sam
+      >>> tx = optax.chain(optax_sam.look_layer_sam(rho=0.05), optax.lamb(1e-3))
 
     Differs from the authors' code in:
       1. There is none. The trust ratio is our reading of the paper; ports take
@@ -78,12 +99,11 @@ def look_layer_sam(
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
       <https://arxiv.org/abs/2203.02714>`_, 2022
     """
-    return sharpness_aware(
-        ascent.trust_ratio(rho, roles=roles),
-        every_k(k),
-        reuse_normal(alpha),
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="look_layer_sam",
+    rule = trust_ratio(rho, roles=roles)
+    return on_engine(
+        "look_layer_sam",
+        options,
+        ascent=rule,
+        when=every_k(k),
+        blend=reuse_normal(alpha),
     )

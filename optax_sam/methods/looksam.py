@@ -1,32 +1,107 @@
-"""LookSAM: SAM's normal part, taken every k steps (Liu et al., arXiv 2203.02714)."""
+"""LookSAM: a SAM step every k steps, reused between (Liu et al., arXiv 2203.02714)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
+import jax
+import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
-from optax_sam.blend import reuse_normal
+from optax_sam.ascent.ball import l2
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import every_k
+from optax_sam.method import WithoutWhen, method, on_engine
+from optax_sam.parts import Blend, Step
+from optax_sam.schedules import at, check_schedule, shown
+from optax_sam.trees import along, cache, inner, norm, rescale
+from optax_sam.when.fixed import every_k
+
+# Added to the squared norm that LookSAM divides by, as the port does that we follow.
+_EPS = 1e-12
 
 
+class ReuseNormalState(NamedTuple):
+    """State of :func:`reuse_normal`.
+
+    Attributes:
+      normal: the last direction of the perturbed gradient's part normal to the one at
+        ``w``, a unit vector like the parameters, float32 or better; zero if there was
+        none.
+    """
+
+    normal: Any
+
+
+def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
+    """The blend of :func:`optax_sam.looksam`: adds the direction that ``g`` lacked.
+
+    1e-12 is added to the squared norm where that is above 1e-8. A normal part that is
+    not longer than rounding leaves it has no direction and is not reused. Neither is
+    one whose squares vanish, as in float32 those of gradients below 1e-19. With
+    ``axis_name``, norms are those of each device's own gradient.
+
+    Args:
+      alpha: length of what is added, relative to the gradient at ``w``, at least 0, or
+        a schedule.
+
+    Returns:
+      A rule for ``blend=``, with one tree like the parameters as state.
+
+    Raises:
+      ValueError: if ``alpha`` is negative.
+
+    Examples:
+      >>> import optax_sam
+      >>> random_look_sam = optax_sam.sharpness_aware(
+      ...     optax_sam.ascent.l2(0.1),
+      ...     when=optax_sam.when.bernoulli(0.2),
+      ...     blend=optax_sam.blend.reuse_normal(alpha=0.3))
+    """
+    alpha = check_schedule("alpha", alpha, 0.0)
+
+    def init(params: Any) -> ReuseNormalState:
+        return ReuseNormalState(cache(params))
+
+    def fresh(
+        g: Any, g_s: Any, state: ReuseNormalState, step: Step
+    ) -> tuple[Any, ReuseNormalState]:
+        square = inner(g, g)
+        eps = jnp.where(square > 1e-8, _EPS, 0)
+        c = along(g_s, g, eps)
+        wide_g, wide_g_s = (optax.tree.cast_like(x, state.normal) for x in (g, g_s))
+        rejection = lambda a, b: a - c.astype(a.dtype) * b
+        g_v = step.mean(jax.tree.map(rejection, wide_g_s, wide_g))
+        # Without curvature (or with rho = 0) what rounding and the epsilon leave of g_v
+        # must not be blown up to the length of a gradient.
+        length, rounding = norm(g_v), 100 * jnp.finfo(c.dtype).eps
+        share = 2 * eps / jnp.where(square > 0, square + eps, 1)
+        known = length > step.mean((rounding + share) * norm(g_s))
+        return g_s, ReuseNormalState(rescale(g_v, jnp.where(known, length, 0), 1, 0))
+
+    def stale(
+        g: Any, state: ReuseNormalState, step: Step
+    ) -> tuple[Any, ReuseNormalState]:
+        length = norm(g)
+        # One that is not finite lets its gradient through as it is.
+        weight = at(alpha, step.count) * jnp.where(jnp.isfinite(length), length, 0)
+        reused = lambda x, v: x.astype(v.dtype) + weight.astype(v.dtype) * v
+        return jax.tree.map(reused, g, state.normal), state
+
+    return Blend(init, fresh, stale, f"blend.reuse_normal({shown(alpha)})")
+
+
+@method(l2, every_k, reuse_normal, sharpness_aware)
 def looksam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,
     k: int = 5,
     alpha: optax.ScalarOrSchedule = 0.7,
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[WithoutWhen],
 ) -> optax.GradientTransformationExtraArgs:
     r"""LookSAM: a SAM step every k steps, whose direction is reused on the others.
 
-    The part of the SAM gradient that is normal to the plain one changes slowly. It is
-    kept and added, at a fixed share of the plain gradient's length:
+    The part of the perturbed gradient that is normal to the one at ``w`` changes
+    slowly. It is kept and added, at a fixed share of that one's length:
 
     .. math::
       d &= g_s, \quad g_v = g_s - \frac{\langle g, g_s \rangle}{\|g\|^2}\, g, \quad
@@ -40,36 +115,12 @@ def looksam(
     Cost: 1 + 1/k gradients per step; one tree like the parameters and a few scalars of
     state.
 
-    Args:
-      rho: radius of the perturbation in units of the weights, at least 0, or a
-        schedule of the step.
-      k: the period in steps, at least 1.
-      alpha: length of what is added, relative to the plain gradient, at least 0, or a
-        schedule.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
-
     Raises:
       ValueError: if ``rho`` or ``alpha`` is negative, or ``k`` is below 1 or traced.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> import optax, optax_sam
       >>> tx = optax.chain(optax_sam.looksam(rho=0.05, k=5, alpha=0.3), optax.sgd(0.1))
-      >>> loss_fn = lambda w: jnp.sum((w - 1.0) ** 2)
-      >>> w = jnp.zeros(3)
-      >>> state = tx.init(w)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
-      ...     w = optax.apply_updates(w, updates)
-      >>> bool(loss_fn(w) < 0.1), int(optax_sam.metrics(state)["ascents"])
-      (True, 10)
 
     Differs from the authors' code in:
       1. There is none: their repository holds a README. The formulas are the paper's,
@@ -81,12 +132,6 @@ def looksam(
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
       <https://arxiv.org/abs/2203.02714>`_, 2022; port followed: MarlonBecker/MSAM
     """
-    return sharpness_aware(
-        ascent.l2(rho),
-        every_k(k),
-        reuse_normal(alpha),
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="looksam",
+    return on_engine(
+        "looksam", options, ascent=l2(rho), when=every_k(k), blend=reuse_normal(alpha)
     )

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import contract, momentum, probe
-from optax_sam.arguments import at
-from optax_sam.ascent.rule import norm, rescale, scaled
+from optax_sam import checks, momentum, probe, schedules, states
+from optax_sam.method import method
+from optax_sam.schedules import at
 from optax_sam.states import the_state, with_dicts, without_variables
+from optax_sam.trees import norm, rescale, scaled
 
 _EXAMPLE = "optax_sam.msam(optax.sgd(0.1, momentum=0.9))"
 
 
+@states.registered
 class MSAMState(NamedTuple):
     """State of :func:`msam`.
 
@@ -38,6 +40,7 @@ class MSAMState(NamedTuple):
         return {"perturbation_scale": jnp.abs(self.scale)}
 
 
+@method()
 def msam(
     inner: optax.GradientTransformation, *, rho: optax.ScalarOrSchedule = 3.0
 ) -> optax.GradientTransformationExtraArgs:
@@ -141,10 +144,8 @@ def msam(
       Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024; code:
       MarlonBecker/MSAM
     """
-    rho = contract.check_schedule("rho", rho, 0.0)
-    contract.check_optimizer(
-        "msam", inner, "msam(optax.sgd(0.1, momentum=0.9), rho=3.0)"
-    )
+    rho = schedules.check_schedule("rho", rho, 0.0)
+    checks.check_optimizer("msam", inner, "msam(optax.sgd(0.1, momentum=0.9), rho=3.0)")
     inner = optax.with_extra_args_support(inner)
 
     # Found once for parameters and states of one form, so that an eager step is quick.
@@ -169,7 +170,7 @@ def msam(
     def init(params: Any) -> MSAMState:
         _check_not_masked(params)
         state = inner.init(params)
-        if all(map(contract.is_perturbable, jax.tree.leaves(params))):
+        if all(map(checks.is_perturbable, jax.tree.leaves(params))):
             # Others update refuses. One that needs an extra argument is asked then.
             which_way(params, None)
         return MSAMState(jnp.zeros((), jnp.int32), jnp.zeros((), float), state)
@@ -183,8 +184,8 @@ def msam(
                 " the gradients taken at these same parameters."
             )
         _check_not_masked(updates, params)
-        contract.check_state("msam", MSAMState, state)
-        contract.check_gradients("msam", "the incoming gradient", updates, params)
+        states.check_state("msam", MSAMState, state)
+        checks.check_gradients("msam", "the incoming gradient", updates, params)
         # Python and NumPy numbers among the leaves become arrays, as in Optax.
         g, params = jax.tree.map(jnp.asarray, (updates, params))
         where = place(state.inner, params)
@@ -259,7 +260,7 @@ def _form(params: Any) -> Any:
 
 
 def _check_not_masked(*trees: Any) -> None:
-    contract.check_not_masked(
+    states.check_not_masked(
         "msam",
         *trees,
         advice="it would perturb a part of the parameters, and msam_eval_params could"

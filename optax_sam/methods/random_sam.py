@@ -2,17 +2,165 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Unpack
 
+import jax
+import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import When, always
+from optax_sam.keys import check_key, raw_key
+from optax_sam.masks import Mask, resolve_nonempty_mask
+from optax_sam.method import WithoutMask, method, on_engine
+from optax_sam.parts import OwnGradient, Step, ascent_rule
+from optax_sam.roles import Role, resolve_roles
+from optax_sam.schedules import at, check_schedule
+from optax_sam.trees import add, keep, norm, rescale, root, wide
 
 
+class SmoothedState(NamedTuple):
+    """State of :func:`smoothed`.
+
+    Attributes:
+      key: raw key data, (2,) uint32; the noise of a step is a function of both.
+    """
+
+    key: jax.Array
+
+
+def smoothed(
+    rho: optax.ScalarOrSchedule,
+    sigma: optax.ScalarOrSchedule = 5e-4,
+    gradient_weight: optax.ScalarOrSchedule = 2.0,
+    key: ArrayLike = 0,
+    *,
+    mask: Mask = None,
+    roles: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The ascent of :func:`optax_sam.random_sam`, from randomly smoothed weights.
+
+    It does not use the incoming gradient: it takes its own, :math:`g_1`, which the
+    engine also falls back to, as an :class:`optax_sam.ascent.OwnGradient`. Output
+    units are counted along the axes that :func:`optax_sam.roles` finds: several in
+    Flax's attention, the first one in Equinox, else the last. The layers of a leaf of
+    stacked ones (``nn.scan``) are told apart, also those of its biases. 1e-16 is added
+    to the norm of a leaf that has no units.
+
+    Args:
+      rho: radius of the perturbation in units of the weights, at least 0, or a
+        schedule of the step.
+      sigma: size of the noise relative to the norm of a unit's weights, at least 0,
+        or a schedule. As it is multiplied by the whole norm, the noise of a unit with
+        ``n`` inputs is ``sigma * sqrt(n)`` times as long as its weights.
+      gradient_weight: weight ``lambda`` of the gradient against the noise, at least
+        0, or a schedule. The gradient is not normalized, so this depends on the scale
+        of the loss.
+      key: an int, a key from ``jax.random.key``, or raw key data, for the noise. With
+        ``axis_name`` each device draws noise of its own.
+      mask: the leaves that are smoothed and perturbed, a tree of bools like the
+        parameters or a prefix of it, or a function from the parameters to one;
+        ``None`` means all.
+      roles: what each leaf is, for units and stacked layers: a
+        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
+        ``None`` means :func:`optax_sam.roles`.
+
+    Returns:
+      A transformation from a gradient to an offset; it needs ``params``, ``grad_fn``
+      and ``count``. The extra argument ``noise``, a tree of standard normals like the
+      parameters, replaces its draw.
+
+    Raises:
+      ValueError: if ``rho``, ``sigma`` or ``gradient_weight`` is negative, ``key`` is
+        no key, or ``params``, ``grad_fn`` or ``count`` is missing.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_sam
+      >>> rule = optax_sam.ascent.smoothed(0.1, sigma=0.01)
+      >>> grad_fn = jax.grad(lambda w: (w**2).sum())
+      >>> w = jnp.array([3.0, 4.0])
+      >>> own, _ = rule.update(grad_fn(w), rule.init(w), w, grad_fn=grad_fn, count=0)
+      >>> print(jnp.linalg.norm(own.offset))
+      0.1
+    """
+    rho = check_schedule("rho", rho, 0.0)
+    sigma = check_schedule("sigma", sigma, 0.0)
+    gradient_weight = check_schedule("gradient_weight", gradient_weight, 0.0)
+    check_key(key)
+
+    def update(
+        g: Any,
+        state: SmoothedState,
+        params: Any,
+        step: Step,
+        *,
+        grad_fn: Callable[[Any], Any],
+        noise: Any = None,
+        **extra: Any,
+    ) -> tuple[OwnGradient, SmoothedState]:
+        del g, extra
+        if noise is None:
+            generator = step.device_key(state.key)
+            noise = _normal(generator, jax.tree.map(wide, params), step.count)
+        elif jax.tree.map(jnp.shape, noise) != jax.tree.map(jnp.shape, params):
+            raise ValueError(
+                "noise must be a tree of standard normals, of the structure and the"
+                " shapes of the parameters: optax.tree.random_like(key, params,"
+                " jax.random.normal)."
+            )
+        sigma_now = at(sigma, step.count)
+        chosen = resolve_nonempty_mask(mask, params, name="mask")
+        delta = keep(
+            jax.tree.map(
+                lambda w, z, role: sigma_now * _sizes(w, role) * z,
+                params,
+                noise,
+                resolve_roles(roles, params),
+            ),
+            chosen,
+        )
+        g_1 = grad_fn(add(params, delta))
+        weight = at(gradient_weight, step.count)
+        d_1 = keep(jax.tree.map(lambda x, z: weight * wide(x) + z, g_1, delta), chosen)
+        return OwnGradient(rescale(d_1, norm(d_1), at(rho, step.count)), g_1), state
+
+    def init(params: Any) -> SmoothedState:
+        del params
+        return SmoothedState(raw_key(key))
+
+    return ascent_rule(update, init, needs=("params", "grad_fn"))
+
+
+def _normal(key: jax.Array, like: Any, count: ArrayLike) -> Any:
+    """A tree of standard normals, each computed once.
+
+    On a CPU XLA computes them again wherever they are used, for a bias with every
+    example, unless they come out of a branch. This one is always taken.
+    """
+    draws = lambda sampler: optax.tree.random_like(key, like, sampler)
+    normal = functools.partial(draws, jax.random.normal)
+    if not isinstance(key, jax.core.Tracer):
+        return normal()
+
+    def constant(key: jax.Array, shape: Any, dtype: Any, *, out_sharding: Any) -> Any:
+        value = jax.random.key_data(key)[0].astype(dtype)  # of the draws' type
+        return jax.lax.broadcast(value, shape, out_sharding=out_sharding)
+
+    otherwise = functools.partial(draws, constant)
+    branch = lambda: jax.lax.cond(jnp.asarray(count) >= 0, normal, otherwise)
+    return jax.lax.platform_dependent(cpu=branch, default=normal)
+
+
+def _sizes(w: jax.Array, role: Role) -> jax.Array:
+    """The norm of each output unit of a kernel, or of the whole of another leaf."""
+    axes = role.within_unit(w.ndim)
+    sizes = root(jnp.sum(jnp.square(wide(w)), axes, keepdims=True))
+    return sizes if role.output else sizes + 1e-16
+
+
+@method(smoothed, sharpness_aware)
 def random_sam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,
@@ -20,10 +168,8 @@ def random_sam(
     gradient_weight: optax.ScalarOrSchedule = 2.0,
     key: ArrayLike = 0,
     roles: Any = None,
-    when: When = always(),
     mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[WithoutMask],
 ) -> optax.GradientTransformationExtraArgs:
     r"""R-SAM: SAM whose ascent starts from randomly smoothed weights.
 
@@ -40,57 +186,28 @@ def random_sam(
     ``sigma=optax.cosine_decay_schedule(5e-4, total_steps, alpha=5.0)``, and tie
     ``rho`` to the learning rate (:func:`optax_sam.rho_from_lr`). ``sigma=0`` is SAM.
 
-    The incoming gradient is not used on ascended steps. Under ``jit`` XLA drops its
+    The incoming gradient is not used on perturbed steps. Under ``jit`` XLA drops its
     computation, so the cost is 2 gradients and not 3, as long as nothing else uses it
     either, such as a logged norm. ``optax_sam.metrics`` then tells the norm of
     :math:`g_1`.
 
-    Cost: 2 gradients per ascended step; with a rule ``when`` that leaves out steps, 3
-    on ascended ones in the program with the conditional, 2 in
+    Cost: 2 gradients per perturbed step; with a rule ``when`` that leaves out steps, 3
+    on perturbed ones in the program with the conditional, 2 in
     :func:`optax_sam.dispatch`; a few scalars and a key of state.
 
-    Args:
-      rho: radius of the perturbation in units of the weights, at least 0, or a
-        schedule of the step.
-      sigma: size of the noise relative to the norm of a unit's weights, at least 0,
-        or a schedule. As it is multiplied by the whole norm, the noise of a unit with
-        ``n`` inputs is ``sigma * sqrt(n)`` times as long as its weights.
-      gradient_weight: weight ``lambda`` of the gradient against the noise, at least
-        0, or a schedule. The gradient is not normalized, so this depends on the scale
-        of the loss.
-      key: an int, a key from ``jax.random.key``, or raw key data, for the noise.
-      roles: what each leaf is, for units and stacked layers: a
-        pytree of :class:`optax_sam.Role` or a function from the parameters to one;
-        ``None`` means :func:`optax_sam.roles`.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
-      mask: the smoothed and perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, with noise of its own for each device,
-        see :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
     Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``. The extra
-      argument ``noise``, a tree of standard normals like the parameters, replaces its
-      draw.
+      A transformation for the first place in an ``optax.chain``, whose ``update`` needs
+      ``grad_fn``. The extra argument ``noise``, a tree of standard normals like the
+      parameters, replaces its draw.
 
     Raises:
       ValueError: if ``rho``, ``sigma`` or ``gradient_weight`` is negative, or ``key``
         is no key.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> import optax, optax_sam
       >>> grow = optax.cosine_decay_schedule(5e-4, decay_steps=50, alpha=5.0)
       >>> tx = optax.chain(optax_sam.random_sam(rho=0.05, sigma=grow), optax.sgd(0.1))
-      >>> loss_fn = lambda w: jnp.sum((w - 1.0) ** 2)
-      >>> w = jnp.zeros(3)
-      >>> state = tx.init(w)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
-      ...     w = optax.apply_updates(w, updates)
-      >>> bool(loss_fn(w) < 0.1)
-      True
 
     Differs from the authors' code in:
       1. Each leaf has noise of its own; there leaves of one shape share it, and the
@@ -102,10 +219,5 @@ def random_sam(
       Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022; code:
       RSAM-Optimizer/R-SAM
     """
-    return sharpness_aware(
-        ascent.smoothed(rho, sigma, gradient_weight, key, mask=mask, roles=roles),
-        when,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="random_sam",
-    )
+    rule = smoothed(rho, sigma, gradient_weight, key, mask=mask, roles=roles)
+    return on_engine("random_sam", options, ascent=rule)

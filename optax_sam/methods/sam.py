@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import optax
-from jax.typing import DTypeLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
-from optax_sam.contract import check_integer
+from optax_sam.ascent.steps import n_step
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import When, always
+from optax_sam.method import Options, method, on_engine
+from optax_sam.schedules import check_integer
 
 
+@method(n_step, sharpness_aware)
 def sam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,
     num_ascent_steps: int = 1,
-    when: When = always(),
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM: the gradient at the worst nearby point instead of the gradient here.
 
@@ -29,26 +25,16 @@ def sam(
       e = \rho\, \frac{g}{\|g\|}, \qquad d = \nabla L(w + e)
 
     With ``when=optax_sam.when.every_k(5)`` it is SAM-5, with
-    ``optax_sam.when.bernoulli(p)`` SS-SAM. With ``num_ascent_steps = n`` the ascent
-    takes ``n`` normalized steps, projected onto the ball. ``rho=0`` is the base
-    optimizer.
+    ``optax_sam.when.bernoulli(p)`` SS-SAM. ``rho=0`` is the base optimizer.
 
-    Cost: 2 gradients per ascended step (``n + 1`` with ``n`` ascent steps), 1 on
+    Cost: 2 gradients per perturbed step (``n + 1`` with ``n`` ascent steps), 1 on
     others; a few scalars of state.
 
     Args:
       rho: radius of the perturbation in units of the weights, at least 0, or a
         schedule of the step; 0.05 to 0.5 for CNNs, up to 0.6 for ViTs.
-      num_ascent_steps: number of ascent steps, at least 1.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
+      num_ascent_steps: number of normalized ascent steps, at least 1, each projected
+        onto the ball.
 
     Raises:
       ValueError: if ``rho`` is negative or ``num_ascent_steps`` is below 1 or traced.
@@ -79,11 +65,4 @@ def sam(
       <https://arxiv.org/abs/2206.06232>`_, 2022
     """
     check_integer("num_ascent_steps", num_ascent_steps, 1)
-    return sharpness_aware(
-        ascent.n_step(rho, num_ascent_steps),
-        when,
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="sam",
-    )
+    return on_engine("sam", options, ascent=n_step(rho, num_ascent_steps))

@@ -3,27 +3,75 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Unpack
 
+import jax
 import optax
-from jax.typing import DTypeLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import When, always
+from optax_sam.masks import Mask
+from optax_sam.method import WithoutMask, method, on_engine
+from optax_sam.methods.asam import adaptive
+from optax_sam.roles import named_leaves, resolve_roles
 
 
+def normalization_layers(params: Any, *, roles: Any = None) -> Any:
+    """The mask of the normalization layers, as ``sam_on`` perturbs them.
+
+    Their leaves are the gains and offsets that :func:`optax_sam.roles` finds: those of
+    a layer without a kernel whose name contains ``norm``, or ``bn`` or ``ln`` as a
+    word, in any case, or that has a parameter ``scale``, as those of Flax do whatever
+    they are called, or a gain beside an offset of its shape.
+
+    Args:
+      params: a pytree of parameters whose leaves are named by dicts or attributes.
+      roles: what each leaf is, a pytree of :class:`optax_sam.Role` or a function from
+        the parameters to one; ``None`` means :func:`optax_sam.roles`.
+
+    Returns:
+      A tree of bools like the parameters.
+
+    Raises:
+      ValueError: if there is no such layer.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_sam
+      >>> layer = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+      >>> params = {"Dense_0": {"kernel": jnp.ones((2, 2))}, "ln_f": layer}
+      >>> print(optax_sam.ascent.normalization_layers(params)["ln_f"])
+      {'bias': True, 'scale': True}
+
+      All the others:
+
+      >>> no_norm = lambda params: jax.tree.map(
+      ...     lambda chosen: not chosen, optax_sam.ascent.normalization_layers(params))
+      >>> print(no_norm(params)["Dense_0"])
+      {'kernel': True}
+    """
+    in_norm = lambda role: role.kind in ("gain", "offset")
+    chosen = jax.tree.map(in_norm, resolve_roles(roles, params))
+    if not any(jax.tree.leaves(chosen)):
+        names = [name or "the root" for name in named_leaves(params)]
+        raise ValueError(
+            "No normalization layer was found, by a name with norm or bn or a"
+            " parameter called scale, among"
+            f" {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
+            " Say which leaves to perturb: mask= a tree of bools like the parameters,"
+            " or a function that makes one from them; or roles=, see"
+            " optax_sam.roles_table."
+        )
+    return chosen
+
+
+@method(adaptive, sharpness_aware)
 def sam_on(
     rho: optax.ScalarOrSchedule = 0.5,
     *,
     adapt: Mask = False,
     eta: optax.ScalarOrSchedule = 0.01,
     roles: Any = None,
-    when: When = always(),
-    mask: Mask = ascent.normalization_layers,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    mask: Mask = normalization_layers,
+    **options: Unpack[WithoutMask],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM-ON: SAM or ASAM that perturbs nothing but the normalization layers.
 
@@ -32,15 +80,16 @@ def sam_on(
       \text{ else } 0, \qquad d = \nabla L(w + e)
 
     with :math:`T = 1`, or :math:`|w| + \eta` on adapted leaves as in ASAM. The norm is
-    of :math:`g_N` alone; the descent gradient is of all parameters. These layers hold
-    less than 0.1 % of the weights, and their radius is larger than SAM's by an order of
-    magnitude, as the default is: the authors' example on CIFAR-100 (WRN-28-10) has
-    ``rho=10, adapt=True``.
+    that of :math:`g_N` alone; :math:`d` is the gradient of all parameters. These layers
+    hold less than 0.1 % of the weights, and their radius is larger than SAM's by an
+    order of magnitude, as the default is: the authors' example on CIFAR-100 (WRN-28-10)
+    has ``rho=10, adapt=True``.
 
-    Cost: 2 gradients per ascended step, 1 on others; a few scalars of state. The first
-    gradient is needed in full only where it is emitted: with ``when=always()`` it may
-    be zero outside the mask, which saves its weight gradients there, a third of it
-    (what a rejected ascent falls back to then lacks them too).
+    Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state. The
+    gradient at ``w`` is needed in full only where it is emitted: with
+    ``when=always()`` it may be zero outside the mask, which saves its weight gradients
+    there, a third of it (what a rejected perturbation falls back to then lacks them
+    too).
 
     Args:
       rho: radius of the perturbation, at least 0, or a schedule of the step; in units
@@ -53,36 +102,17 @@ def sam_on(
       roles: what each leaf is, for the default of ``mask`` and for ``adapt=None``: a
         pytree of :class:`optax_sam.Role` or a function from the parameters to one;
         ``None`` means :func:`optax_sam.roles`.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
       mask: the perturbed leaves, by default
         :func:`optax_sam.ascent.normalization_layers`; see
         :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
 
     Raises:
       ValueError: if ``rho`` or ``eta`` is negative; on ``update``, if no normalization
         layer is found.
 
     Examples:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, optax_sam
-      >>> model = nn.Sequential([nn.Dense(8), nn.LayerNorm(), nn.relu, nn.Dense(1)])
-      >>> x = jnp.linspace(0.0, 1.0, 16)[:, None]
-      >>> loss_fn = lambda p: jnp.mean((model.apply(p, x) - x**2) ** 2)
-      >>> params = model.init(jax.random.key(0), x)
+      >>> import optax, optax_sam
       >>> tx = optax.chain(optax_sam.sam_on(rho=0.5), optax.sgd(0.1))
-      >>> state = tx.init(params)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(params), state, params, grad_fn=jax.grad(loss_fn))
-      ...     params = optax.apply_updates(params, updates)
-      >>> bool(loss_fn(params) < 0.1)
-      True
 
     Differs from the authors' code in:
       1. The layers are found by names and structure, see :func:`optax_sam.roles`;
@@ -94,13 +124,7 @@ def sam_on(
       Mueller et al., `Normalization Layers Are All That Sharpness-Aware Minimization
       Needs <https://arxiv.org/abs/2306.04226>`_, 2023; code: mueller-mp/SAM-ON
     """
-    if mask is ascent.normalization_layers:
-        mask = functools.partial(ascent.normalization_layers, roles=roles)
-    return sharpness_aware(
-        ascent.adaptive(rho, eta, adapt, roles=roles if adapt is None else None),
-        when,
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="sam_on",
-    )
+    if mask is normalization_layers:
+        mask = functools.partial(normalization_layers, roles=roles)
+    rule = adaptive(rho, eta, adapt, roles=roles if adapt is None else None)
+    return on_engine("sam_on", options, ascent=rule, mask=mask)

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam import contract
-from optax_sam.arguments import at, gradients
-from optax_sam.ascent.rule import add, cache, norm, rescale, weighted, wide
+from optax_sam import checks, schedules, states
+from optax_sam.barrier import gradients
+from optax_sam.method import method
+from optax_sam.schedules import at
+from optax_sam.trees import add, cache, norm, rescale, weighted, wide
 
 _CALL = (
     "tx.update(grads, opt_state, params, grad_fn=grad_fn,"
@@ -18,6 +20,7 @@ _CALL = (
 )
 
 
+@states.registered
 class SAMPaState(NamedTuple):
     """State of :func:`sampa`.
 
@@ -45,6 +48,7 @@ class SAMPaState(NamedTuple):
         }
 
 
+@method()
 def sampa(
     inner: optax.GradientTransformation,
     *,
@@ -137,23 +141,23 @@ def sampa(
       Xie, Pethick and Cevher, `SAMPa: Sharpness-aware Minimization Parallelized
       <https://arxiv.org/abs/2410.10683>`_, 2024; code: LIONS-EPFL/SAMPa
     """
-    rho = contract.check_schedule("rho", rho, 0.0)
-    interpolation = contract.check_schedule("interpolation", interpolation, 0.0, 1.0)
+    rho = schedules.check_schedule("rho", rho, 0.0)
+    interpolation = schedules.check_schedule("interpolation", interpolation, 0.0, 1.0)
     if predict not in ("optimizer", "gradient"):
         raise ValueError(f'predict must be "optimizer" or "gradient"; got {predict!r}.')
     if learning_rate is not None:
-        learning_rate = contract.check_schedule("learning_rate", learning_rate, 0.0)
+        learning_rate = schedules.check_schedule("learning_rate", learning_rate, 0.0)
     elif predict == "gradient":
         raise ValueError(
             'predict="gradient" steps along the gradient by learning_rate= (the inner'
             " optimizer's), which is missing. Write sampa(optax.sgd(0.1),"
             ' learning_rate=0.1, predict="gradient").'
         )
-    contract.check_optimizer("sampa", inner, "sampa(optax.sgd(0.1, momentum=0.9))")
+    checks.check_optimizer("sampa", inner, "sampa(optax.sgd(0.1, momentum=0.9))")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SAMPaState:
-        contract.check_not_masked("sampa", params, advice=_OUTSIDE)
+        states.check_not_masked("sampa", params, advice=_OUTSIDE)
         return SAMPaState(
             count=jnp.zeros((), jnp.int32),
             num_rejected=jnp.zeros((), jnp.int32),
@@ -172,19 +176,21 @@ def sampa(
         paired_grad_fn: Any = None,
         **extra: Any,
     ) -> tuple[Any, SAMPaState]:
-        contract.check_not_masked("sampa", updates, params, advice=_OUTSIDE)
+        states.check_not_masked("sampa", updates, params, advice=_OUTSIDE)
         alone = (grad_fn, 1) if grad_fn is not None else (paired_grad_fn, 2)
-        contract.check_call("sampa", updates, params, *alone)
-        contract.check_state("sampa", SAMPaState, state)
+        checks.check_params("sampa", updates, params)
+        checks.check_grad_fn("sampa", *alone)
+        checks.check_gradients("sampa", checks.INCOMING, updates, params)
+        states.check_state("sampa", SAMPaState, state)
         extra |= {} if grad_fn is None else {"grad_fn": grad_fn}
         sources = ["paired_grad_fn"] * 2
         if paired_grad_fn is None:
             sources = ["previous_grad_fn", "grad_fn"]
             if not callable(previous_grad_fn):
-                raise contract.MissingArgument(
+                raise checks.MissingArgument(
                     "sampa needs previous_grad_fn, a function of the parameters alone"
                     " that returns the gradients on the batch of the step before (on"
-                    f" the first step, of the same one): {_CALL}.{contract.DROPPED}",
+                    f" the first step, of the same one): {_CALL}.{checks.DROPPED}",
                     "previous_grad_fn",
                 )
 
@@ -201,7 +207,7 @@ def sampa(
                 f" batch before and at y on this one; got {len(both)}."
             )
         for name, grads in zip(sources, both, strict=True):
-            contract.check_gradients("sampa", f"what {name} returned", grads, w)
+            checks.check_gradients("sampa", f"what {name} returned", grads, w)
 
         p, g_y = (optax.tree.cast_like(gradients(x), state.gradient) for x in both)
         lam = at(interpolation, count)

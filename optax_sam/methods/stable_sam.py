@@ -1,28 +1,60 @@
-"""StableSAM: SAM at the plain gradient's length (Tan et al., arXiv 2401.07250)."""
+"""StableSAM: SAM at the length of the gradient at w (Tan et al., arXiv 2401.07250)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import optax
-from jax.typing import DTypeLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
-from optax_sam.blend import renormalize
+from optax_sam.ascent.ball import l2
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import When, always
+from optax_sam.method import Options, method, on_engine
+from optax_sam.parts import Blend, Step
+from optax_sam.trees import of_length, tiny_norm
 
 
+def renormalize(blend: Blend = Blend()) -> Blend:
+    r"""Another rule's gradient at the length of the one at ``w``, as in StableSAM.
+
+    .. math::
+      d = \frac{\|g\|}{\|d'\|}\, d' \quad\text{on perturbed steps}
+
+    and zero where :math:`d'` is zero. On the others the rule's own is emitted. With
+    ``axis_name``, norms are those of each device's own gradients.
+
+    Args:
+      blend: the rule that makes :math:`d'`; SAM's by default.
+
+    Returns:
+      A rule for ``blend=``.
+
+    Raises:
+      ValueError: if ``blend`` is no rule.
+
+    Examples:
+      >>> import optax_sam
+      >>> stable_gsam = optax_sam.sharpness_aware(
+      ...     optax_sam.ascent.l2(0.05),
+      ...     blend=optax_sam.blend.renormalize(optax_sam.blend.surrogate_gap(0.4)))
+    """
+    if not isinstance(blend, Blend):
+        raise ValueError(
+            "renormalize needs a rule of optax_sam.blend, such as"
+            f" blend.take_ascended(); got {blend!r}."
+        )
+
+    def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
+        d, state = blend.fresh(g, g_s, state, step)
+        return of_length(d, tiny_norm(g)), state
+
+    return blend._replace(fresh=fresh, call=f"blend.renormalize({blend})")
+
+
+@method(l2, sharpness_aware)
 def stable_sam(
-    rho: optax.ScalarOrSchedule = 0.05,
-    *,
-    when: When = always(),
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    rho: optax.ScalarOrSchedule = 0.05, **options: Unpack[Options]
 ) -> optax.GradientTransformationExtraArgs:
-    r"""StableSAM: the ascended gradient at the plain one's length.
+    r"""StableSAM: the perturbed gradient at the length of the one at ``w``.
 
     .. math::
       g_s = \nabla L\Big(w + \rho\, \frac{g}{\|g\|}\Big), \qquad
@@ -33,36 +65,11 @@ def stable_sam(
     SAM that has nothing to do with it. Every method can be renormalized so, with
     :func:`optax_sam.blend.renormalize`.
 
-    Cost: 2 gradients per ascended step, 1 on others; a few scalars of state.
-
-    Args:
-      rho: radius of the perturbation in units of the weights, at least 0, or a
-        schedule of the step.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
-
-    Raises:
-      ValueError: if ``rho`` is negative.
+    Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, optax_sam
+      >>> import optax, optax_sam
       >>> tx = optax.chain(optax_sam.stable_sam(rho=0.1), optax.sgd(0.1))
-      >>> loss_fn = lambda w: jnp.sum((w - 1.0) ** 2)
-      >>> w = jnp.zeros(3)
-      >>> state = tx.init(w)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(
-      ...         jax.grad(loss_fn)(w), state, w, grad_fn=jax.grad(loss_fn))
-      ...     w = optax.apply_updates(w, updates)
-      >>> bool(loss_fn(w) < 0.1)
-      True
 
     Differs from the authors' code in:
       1. None was read: the formula is the paper's, with norms over all leaves together.
@@ -71,12 +78,4 @@ def stable_sam(
       Tan et al., `Stabilizing Sharpness-aware Minimization Through A Simple
       Renormalization Strategy <https://arxiv.org/abs/2401.07250>`_, 2024
     """
-    return sharpness_aware(
-        ascent.l2(rho),
-        when,
-        renormalize(),
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="stable_sam",
-    )
+    return on_engine("stable_sam", options, ascent=l2(rho), blend=renormalize())

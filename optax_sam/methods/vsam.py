@@ -2,19 +2,343 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from optax_sam import ascent
-from optax_sam.arguments import Mask
-from optax_sam.blend import reuse_difference, take_ascended
-from optax_sam.contract import check_number
+from optax_sam.ascent.ball import l2
 from optax_sam.engine import sharpness_aware
-from optax_sam.when import variance_controlled
+from optax_sam.keys import check_key, raw_key, uniform
+from optax_sam.masks import Mask, resolve_nonempty_mask
+from optax_sam.method import WithoutWhen, method, on_engine
+from optax_sam.parts import Blend, Step, When
+from optax_sam.schedules import check_integer, check_number
+from optax_sam.trees import add, cache, norm
 
 
+class VarianceControlledState(NamedTuple):
+    """State of :func:`variance_controlled`; the letters are those of its equations.
+
+    Attributes:
+      ascends: whether the next step ascends, () bool.
+      count: number of steps taken, () int32; numbers the draws.
+      warmup_left: steps of warm-up to come, () int32.
+      position: the next step's place in its window, () int32 in ``[0, K)``.
+      used: ascents taken in this window, () int32.
+      rate: ``s``, samples per window, () float in ``[1, K * max_rate]``.
+      catch_up: whether a window's quota is enforced, () bool.
+      key: raw key data, (2,) uint32.
+      psf_norms: ``x``, the last K sampled norms of the PSF, oldest first, (K,) float.
+      ratios: ``r``, the same of the PSF's norm relative to the gradient's.
+      variances: ``v``, the same of the sorted-slice variance.
+    """
+
+    ascends: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    warmup_left: jax.Array
+    position: jax.Array
+    used: jax.Array
+    rate: jax.Array
+    catch_up: jax.Array
+    key: jax.Array
+    psf_norms: jax.Array
+    ratios: jax.Array
+    variances: jax.Array
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What the rule as it is now writes into a state of other settings."""
+        return ("catch_up",)
+
+    def turned(self, ascended: jax.Array) -> VarianceControlledState:
+        """The clocks after one more step."""
+        window = self.psf_norms.shape[-1]
+        warm = self.warmup_left > 0
+        position = jnp.where(warm, self.position, (self.position + 1) % window)
+        used = jnp.where(warm, 1, self.used + ascended.astype(jnp.int32))
+        return self._replace(
+            count=optax.safe_increment(self.count),
+            warmup_left=jnp.maximum(self.warmup_left - 1, 0),
+            position=position,
+            used=jnp.where(position == 0, 0, used).astype(jnp.int32),
+        )
+
+    def decided(self) -> VarianceControlledState:
+        """With the next step's decision: warm-up, a draw below s/K, or catch-up."""
+        window = self.psf_norms.shape[-1]
+        quota = jnp.floor(self.rate).astype(jnp.int32)
+        drawn = uniform(self.key, self.count) < self.rate / window
+        forced = self.catch_up & (window - self.position <= quota - self.used)
+        take = ((self.used < quota) & drawn) | forced
+        return self._replace(ascends=(self.warmup_left > 0) | take)
+
+    def plan(self) -> tuple[jax.Array, jax.Array]:
+        """The decisions up to the next window, and how many they are."""
+        window = self.psf_norms.shape[-1]
+
+        def next_step(
+            state: VarianceControlledState, _: Any
+        ) -> tuple[VarianceControlledState, jax.Array]:
+            return state.turned(state.ascends).decided(), state.ascends
+
+        _, decisions = jax.lax.scan(next_step, self, length=window)
+        known = self.warmup_left + window - self.position
+        return decisions, jnp.minimum(known, window)
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Scalars to log."""
+        return {
+            "samples_per_window": self.rate,
+            "used_in_window": self.used,
+            "psf_norm": self.psf_norms[..., -1],
+        }
+
+
+def variance_controlled(
+    window: int = 50,
+    num_slices: int = 5,
+    sensitivity: ArrayLike = 0.13,
+    max_rate: ArrayLike = 0.8,
+    warmup_steps: int | None = None,
+    initial_rate: ArrayLike | None = None,
+    norm_mask: Mask = None,
+    force_quota: bool = True,
+    key: ArrayLike = 0,
+) -> When:
+    r"""As often as the size of the PSF varies: the steps of :func:`optax_sam.vsam`.
+
+    On perturbed steps, with :math:`\mathrm{PSF} = g_s - g`, three rings of the last
+    :math:`K` samples are kept:
+
+    .. math::
+      x = \|\mathrm{PSF}\|, \qquad r = x / \|g\|, \qquad
+      v = \tfrac1m \textstyle\sum_{j=1}^m \mathrm{Var}(\text{slice } j
+      \text{ of the sorted ring of } x)
+
+    Every :math:`K` steps the number of samples per window follows their mean
+    relative changes, and the window's steps are drawn with probability
+    :math:`s / K`, not more than :math:`\lfloor s \rfloor` of them:
+
+    .. math::
+      \Delta_r = \mathrm{clip}\Big(\tfrac1{K-1}\sum_i \frac{r_i}{r_{i-1}} - 1,
+      -1, 1\Big), \quad \Delta_v \text{ likewise}, \qquad
+      s \leftarrow \mathrm{clip}\big(s (1 + a \Delta_r + a \Delta_v),
+      1, \lfloor K\, \text{max\_rate} \rfloor\big)
+
+    Args:
+      window: ``K``, steps per window and samples per ring, divisible by
+        ``num_slices``.
+      num_slices: ``m``, slices of the sorted ring, of at least two values each.
+      sensitivity: ``a``, at least 0; 0.05 to 0.2 in the paper.
+      max_rate: largest share of perturbed steps, in ``(0, 1]``, at least one per
+        window.
+      warmup_steps: steps at the start that are all perturbed and fill the rings.
+        ``None`` means two windows; the paper's script takes three epochs. Below
+        ``2 * window - 1`` the rings are not full when the first window ends; changes
+        across unfilled entries then count as zero.
+      initial_rate: the share of perturbed steps with which the windows after the
+        warm-up start, in ``(0, max_rate]``. ``None`` is the authors' start, one
+        step per window. The share grows by a factor of at most ``1 + 2 a`` per window,
+        so a short run that starts there never reaches the shares of the paper.
+      norm_mask: the leaves whose norms are watched, for instance the last layers (the
+        paper's script watches the last 10 leaves); a tree of bools like the parameters
+        or a prefix of it, or a function from the parameters to one. ``None`` means all.
+      force_quota: whether the end of a window catches up on its quota, so that each
+        full window has exactly ``floor(s)`` perturbed steps.
+      key: an int, a key from ``jax.random.key``, or raw key data.
+
+    Returns:
+      A rule for ``when=``.
+
+    Raises:
+      ValueError: if an argument is out of its range, ``window`` is not divisible by
+        ``num_slices``, or an argument that sets a shape is traced.
+
+    Examples:
+      >>> import optax_sam
+      >>> rule = optax_sam.when.variance_controlled(window=20, num_slices=4)
+      >>> sampled_sam = optax_sam.sam(0.05, when=rule)
+    """
+    check_integer("window", window, 2)
+    check_integer("num_slices", num_slices, 1)
+    if window % num_slices or window // num_slices < 2:
+        raise ValueError(
+            "window must be divisible by num_slices, with at least two values per"
+            f" slice; got window={window} and num_slices={num_slices}."
+        )
+    sensitivity = check_number("sensitivity", sensitivity, 0.0)
+    max_rate = check_number("max_rate", max_rate, 0.0, 1.0, open_low=True)
+    largest: ArrayLike
+    if isinstance(max_rate, jax.core.Tracer):
+        largest = jnp.maximum(jnp.floor(window * max_rate), 1)
+    else:
+        # In Python numbers, as the authors do: float32 rounds 100 * 0.29 up to 29.
+        largest = int(window * float(np.asarray(max_rate)))
+        if largest < 1:
+            raise ValueError(
+                "max_rate must allow at least one ascent per window of"
+                f" {window} steps (max_rate >= {1 / window:.3g}); got {max_rate}."
+            )
+    if initial_rate is not None:
+        initial_rate = check_number(
+            "initial_rate", initial_rate, 0.0, 1.0, open_low=True
+        )
+        known = not any(
+            isinstance(x, jax.core.Tracer) for x in (initial_rate, max_rate)
+        )
+        if known and np.asarray(initial_rate) > np.asarray(max_rate):
+            raise ValueError(
+                f"initial_rate must be at most max_rate = {max_rate}; got"
+                f" {initial_rate}."
+            )
+    if warmup_steps is None:
+        warmup_steps = 2 * window
+    check_integer("warmup_steps", warmup_steps, 0)
+    check_key(key)
+
+    def first_rate() -> jax.Array:
+        if initial_rate is None:
+            return jnp.ones((), float)
+        return jnp.clip(jnp.asarray(window * initial_rate, float), 1, largest)
+
+    def init(params: Any) -> VarianceControlledState:
+        del params
+        return VarianceControlledState(
+            ascends=jnp.array(False),
+            count=jnp.zeros((), jnp.int32),
+            warmup_left=jnp.array(warmup_steps, jnp.int32),
+            # The authors' clock starts inside a window whose quota is spent: the
+            # first window after the warm-up takes no sample.
+            position=jnp.ones((), jnp.int32),
+            used=jnp.ones((), jnp.int32),
+            rate=first_rate(),
+            catch_up=jnp.array(force_quota),
+            key=raw_key(key),
+            psf_norms=jnp.zeros((window,), float),
+            ratios=jnp.zeros((window,), float),
+            variances=jnp.zeros((window,), float),
+        ).decided()
+
+    def observe(
+        state: VarianceControlledState, g: Any, g_s: Any, step: Step
+    ) -> VarianceControlledState:
+        watched = jax.tree.leaves(resolve_nonempty_mask(norm_mask, g, name="norm_mask"))
+        tail = lambda tree: [
+            leaf
+            for leaf, kept in zip(jax.tree.leaves(tree), watched, strict=True)
+            if kept
+        ]
+        psf = add(tail(g_s), jax.tree.map(jnp.negative, tail(g)))
+        dtype = state.rate.dtype
+        x, size = step.mean((norm(psf).astype(dtype), norm(tail(g)).astype(dtype)))
+        r = jnp.where(size > 0, x / size, 0)
+        push = lambda ring, value: jnp.append(ring[1:], value)
+        xs = push(state.psf_norms, x)
+        slices = jnp.sort(xs).reshape(num_slices, window // num_slices)
+        v = jnp.mean(jnp.var(slices, axis=1, ddof=1))
+        rings = (xs, push(state.ratios, r), push(state.variances, v))
+        # x, r and v can overflow where both gradients are finite.
+        finite = jnp.isfinite(x) & jnp.isfinite(r) & jnp.isfinite(v)
+        xs, rs, vs = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            rings,
+            (state.psf_norms, state.ratios, state.variances),
+        )
+        return state._replace(psf_norms=xs, ratios=rs, variances=vs)
+
+    def mean_change(ring: jax.Array) -> jax.Array:
+        before, after = ring[:-1], ring[1:]
+        known = before > jnp.finfo(ring.dtype).tiny
+        change = jnp.where(known, after / jnp.where(known, before, 1) - 1, 0)
+        return jnp.clip(jnp.mean(change), -1, 1)
+
+    def advance(
+        state: VarianceControlledState, ascended: jax.Array
+    ) -> VarianceControlledState:
+        state = state.turned(ascended)
+        growth = mean_change(state.ratios) + mean_change(state.variances)
+        s = jnp.clip(state.rate * (1 + sensitivity * growth), 1, largest)
+        s = jnp.where(state.position == 0, s, state.rate).astype(state.rate.dtype)
+        # The setting of the rule as it is now, also in a state of another setting.
+        return state._replace(rate=s, catch_up=jnp.array(force_quota)).decided()
+
+    call = f"when.variance_controlled(window={window})"
+    return When(init, observe=observe, advance=advance, call=call)
+
+
+class ReuseDifferenceState(NamedTuple):
+    """State of :func:`reuse_difference`.
+
+    Attributes:
+      psf: the last difference of gradients, like the parameters, float32 or better.
+      age: steps since it was taken, () int32.
+    """
+
+    psf: Any
+    age: jax.Array
+
+
+def reuse_difference(decay: ArrayLike = 0.8, max_reuse: int | None = 6) -> Blend:
+    """The blend of :func:`optax_sam.vsam`: adds the last difference, damped.
+
+    Args:
+      decay: the damping ``beta`` per step, in ``[0, 1]``; 0.6 to 0.9 in the paper,
+        0.7 in its code.
+      max_reuse: the largest ``j`` that still reuses, at least 0; afterwards the
+        gradient at ``w`` is emitted. ``None`` means no limit.
+
+    Returns:
+      A rule for ``blend=``, with one tree like the parameters as state.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+
+    Examples:
+      >>> import optax_sam
+      >>> sam_5_with_reuse = optax_sam.sharpness_aware(
+      ...     optax_sam.ascent.l2(0.05),
+      ...     when=optax_sam.when.every_k(5),
+      ...     blend=optax_sam.blend.reuse_difference(decay=0.8))
+    """
+    decay = check_number("decay", decay, 0.0, 1.0)
+    if max_reuse is not None:
+        check_integer("max_reuse", max_reuse, 0)
+
+    def init(params: Any) -> ReuseDifferenceState:
+        return ReuseDifferenceState(psf=cache(params), age=jnp.zeros((), jnp.int32))
+
+    def fresh(
+        g: Any, g_s: Any, state: ReuseDifferenceState, step: Step
+    ) -> tuple[Any, ReuseDifferenceState]:
+        psf = jax.tree.map(
+            lambda a, b, cached: a.astype(cached.dtype) - b.astype(cached.dtype),
+            g_s,
+            g,
+            state.psf,
+        )
+        return g_s, ReuseDifferenceState(step.mean(psf), jnp.zeros_like(state.age))
+
+    def stale(
+        g: Any, state: ReuseDifferenceState, step: Step
+    ) -> tuple[Any, ReuseDifferenceState]:
+        del step
+        age = optax.safe_increment(state.age)
+        weight = jnp.asarray(decay, float) ** age.astype(float)
+        if max_reuse is not None:
+            weight = jnp.where(age <= max_reuse, weight, 0)
+        reused = lambda x, psf: x.astype(psf.dtype) + weight.astype(psf.dtype) * psf
+        d = jax.tree.map(reused, g, state.psf)
+        return d, state._replace(age=age)
+
+    call = f"blend.reuse_difference({decay}, max_reuse={max_reuse})"
+    return Blend(init, fresh, stale, call)
+
+
+@method(variance_controlled, reuse_difference, l2, sharpness_aware)
 def vsam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,
@@ -29,13 +353,11 @@ def vsam(
     norm_mask: Mask = None,
     force_quota: bool = True,
     key: ArrayLike = 0,
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[WithoutWhen],
 ) -> optax.GradientTransformationExtraArgs:
     r"""vSAM: takes SAM's gradient as often as it changes, and reuses it in between.
 
-    The SAM gradient is the plain one plus a difference,
+    The SAM gradient is the one at ``w`` plus a difference,
     :math:`\mathrm{PSF} = \nabla L(w + \rho\, g / \|g\|) - g`. A sampled step computes
     it; the steps after it damp and reuse it:
 
@@ -57,32 +379,9 @@ def vsam(
     dozen scalars of state.
 
     Args:
-      rho: radius of the perturbation in units of the weights, at least 0, or a
-        schedule of the step.
-      window: ``K``, steps per window and samples per ring, divisible by
-        ``num_slices``.
-      num_slices: ``m``, slices of the sorted ring, of at least two values each.
-      sensitivity: ``a``, at least 0; 0.05 to 0.2 in the paper.
-      max_rate: largest share of sampled steps, in ``(0, 1]``.
-      warmup_steps: steps at the start that are all sampled; ``None`` means two
-        windows. The paper's script takes three epochs.
-      initial_rate: the share of sampled steps after the warm-up, in
-        ``(0, max_rate]``; ``None`` is the authors' one per window.
+      max_rate: largest share of sampled steps, in ``(0, 1]``, at least one per window.
       reuse_decay: ``beta``, damping per step, in ``[0, 1]``; 0.6 to 0.9 in the paper,
         0.7 in its code.
-      max_reuse: the largest ``j`` that still reuses; ``None`` means no limit.
-      norm_mask: the leaves whose norms are watched; ``None`` means all. The paper's
-        shortcut is the last layers; its script watches the last 10 leaves.
-      force_quota: whether the end of a window catches up on its quota.
-      key: an int, a key from ``jax.random.key``, or raw key data, for the draws.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
-
-    Returns:
-      A transformation that stands first in a chain and needs ``grad_fn``.
 
     Raises:
       ValueError: if an argument is out of its range, ``window`` is not divisible by
@@ -111,7 +410,10 @@ def vsam(
       1. The reuse ends after ``max_reuse`` steps, counted in integers; there a
          comparison of floats allows 6 or 7, depending on ``beta``.
       2. The watched leaves are a mask; there the last 10 tensors as registered.
-      3. A change whose predecessor is zero counts as zero; there it is NaN.
+      3. A change whose predecessor is zero counts as zero; there it is NaN. Samples
+         that are not finite are not recorded.
+      4. The decision is made at the end of the step before, from the same numbers.
+      5. With ``axis_name``, norms are the mean of the devices' own.
 
     References:
       Deng et al., `Effective Gradient Sample Size via Variation Estimation for
@@ -121,22 +423,16 @@ def vsam(
     reuse_decay = check_number("reuse_decay", reuse_decay, 0.0, 1.0)
     # Only a Python zero: the state's structure cannot depend on a traced value.
     without_reuse = isinstance(reuse_decay, (int, float)) and reuse_decay == 0
-    return sharpness_aware(
-        ascent.l2(rho),
-        variance_controlled(
-            window=window,
-            num_slices=num_slices,
-            sensitivity=sensitivity,
-            max_rate=max_rate,
-            warmup_steps=warmup_steps,
-            initial_rate=initial_rate,
-            norm_mask=norm_mask,
-            force_quota=force_quota,
-            key=key,
-        ),
-        take_ascended() if without_reuse else reuse_difference(reuse_decay, max_reuse),
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="vsam",
+    steps = variance_controlled(
+        window=window,
+        num_slices=num_slices,
+        sensitivity=sensitivity,
+        max_rate=max_rate,
+        warmup_steps=warmup_steps,
+        initial_rate=initial_rate,
+        norm_mask=norm_mask,
+        force_quota=force_quota,
+        key=key,
     )
+    blend = Blend() if without_reuse else reuse_difference(reuse_decay, max_reuse)
+    return on_engine("vsam", options, ascent=l2(rho), when=steps, blend=blend)

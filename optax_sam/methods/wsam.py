@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
-from optax_sam import ascent, contract
-from optax_sam.arguments import Mask, at, gradients
-from optax_sam.ascent.rule import norm, scaled, wide
+from optax_sam import checks, schedules, states
+from optax_sam.ascent.ball import l2
+from optax_sam.barrier import gradients
 from optax_sam.engine import SharpnessAwareState, sharpness_aware
-from optax_sam.when import When, always
+from optax_sam.method import Options, method, on_engine
+from optax_sam.schedules import at
+from optax_sam.trees import norm, scaled, wide
 
 
+@states.registered
 class WSAMState(NamedTuple):
     """State of :func:`wsam`.
 
@@ -28,6 +30,7 @@ class WSAMState(NamedTuple):
     inner: Any
 
 
+@method(l2, sharpness_aware)
 def wsam(
     inner: optax.GradientTransformation,
     *,
@@ -35,10 +38,7 @@ def wsam(
     rho: optax.ScalarOrSchedule = 0.05,
     gamma: optax.ScalarOrSchedule = 0.9,
     max_norm: optax.ScalarOrSchedule | None = None,
-    when: When = always(),
-    mask: Mask = None,
-    axis_name: Any = None,
-    ascent_dtype: DTypeLike | None = None,
+    **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""WSAM: sharpness as a weighted term, beside the optimizer of the loss.
 
@@ -58,7 +58,7 @@ def wsam(
     it in a chain. Leaves that the inner optimizer leaves alone still move along the
     sharpness; to freeze some, put ``optax.masked(optax.set_to_zero(), frozen)`` behind.
 
-    Cost: 2 gradients per ascended step, 1 on others; a few scalars of state.
+    Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
     Args:
       inner: the optimizer, with its learning rate.
@@ -70,12 +70,6 @@ def wsam(
         CNNs.
       max_norm: the norm to which both gradients are clipped, each for itself, after the
         ascent, positive, or a schedule; ``None`` means no limit.
-      when: on which steps to ascend, a rule of ``optax_sam.when``.
-      mask: the perturbed leaves, see :func:`optax_sam.sharpness_aware`.
-      axis_name: a mapped axis for m-sharpness, see
-        :func:`optax_sam.sharpness_aware`.
-      ascent_dtype: dtype of the perturbed parameters, see
-        :func:`optax_sam.sharpness_aware`.
 
     Returns:
       An optimizer; its ``update`` needs ``params`` and ``grad_fn`` and forwards all
@@ -108,32 +102,26 @@ def wsam(
       Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023; code:
       intelligent-machine-learning/atorch
     """
-    learning_rate = contract.check_schedule("learning_rate", learning_rate, 0.0)
-    gamma = contract.check_schedule("gamma", gamma, 0.0, 1.0, open_high=True)
+    learning_rate = schedules.check_schedule("learning_rate", learning_rate, 0.0)
+    gamma = schedules.check_schedule("gamma", gamma, 0.0, 1.0, open_high=True)
     if max_norm is not None:
-        max_norm = contract.check_schedule("max_norm", max_norm, 0.0, open_low=True)
-    contract.check_optimizer(
+        max_norm = schedules.check_schedule("max_norm", max_norm, 0.0, open_low=True)
+    checks.check_optimizer(
         "wsam", inner, "wsam(optax.sgd(lr, momentum=0.9), learning_rate=lr)"
     )
     inner = optax.with_extra_args_support(inner)
-    engine = sharpness_aware(
-        ascent.l2(rho),
-        when,
-        mask=mask,
-        axis_name=axis_name,
-        ascent_dtype=ascent_dtype,
-        name="wsam",
-    )
+    axis_name = options.get("axis_name")
+    engine = on_engine("wsam", options, ascent=l2(rho))
 
     def init(params: Any) -> WSAMState:
-        contract.check_not_masked("wsam", params, advice=_OUTSIDE)
+        states.check_not_masked("wsam", params, advice=_OUTSIDE)
         return WSAMState(engine.init(params), inner.init(params))
 
     def update(
         updates: Any, state: WSAMState, params: Any = None, **extra: Any
     ) -> tuple[Any, WSAMState]:
-        contract.check_not_masked("wsam", updates, params, advice=_OUTSIDE)
-        contract.check_state("wsam", WSAMState, state)
+        states.check_not_masked("wsam", updates, params, advice=_OUTSIDE)
+        states.check_state("wsam", WSAMState, state)
         g = gradients(updates)
         # Where there is no ascent, or none to use, this is g and the term is zero.
         g_s, ascended = engine.update(g, state.ascent, params, **extra)

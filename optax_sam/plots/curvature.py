@@ -9,7 +9,6 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.contract import check_number
 from optax_sam.plots.style import (
     MARKERS,
     add_legend,
@@ -18,6 +17,7 @@ from optax_sam.plots.style import (
     label_axes,
     styled,
 )
+from optax_sam.schedules import check_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

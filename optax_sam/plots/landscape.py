@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_sam.contract import check_integer
 from optax_sam.plots.style import (
     SMALL,
     add_legend,
@@ -18,6 +17,7 @@ from optax_sam.plots.style import (
     new_figure,
     styled,
 )
+from optax_sam.schedules import check_integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

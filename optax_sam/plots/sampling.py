@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_sam.contract import check_integer
 from optax_sam.plots.style import PALETTE, axes_or_new, by_name, label_axes
+from optax_sam.schedules import check_integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

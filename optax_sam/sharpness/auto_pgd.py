@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_sam.ascent.rule import norm, rescale, scaled
-from optax_sam.contract import vary
+from optax_sam.axes import vary
 from optax_sam.sharpness.probes import typed_key
+from optax_sam.trees import norm, rescale, scaled
 
 Ball = Literal["l2", "linf"]
 ALPHA = 0.75  # of a step that is new; the rest goes on as the one before

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam.arguments import Mask, resolve_mask
-from optax_sam.ascent.rule import wide
+from optax_sam.masks import Mask, resolve_mask
 from optax_sam.roles import Role, resolve_roles
 from optax_sam.sharpness.probes import typed_key
+from optax_sam.trees import wide
 
 
 def filter_normalized_direction(

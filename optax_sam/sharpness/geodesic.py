@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.arguments import Mask
+from optax_sam import schedules
+from optax_sam.masks import Mask
 from optax_sam.sharpness.gl_pairs import GLPair
 from optax_sam.sharpness.located import locate
 from optax_sam.sharpness.objective import LossFn, objective
@@ -133,8 +133,8 @@ def geodesic_sharpness(
     )
     if metric not in ("mix", "inv"):
         raise ValueError(f'metric must be "mix" or "inv"; got {metric!r}.')
-    contract.check_number("eps", eps, 0)
-    contract.check_integer("num_restarts", num_restarts, 1)
+    schedules.check_number("eps", eps, 0)
+    schedules.check_integer("num_restarts", num_restarts, 1)
     if key is None and num_restarts > 1:
         raise ValueError(
             f"num_restarts={num_restarts} needs random starts: pass key=0, another"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.arguments import Mask
+from optax_sam import schedules
+from optax_sam.masks import Mask
 from optax_sam.sharpness.krylov import lanczos
 from optax_sam.sharpness.objective import LossFn, chosen_part
 from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
@@ -135,8 +135,8 @@ def eigenvalues_of(
     tol: ArrayLike | None = None,
 ) -> EigenResult:
     """The eigenvalues of an operator, as :func:`hessian_eigenvalues` finds them."""
-    contract.check_integer("k", k, 1)
-    contract.check_integer("num_matvecs", num_matvecs, 1)
+    schedules.check_integer("k", k, 1)
+    schedules.check_integer("num_matvecs", num_matvecs, 1)
     if k > operator.size:
         raise ValueError(
             f"k={k} eigenvalues were asked for, but there are only {operator.size}"

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from optax_sam import contract
+from optax_sam import schedules
 
 Variant = Literal["a", "b"]
 
@@ -124,8 +124,8 @@ def kendall_interval(
       Efron, "Bootstrap methods: another look at the jackknife", 1979
     """
     _check_variant(variant)
-    contract.check_integer("num_resamples", num_resamples, 1)
-    contract.check_number(
+    schedules.check_integer("num_resamples", num_resamples, 1)
+    schedules.check_number(
         "confidence", confidence, 0.0, 1.0, open_low=True, open_high=True
     )
     s, t = _pair(s, t)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.arguments import Mask
+from optax_sam import schedules
+from optax_sam.masks import Mask
 from optax_sam.sharpness.auto_pgd import maximize
 from optax_sam.sharpness.objective import LossFn, objective
 from optax_sam.sharpness.probes import normals, typed_key
@@ -101,8 +101,8 @@ def keskar_sharpness(
     o = objective(
         loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
     )
-    contract.check_number("eps", eps, 0, open_low=True)
-    contract.check_integer("num_steps", num_steps, 1)
+    schedules.check_number("eps", eps, 0, open_low=True)
+    schedules.check_integer("num_steps", num_steps, 1)
     start, basis = jax.random.split(typed_key(0 if key is None else key))
     if subspace_dim is None:
         like = o.w
@@ -129,7 +129,7 @@ def _subspace(w: Any, dim: int, key: jax.Array) -> tuple[jax.Array, Any]:
     """Coordinates of a random subspace in which the box is a cube, and their points."""
     leaves = jax.tree.leaves(w)
     size = sum(x.size for x in leaves)
-    contract.check_integer("subspace_dim", dim, 1)
+    schedules.check_integer("subspace_dim", dim, 1)
     if dim > size:
         raise ValueError(
             f"subspace_dim={dim} is more than the {size} weights that may move: choose"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam.arguments import Mask
+from optax_sam.masks import Mask
 from optax_sam.sharpness.objective import (
     LossFn,
     Objective,

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.ascent.rule import inner, norm, wide
+from optax_sam import schedules
+from optax_sam.trees import inner, norm, wide
 
 
 def sam_metrics(
@@ -189,7 +189,7 @@ def sam_stability_edge(
     given = dict(grad_norm=grad_norm, rho=rho, learning_rate=learning_rate)
     for name, value in given.items():
         if not jnp.ndim(value):
-            contract.check_number(name, value, 0.0)
+            schedules.check_number(name, value, 0.0)
     g, rho, eta = (jnp.asarray(x, jnp.result_type(float, x)) for x in given.values())
     # At g = 0 infinite, which makes the edge 0; without an ascent nothing is added.
     added = jnp.where(rho * eta > 0, 8 * rho * eta / g, 0)

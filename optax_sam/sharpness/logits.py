@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.ascent.rule import wide
+from optax_sam import schedules
+from optax_sam.trees import wide
 
 
 def normalize_logits(
@@ -43,7 +43,7 @@ def normalize_logits(
       Andriushchenko et al., `A Modern Look at the Relationship between Sharpness and
       Generalization <https://arxiv.org/abs/2302.07011>`_, 2023
     """
-    contract.check_number("eps", eps, 0, open_low=True)
+    schedules.check_number("eps", eps, 0, open_low=True)
     f = wide(jnp.asarray(logits))
     f = f - f.mean(axis, keepdims=True)
     # The square is bounded and not the root, whose slope at 0 is infinite.

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.arguments import Mask, resolve_mask
-from optax_sam.ascent.rule import wide
+from optax_sam import axes, schedules
+from optax_sam.masks import Mask, resolve_mask
+from optax_sam.trees import wide
 
 LossFn = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss of the batch
 
@@ -76,7 +76,7 @@ class Objective(NamedTuple):
 
         shapes = jax.eval_shape(scaled, first, self.share[0])
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        start = contract.vary(zeros, self.axis_name)
+        start = axes.vary(zeros, self.axis_name)
         return self.total(jax.lax.scan(add, start, (self.batches, self.share))[0])
 
     def each(self, f: Callable[[Any], Any]) -> Any:
@@ -93,7 +93,7 @@ class Objective(NamedTuple):
 
     def vary(self, tree: Any) -> Any:
         """What is the same on all devices, as ``w`` is taken: to be used with it."""
-        return contract.vary(tree, self.axis_name)
+        return axes.vary(tree, self.axis_name)
 
     def total(self, tree: Any) -> Any:
         """The sum over devices, where there are several."""
@@ -146,7 +146,7 @@ def objective(
     total = share.sum()
     if axis_name is not None:
         # Parameters that vary, else jax.grad would sum over devices of its own accord.
-        w, share = contract.vary((w, share), axis_name)
+        w, share = axes.vary((w, share), axis_name)
         total = jax.lax.psum(share.sum(), axis_name)
     return Objective(loss_fn, params, w, batches, share / total, axis_name)
 
@@ -175,7 +175,7 @@ def stack_batches(data: Any, batch_size: int) -> Any:
       >>> [a.shape for a in sharpness.stack_batches((x, y), 4)]
       [(3, 4, 3), (3, 4)]
     """
-    contract.check_integer("batch_size", batch_size, 1)
+    schedules.check_integer("batch_size", batch_size, 1)
     sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(data)}
     if len(sizes) != 1 or sizes == {()}:
         raise ValueError(

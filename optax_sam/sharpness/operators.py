@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.arguments import Mask
+from optax_sam.masks import Mask
 from optax_sam.sharpness.objective import (
     LossFn,
     Objective,

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.arguments import Mask
-from optax_sam.ascent.rule import inner, wide
+from optax_sam import schedules
+from optax_sam.masks import Mask
 from optax_sam.sharpness.objective import objective
 from optax_sam.sharpness.probes import normals, typed_key
+from optax_sam.trees import inner, wide
 
 _EPS = 1e-3  # of the papers: the noise that is left at a weight of 0
 
@@ -125,10 +125,10 @@ def pac_bayes_flatness(
         weights=weights,
         axis_name=axis_name,
     )
-    contract.check_number("target", target, 0, open_low=True)
-    contract.check_number("sigma_max", sigma_max, 0, open_low=True)
-    contract.check_integer("num_samples", num_samples, 1)
-    contract.check_integer("num_steps", num_steps, 1)
+    schedules.check_number("target", target, 0, open_low=True)
+    schedules.check_number("sigma_max", sigma_max, 0, open_low=True)
+    schedules.check_integer("num_samples", num_samples, 1)
+    schedules.check_integer("num_steps", num_steps, 1)
     metric = lambda w: o.mean(lambda batch: o.loss(w, batch))
     before = metric(o.w)
     keys = jax.random.split(typed_key(key), num_samples)
@@ -219,8 +219,8 @@ def pac_bayes_bound(
       Jiang et al., `Fantastic Generalization Measures and Where to Find Them
       <https://arxiv.org/abs/1912.02178>`_, 2020
     """
-    contract.check_number("sigma", sigma, 0, open_low=True)
-    contract.check_integer("num_examples", num_examples, 1)
+    schedules.check_number("sigma", sigma, 0, open_low=True)
+    schedules.check_integer("num_examples", num_examples, 1)
     if reference not in ("init", "orig"):
         raise ValueError(f'reference must be "init" or "orig"; got {reference!r}.')
     if initial is None and (magnitude_aware or reference == "init"):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam import ascent, contract
-from optax_sam.arguments import Mask
+from optax_sam import ascent, schedules
+from optax_sam.masks import Mask
 from optax_sam.sharpness.auto_pgd import Ball
 from optax_sam.sharpness.objective import LossFn, objective
 from optax_sam.sharpness.probes import typed_key
@@ -115,9 +115,9 @@ def average_sharpness(
     o = objective(
         loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
     )
-    contract.check_number("rho", rho, 0, open_low=True)
+    schedules.check_number("rho", rho, 0, open_low=True)
     check_norm(norm)
-    contract.check_integer("num_samples", num_samples, 1)
+    schedules.check_integer("num_samples", num_samples, 1)
     c = scale(o.w, adaptive)
     leaves, structure = jax.tree.flatten(c)
 
@@ -209,7 +209,7 @@ def sam_sharpness(
     o = objective(
         loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
     )
-    contract.check_number("rho", rho, 0, open_low=True)
+    schedules.check_number("rho", rho, 0, open_low=True)
     rule = ascent.adaptive(rho, eta=0.0, adapt=True) if adaptive else ascent.l2(rho)
     state = rule.init(o.w)
 

@@ -11,7 +11,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from optax_sam import contract
+from optax_sam import keys, schedules
 from optax_sam.sharpness.operators import Operator
 
 
@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
 
 def typed_key(key: ArrayLike) -> jax.Array:
     """A key from an int, raw key data, or a typed key."""
-    contract.check_key(key)
+    keys.check_key(key)
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     if jnp.ndim(key) == 0:
@@ -109,7 +109,7 @@ def _hutchinson(
     integrand: Callable[[Any, Any], Any],
 ) -> Estimate:
     """Mean and standard error of ``integrand(z, Hz)``, keeping one probe at a time."""
-    contract.check_integer("num_matvecs", num_matvecs, 2)
+    schedules.check_integer("num_matvecs", num_matvecs, 2)
 
     def add(moments: Any, key_and_count: Any) -> tuple[Any, None]:
         key, count = key_and_count
@@ -157,7 +157,7 @@ class _Sketch(NamedTuple):
 def _sketch(operator: Operator, key: ArrayLike, num_matvecs: int) -> _Sketch:
     # Own code beside matfree's XTrace and XDiag: those map over all products at once,
     # so that N gradients live in memory, and judge ranks by an absolute threshold.
-    contract.check_integer("num_matvecs", num_matvecs, 4)
+    schedules.check_integer("num_matvecs", num_matvecs, 4)
     Omega, unravel = _probes(operator, key, num_matvecs // 2)
     matvec = lambda v: ravel_pytree(operator.matvec(unravel(v)))[0]
     Q, R = jnp.linalg.qr(jax.lax.map(matvec, Omega).T)

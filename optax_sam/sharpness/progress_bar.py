@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import jax
 
-from optax_sam import contract
+from optax_sam import schedules
 from optax_sam.sharpness.objective import LossFn
 
 
@@ -103,7 +103,7 @@ def progress(
             f"loss_fn must be a function (params, batch); got {loss_fn!r}."
         )
     if total is not None:
-        contract.check_integer("total", total, 1)
+        schedules.check_integer("total", total, 1)
     with contextlib.ExitStack() as stack:
         show: Callable[[int], None] = lambda count: None
         if jax.process_index() == 0:

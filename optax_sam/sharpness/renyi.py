@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.arguments import Mask, resolve_mask
-from optax_sam.ascent.rule import wide
+from optax_sam import schedules
+from optax_sam.masks import Mask, resolve_mask
 from optax_sam.roles import resolve_roles
 from optax_sam.sharpness.objective import LossFn
 from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
 from optax_sam.sharpness.probes import typed_key
 from optax_sam.sharpness.spectrum import Quadrature, deflated_quadrature
+from optax_sam.trees import wide
 
 
 class RenyiResult(NamedTuple):
@@ -289,8 +289,8 @@ def renyi_entropy_of(
     """Renyi entropies of an operator's spectrum, as :func:`renyi_entropy` has them."""
     orders = tuple(alpha) if isinstance(alpha, Sequence) else (alpha,)
     for a in orders:
-        contract.check_static("alpha", a, "a Python number")
-        contract.check_number("alpha", a, 0, open_low=True)
+        schedules.check_static("alpha", a, "a Python number")
+        schedules.check_number("alpha", a, 0, open_low=True)
     quadrature = deflated_quadrature(
         operator,
         key,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam import contract
+from optax_sam import schedules
 
 
 def to_scalars(
@@ -62,7 +62,7 @@ def to_scalars(
 
 def small(result: Any, max_size: int = 32) -> dict[str, Any]:
     """The arrays of a result that are to be logged, by their paths."""
-    contract.check_integer("max_size", max_size, 1)
+    schedules.check_integer("max_size", max_size, 1)
     kept: dict[str, Any] = {}
     for path, part in _parts(result, ()):
         leaves = [

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.arguments import Mask
+from optax_sam import schedules
+from optax_sam.masks import Mask
 from optax_sam.sharpness.krylov import lanczos
 from optax_sam.sharpness.objective import LossFn
 from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
@@ -185,10 +185,10 @@ def deflated_quadrature(
     Weights are scaled to the ``n - E`` directions left, which normal probes allow
     without bias, so that ``c I`` comes out exactly.
     """
-    contract.check_integer("num_eigs", num_eigs, 1)
-    contract.check_integer("num_top_matvecs", num_top_matvecs, 1)
-    contract.check_integer("num_lanczos", num_lanczos, 1)
-    contract.check_integer("num_probes", num_probes, 2)
+    schedules.check_integer("num_eigs", num_eigs, 1)
+    schedules.check_integer("num_top_matvecs", num_top_matvecs, 1)
+    schedules.check_integer("num_lanczos", num_lanczos, 1)
+    schedules.check_integer("num_probes", num_probes, 2)
     start_key, probe_key = jax.random.split(typed_key(key))
     top = lanczos(operator, normals(start_key, operator.like), num_top_matvecs)
     size = jnp.abs(top.eigenvalues)
@@ -308,11 +308,11 @@ def spectral_density_of(
     num_grid: int = 1000,
 ) -> SpectralDensity:
     """The density of an operator's spectrum, as :func:`spectral_density` has it."""
-    contract.check_integer("num_lanczos", num_lanczos, 1)
-    contract.check_integer("num_probes", num_probes, 1)
-    contract.check_integer("num_grid", num_grid, 2)
+    schedules.check_integer("num_lanczos", num_lanczos, 1)
+    schedules.check_integer("num_probes", num_probes, 1)
+    schedules.check_integer("num_grid", num_grid, 2)
     if sigma is not None:
-        contract.check_number("sigma", sigma, 0, open_low=True)
+        schedules.check_number("sigma", sigma, 0, open_low=True)
 
     def probe(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         krylov = lanczos(operator, normals(key, operator.like), num_lanczos)

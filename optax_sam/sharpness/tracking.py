@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.ascent.rule import cache
+from optax_sam import keys, schedules
 from optax_sam.sharpness.hessian import hessian_eigenvalues
 from optax_sam.sharpness.objective import LossFn
 from optax_sam.sharpness.probes import typed_key
 from optax_sam.sharpness.scalars import small, to_scalars
+from optax_sam.trees import cache
 
 
 class ProbeState(NamedTuple):
@@ -95,8 +95,8 @@ class Probe:
         measures: Mapping[str, Callable[..., Any]] | None = None,
         prefix: str = "sharpness/",
     ):
-        contract.check_integer("every", every, 1)
-        contract.check_key(key)
+        schedules.check_integer("every", every, 1)
+        keys.check_key(key)
         measures = {"lambda_max": hessian_eigenvalues} if measures is None else measures
         if not (
             isinstance(measures, Mapping)

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam import contract
-from optax_sam.arguments import Mask
-from optax_sam.ascent.rule import wide
+from optax_sam import schedules
+from optax_sam.masks import Mask
 from optax_sam.sharpness.auto_pgd import Ball, maximize
 from optax_sam.sharpness.objective import LossFn, Objective, objective
+from optax_sam.trees import wide
 
 
 class SharpnessResult(NamedTuple):
@@ -225,10 +225,10 @@ def check_ascent(
     random_init: bool,
 ) -> None:
     """Raises unless these say how to ascend."""
-    contract.check_number("rho", rho, 0, open_low=True)
+    schedules.check_number("rho", rho, 0, open_low=True)
     check_norm(norm)
-    contract.check_integer("num_steps", num_steps, 1)
-    contract.check_integer("num_restarts", num_restarts, 1)
+    schedules.check_integer("num_steps", num_steps, 1)
+    schedules.check_integer("num_restarts", num_restarts, 1)
     if num_restarts > 1 and not random_init:
         raise ValueError(
             f"num_restarts={num_restarts} starts from the parameters would all be the"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.contract import check_number
+from optax_sam.schedules import check_number
 
 
 def trajectory_loss(

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.arguments import at
-from optax_sam.ascent.rule import widest
-from optax_sam.contract import check_not_masked, check_schedule, check_state
-from optax_sam.states import the_state
+from optax_sam.method import method
+from optax_sam.schedules import at, check_schedule
+from optax_sam.states import check_not_masked, check_state, registered, the_state
+from optax_sam.trees import widest
 
 _CHAIN = "optax.chain(optax.sgd(0.1), optax_sam.mesa())"
 
 
+@registered
 class MESAState(NamedTuple):
     """State of :func:`mesa`.
 
@@ -28,6 +29,7 @@ class MESAState(NamedTuple):
     average: optax.Params
 
 
+@method()
 def mesa(
     decay: optax.ScalarOrSchedule = 0.9998,
 ) -> optax.GradientTransformationExtraArgs:

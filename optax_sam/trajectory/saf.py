@@ -10,8 +10,10 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_sam.contract import DROPPED, MissingArgument, check_integer, check_state
-from optax_sam.states import the_state
+from optax_sam.checks import DROPPED, MissingArgument
+from optax_sam.method import method
+from optax_sam.schedules import check_integer
+from optax_sam.states import check_state, registered, the_state
 
 _CALL = "tx.update(grads, opt_state, params, logits=logits, indices=indices)"
 _CHAIN = "optax.chain(optax_sam.saf(num_examples, num_classes), optax.sgd(0.1))"
@@ -19,6 +21,7 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _NEVER = np.iinfo(np.int32).max
 
 
+@registered
 class SAFState(NamedTuple):
     """State of :func:`saf`.
 
@@ -43,6 +46,7 @@ class SAFState(NamedTuple):
         return {"dropped_examples": self.num_dropped}
 
 
+@method()
 def saf(
     num_examples: int,
     num_classes: int,

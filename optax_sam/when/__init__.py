@@ -1,26 +1,25 @@
-"""When the second gradient is taken: small state machines that decide each step.
+"""On which steps the perturbed gradient is taken: small state machines.
 
 A rule is a :class:`When`. It decides at the *end* of a step about the next one and
 keeps the decision in its state as the field ``ascends``, so that a loop outside the
 compiled step can read it (``optax_sam.ascends_next``). A rule whose draws are known
-ahead also gives its state a method ``plan()``.
+ahead also gives its state a method ``plan()``. The rule that only one method uses is in
+the file of that method.
 """
 
-from optax_sam.step import Step
+from optax_sam.methods.vsam import VarianceControlledState, variance_controlled
+from optax_sam.parts import Step, When, always
 from optax_sam.when.fixed import (
     BernoulliState,
     EveryKState,
-    always,
     bernoulli,
     every_k,
 )
-from optax_sam.when.rule import When
 from optax_sam.when.trend import (
     LaggedNormTrendState,
     NormTrendState,
     norm_above_trend,
 )
-from optax_sam.when.variance import VarianceControlledState, variance_controlled
 from optax_sam.when.warmup import AfterState, after
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Rules that look at no gradient: always, every k-th step, with a probability."""
+"""Rules that look at no gradient: every k-th step, with a probability."""
 
 from __future__ import annotations
 
@@ -6,47 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.arguments import at, raw_key, uniform
-from optax_sam.contract import check_integer, check_key, check_schedule
-from optax_sam.when.rule import When, kept, unmoved, unobserved
-
-# How many decisions of a rule without windows are read ahead at once.
-LOOKAHEAD = 64
-
-
-class AlwaysState(NamedTuple):
-    """Nothing to remember."""
-
-    @property
-    def ascends(self) -> bool:
-        """Every step ascends."""
-        return True
-
-    def plan(self) -> tuple[np.ndarray, int]:
-        """Only ascents, without asking the device."""
-        return np.ones(LOOKAHEAD, bool), LOOKAHEAD
-
-
-def always() -> When:
-    """On every step; no conditional is compiled.
-
-    Returns:
-      A rule for ``when=``.
-
-    Examples:
-      >>> import optax_sam
-      >>> tx = optax_sam.sam(0.05, when=optax_sam.when.always())
-    """
-    return When(
-        init=lambda params: AlwaysState(),
-        now=lambda state, g, step: (True, state),
-        observe=unobserved,
-        advance=unmoved,
-    )
+from optax_sam.keys import check_key, raw_key, uniform
+from optax_sam.parts import LOOKAHEAD, When
+from optax_sam.schedules import at, check_integer, check_schedule, shown
 
 
 class EveryKState(NamedTuple):
@@ -121,7 +86,7 @@ def every_k(k: int, phase: int = 0) -> When:
         # The period of the rule as it is now, also in a state of another period.
         return EveryKState(position == 0, position, jnp.array(k, jnp.int32))
 
-    return When(init, kept, unobserved, advance)
+    return When(init, advance=advance, call=f"when.every_k({k}, phase={phase})")
 
 
 class BernoulliState(NamedTuple):
@@ -207,4 +172,4 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
         del ascended
         return decide(state._replace(count=optax.safe_increment(state.count)))
 
-    return When(init, kept, unobserved, advance)
+    return When(init, advance=advance, call=f"when.bernoulli({shown(p)})")

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.arguments import at
-from optax_sam.ascent import norm
-from optax_sam.contract import check_number, check_schedule
-from optax_sam.step import Step
-from optax_sam.when.rule import When, unmoved, unobserved
+from optax_sam.parts import Step, When
+from optax_sam.schedules import at, check_number, check_schedule
+from optax_sam.trees import norm
 
 
 class NormTrendState(NamedTuple):
@@ -137,7 +135,8 @@ def norm_above_trend(
         following = step._replace(count=optax.safe_increment(step.count))
         return state.ascends, LaggedNormTrendState(*now(state.trend, g, following))
 
+    call = f"when.norm_above_trend(decay={decay}, lag={lag})"
     if not lag:
-        return When(start, now, unobserved, unmoved)
+        return When(start, now, call=call)
     init = lambda params: LaggedNormTrendState(jnp.array(True), start(params))
-    return When(init, now_lagged, unobserved, unmoved)
+    return When(init, now_lagged, call=call)

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_sam.contract import check_integer
-from optax_sam.step import Step
-from optax_sam.when.fixed import always
-from optax_sam.when.rule import When, refreshed
+from optax_sam.parts import Step, When, always, metrics_of, plan_of, refreshed
+from optax_sam.schedules import check_integer
 
 
 class AfterState(NamedTuple):
@@ -31,11 +29,7 @@ class AfterState(NamedTuple):
 
     def plan(self) -> tuple[jax.Array, jax.Array]:
         """The decisions of the next steps, and how many of them are known."""
-        rule = self.rule
-        if hasattr(rule, "plan"):
-            decisions, known = rule.plan()
-        else:
-            decisions, known = jnp.reshape(rule.ascends, 1), 1
+        decisions, known = plan_of(self.rule)
         decisions = jnp.asarray(decisions)
         later = jnp.arange(len(decisions)) - self.left
         decisions = (later >= 0) & decisions[jnp.maximum(later, 0)]
@@ -43,7 +37,7 @@ class AfterState(NamedTuple):
 
     def metrics(self) -> dict[str, jax.Array]:
         """Scalars to log: those of the rule."""
-        return self.rule.metrics() if hasattr(self.rule, "metrics") else {}
+        return metrics_of(self.rule)
 
 
 def after(num_steps: int, rule: When = always()) -> When:
@@ -94,4 +88,5 @@ def after(num_steps: int, rule: When = always()) -> When:
             rule=choose(state.left, moved, refreshed(state.rule, moved)),
         )
 
-    return When(init, now, observe, advance)
+    call = f"when.after({num_steps}, {rule})"
+    return When(init, now, observe, advance, call)

@@ -1,58 +1,16 @@
-"""Norms and lengths that the rules share, and what a rule may return."""
+"""Arithmetic on pytrees in float32 or better: norms, products, sums, lengths."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
-
-from optax_sam.step import Step
 
 # Added to a norm before dividing, outside the square root. The authors' codes have
 # none, 1e-16, 1e-12 or 1e-7; at 1e-12 a float32 gradient never notices.
 EPS = 1e-12
-
-
-class OwnGradient(NamedTuple):
-    """What a rule returns that took its own first gradient, elsewhere than at ``w``.
-
-    The incoming gradient is then not used on ascended steps, and XLA drops its
-    computation.
-
-    Attributes:
-      offset: the offset ``e``.
-      gradient: the gradient that stands for the incoming one.
-    """
-
-    offset: Any
-    gradient: Any
-
-
-def ascent_rule(
-    update: Callable[..., tuple[Any, Any]],
-    init: Callable[[Any], Any] = optax.init_empty_state,
-) -> optax.GradientTransformationExtraArgs:
-    """A rule from ``update(g, state, params, step, **extra) -> (e, state)``.
-
-    The engine hands it its ``step``. A rule that is used alone can do with ``count``.
-    """
-
-    def transform(
-        g: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        step: Step | None = None,
-        count: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
-        return update(g, state, params, step or Step(count), **extra)
-
-    return optax.GradientTransformationExtraArgs(init, transform)
 
 
 def widest(*values: Any) -> Any:
@@ -165,10 +123,18 @@ def weighted(a: jax.Array, x: Any, b: jax.Array, y: Any) -> Any:
     return jax.tree.map(add, x, y)
 
 
-def check_params(rule: str, params: Any) -> None:
-    """Raises unless a rule that follows the weights has got them."""
-    if params is None:
-        raise ValueError(
-            f"{rule} needs params, whose sizes it follows: rule.update(g, state,"
-            " params)."
-        )
+def along(a: Any, b: Any, eps: ArrayLike = 0.0) -> jax.Array:
+    """The coefficient ``<a, b> / (||b||^2 + eps)`` of ``a`` along ``b``; 0 for zero."""
+    square = inner(b, b) + eps
+    return jnp.where(square > 0, inner(a, b) / jnp.where(square > 0, square, 1), 0)
+
+
+def keep(tree: Any, chosen: Any) -> Any:
+    """The tree with zeros where ``chosen`` is False."""
+    return jax.tree.map(lambda x, kept: x if kept else jnp.zeros_like(x), tree, chosen)
+
+
+def of_length(tree: Any, length: jax.Array) -> Any:
+    """The direction of a tree, which may be tiny, at a given length."""
+    lifted = scaled(tree, lift(norm(tree)))
+    return rescale(lifted, norm(lifted), length, 0)

@@ -1,4 +1,4 @@
-"""What a helper averages over a mapped axis: gradients, losses, statistics."""
+"""Mapped axes: what varies over the devices of one, and what is averaged over it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,61 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam.contract import is_perturbable, vary, varying
+from optax_sam.checks import check_gradients, is_perturbable, place
+
+
+def varying(x: Any) -> Any:
+    """The mapped axes over which JAX knows that ``x`` varies."""
+    kind = jax.typeof(x)  # renamed twice since JAX 0.8
+    for name in ("manual_axis_type", "mat"):
+        if hasattr(kind, name):
+            return getattr(kind, name).varying
+    return kind.vma
+
+
+def vary(tree: Any, axis_name: Any) -> Any:
+    """The tree as one that varies over the mapped axes, where JAX keeps track.
+
+    Perturbed weights are then local to a device, whatever perturbs them.
+    """
+    for name in _tracked(axis_name):
+        cast = lambda x: jax.lax.pcast(x, name, to="varying")  # noqa: B023
+        tree = jax.tree.map(lambda x: x if name in varying(x) else cast(x), tree)  # noqa: B023
+    return tree
+
+
+def _tracked(axis_name: Any) -> list[Any]:
+    """The mapped axes over which JAX tracks what varies.
+
+    Where ``axis_index`` does not vary, it does not (check_vma=False, pmap).
+    """
+    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    given = [name for name in names if name is not None]
+    return [name for name in given if name in varying(jax.lax.axis_index(name))]
+
+
+def check_varies(method: str, what: str, tree: Any, axis_name: Any) -> None:
+    """Refuses a gradient that JAX has already summed over ``axis_name``."""
+    for name in _tracked(axis_name):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if name not in varying(leaf):
+                raise ValueError(
+                    f"{method}: axis_name={name!r} asks for one perturbation per"
+                    f" device, but {what} at {place(path)} is the same on all of them."
+                    " Under shard_map, jax.grad at replicated parameters is already"
+                    " summed over the axis. Take the gradient at parameters that vary:"
+                    f' local = jax.lax.pcast(params, {name!r}, to="varying");'
+                    " tx.update(grad_fn(local), opt_state, params, grad_fn=grad_fn)."
+                    " The perturbed weights that grad_fn gets vary already. grad_fn"
+                    " must not average over the devices; the method does."
+                )
+
+
+def check_returned(method: str, grads: Any, params: Any, axis_name: Any) -> None:
+    """Raises unless what ``grad_fn`` returned are gradients that can be used."""
+    check_gradients(method, "what grad_fn returned", grads, params)
+    if axis_name is not None:
+        check_varies(method, "what grad_fn returned", grads, axis_name)
 
 
 class Axes(NamedTuple):

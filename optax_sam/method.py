@@ -1,0 +1,127 @@
+"""Which functions are methods, and the arguments that they share, written once.
+
+The arguments that all methods on the engine take are those of
+:func:`optax_sam.sharpness_aware`. A method takes them as ``**options``;
+:func:`method` writes them into its signature and its docstring.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict, TypeVar
+
+import optax
+from jax.typing import DTypeLike
+
+from optax_sam.engine import sharpness_aware
+from optax_sam.masks import Mask
+from optax_sam.parts import When
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+# The methods by name.
+METHODS: dict[str, Callable[..., Any]] = {}
+
+
+class _Shared(TypedDict, total=False):
+    axis_name: Any
+    ascent_dtype: DTypeLike | None
+
+
+class WithoutWhen(_Shared, total=False):
+    """The shared arguments of a method that has a rule of its own for the steps."""
+
+    mask: Mask
+
+
+class WithoutMask(_Shared, total=False):
+    """The shared arguments of a method that has a mask of its own."""
+
+    when: When
+
+
+class Options(WithoutWhen, WithoutMask, total=False):
+    """The arguments that methods on the engine share."""
+
+
+def method(*sources: Callable[..., Any]) -> Callable[[Factory], Factory]:
+    """Makes a function one of the methods, with the docstring that it leaves out.
+
+    What the docstring does not say of an argument is taken from the first of the
+    sources that does, ``Raises`` likewise, and ``Returns`` from the last source.
+    ``**options`` stands for the keys of its ``TypedDict``, with the defaults of the
+    sources.
+
+    Args:
+      *sources: the functions that the method is made of, documented in full.
+
+    Returns:
+      A decorator; the function itself is as before.
+    """
+
+    def decorate(factory: Factory) -> Factory:
+        signature = _signature(factory, sources)
+        factory.__signature__ = signature  # type: ignore[attr-defined]
+        factory.__doc__ = _docstring(factory, signature, sources)
+        METHODS[factory.__name__] = factory
+        return factory
+
+    return decorate
+
+
+def on_engine(
+    name: str, options: Mapping[str, Any], **parts: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The method of a name, made of its parts and of the shared arguments."""
+    for key in options:
+        if key not in inspect.signature(METHODS[name]).parameters:
+            raise TypeError(f"{name}() got an unexpected keyword argument {key!r}")
+    return sharpness_aware(name=name, **{**parts, **options})
+
+
+def _signature(factory: Any, sources: tuple[Any, ...]) -> inspect.Signature:
+    """The signature with the shared arguments in the place of ``**options``."""
+    own = inspect.signature(factory)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if len(parameters) == len(own.parameters):
+        return own
+    kind = re.findall(r"\w+", factory.__annotations__.pop("options"))[-1]
+    hints = typing.get_type_hints(globals()[kind])
+    for source in sources:
+        for name, parameter in inspect.signature(source).parameters.items():
+            if name in hints:
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+                factory.__annotations__[name] = hints[name]
+    return own.replace(parameters=parameters)
+
+
+_TITLE = re.compile(r"^([A-Z][\w' ]*):\n(?=  \S)", re.MULTILINE)
+
+
+def _sections(function: Any) -> dict[str, str]:
+    """The sections of a docstring by their titles, in order; the text before is ''."""
+    text, *rest = _TITLE.split(inspect.cleandoc(function.__doc__) + "\n")
+    return {"": text} | dict(zip(rest[::2], rest[1::2], strict=True))
+
+
+def _arguments(section: str) -> dict[str, str]:
+    """What a section ``Args`` says of each argument, with its name."""
+    entries = re.split(r"^(?=  \S)", section, flags=re.MULTILINE)
+    return {x.split(":")[0].strip(): x.rstrip() for x in entries if x.strip()}
+
+
+def _docstring(factory: Any, signature: Any, sources: tuple[Any, ...]) -> str:
+    own = _sections(factory)
+    others = [_sections(source) for source in sources]
+    known = [_arguments(x.pop("Args", "")) for x in (own, *others)]
+    args = [next(x[name] for x in known if name in x) for name in signature.parameters]
+    written = {"": own.pop(""), "Args": "\n".join(args) + "\n"}
+    for title, found in (("Returns", others[::-1]), ("Raises", others)):
+        written[title] = own.pop(title, "") or next(
+            x[title] for x in found if title in x
+        )
+    parts = ((title, text.rstrip("\n")) for title, text in (written | own).items())
+    return "\n\n".join(f"{title}:\n{text}" if title else text for title, text in parts)

@@ -1,0 +1,310 @@
+"""The parts of a method: what they are, may ask about a step, and may keep.
+
+A method on the engine has three parts: an ascent, which is an ordinary
+``optax.GradientTransformationExtraArgs`` (:func:`ascent_rule` makes one), a
+:class:`When` and a :class:`Blend`. A fourth, :class:`Descent`, is the same for nearly
+all methods.
+
+**The state of a part** is a pytree of arrays, a named tuple as a rule. It may offer:
+
+- ``metrics()``, scalars by name, which :func:`optax_sam.metrics` adds to those of the
+  engine;
+- ``ascends`` (of a when), whether the next step is perturbed, () bool, decided at the
+  end of the step before; without it nothing is known ahead;
+- ``plan()`` (of a when with ``ascends``), the decisions of the next steps and how many
+  of them are known: ``(decisions, known)``;
+- ``settings`` (of a when), the names of the fields that ``advance`` rewrites from the
+  rule as it is now, so that a state made under other settings takes these;
+- ``rule`` (of a when that holds another one), the state of that one.
+
+Nothing else is looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_sam.checks import check_grad_fn
+from optax_sam.keys import draw
+
+# How many decisions of a rule without windows are read ahead at once.
+LOOKAHEAD = 64
+
+
+class Step(NamedTuple):
+    """The current step, as the engine shows it to ascents, whens and blends.
+
+    Attributes:
+      count: number of steps taken before this one, () int32; schedules are read here.
+        ``None`` for a part that is used alone and needs no count.
+      mean: averages a pytree over the devices of ``axis_name``; else the identity. What
+        a part stores of a gradient must go through it, so that all devices store the
+        same.
+      axis_name: the mapped axis of the devices, or ``None``.
+    """
+
+    count: Any = None  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    mean: Callable[[Any], Any] = lambda tree: tree
+    axis_name: Any = None
+
+    def key(self, raw: jax.Array) -> jax.Array:
+        """The generator of this step, equal on all devices: a function, not a state.
+
+        Args:
+          raw: raw key data, (2,) uint32.
+
+        Returns:
+          A typed key.
+        """
+        return draw(raw, self.count)
+
+    def device_key(self, raw: jax.Array) -> jax.Array:
+        """The generator of this step on this device.
+
+        Args:
+          raw: raw key data, (2,) uint32.
+
+        Returns:
+          A typed key; without ``axis_name`` that of :meth:`key`.
+        """
+        key = self.key(raw)
+        if self.axis_name is None:
+            return key
+        return jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+
+
+class OwnGradient(NamedTuple):
+    """What an ascent returns that took its own first gradient, elsewhere than at ``w``.
+
+    The incoming gradient is then not used on perturbed steps, and XLA drops its
+    computation.
+
+    Attributes:
+      offset: the offset ``e``.
+      gradient: the gradient that stands for the incoming one.
+    """
+
+    offset: Any
+    gradient: Any
+
+
+def ascent_rule(
+    update: Callable[..., tuple[Any, Any]],
+    init: Callable[[Any], Any] = optax.init_empty_state,
+    *,
+    needs: tuple[str, ...] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """An ascent from ``update(g, state, params, step, **extra) -> (e, state)``.
+
+    The engine hands it its ``step``. One that is used alone can do with ``count``.
+
+    Args:
+      update: the rule.
+      init: makes its state from the parameters.
+      needs: which of ``params`` and ``grad_fn`` the rule cannot do without.
+    """
+
+    def transform(
+        g: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        step: Step | None = None,
+        count: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, Any]:
+        given = {"params": params, **extra}
+        if any(given.get(name) is None for name in needs):
+            call = ["params", *(f"{x}={x}" for x in needs if x != "params")]
+            raise ValueError(
+                f"This ascent needs {' and '.join(needs)}:"
+                f" rule.update(g, state, {', '.join(call)}, count=count)."
+            )
+        return update(g, state, params, step or Step(count), **extra)
+
+    return optax.GradientTransformationExtraArgs(init, transform)
+
+
+def offset_rule(
+    offset: Callable[[Any, Any, Step], Any], *, needs: tuple[str, ...] = ()
+) -> optax.GradientTransformationExtraArgs:
+    """An ascent without a state, from ``offset(g, params, step) -> e``."""
+    return ascent_rule(
+        lambda g, state, params, step, **extra: (offset(g, params, step), state),
+        needs=needs,
+    )
+
+
+def _kept(state: Any, g: Any, step: Step) -> tuple[Any, Any]:
+    del g, step
+    return state.ascends, state
+
+
+class When(NamedTuple):
+    """A rule that decides on which steps the perturbed gradient is taken.
+
+    The defaults are those of a rule that keeps its decision in the state and looks at
+    no gradient.
+
+    Attributes:
+      init: ``init(params) -> state``.
+      now: ``now(state, g, step) -> (decision, state)`` for this step. A Python bool
+        compiles no conditional. It sees every gradient, also those that are not
+        finite, and what it stores of one must go through ``step.mean``.
+      observe: ``observe(state, g, g_s, step) -> state``, called on perturbed steps
+        whose gradients are finite. What it stores of a gradient must go through
+        ``step.mean``.
+      advance: ``advance(state, ascended) -> state``, called at the end of every
+        step; ``ascended`` says what was decided, also where ``ascend=`` overruled.
+      call: what a reader sees of the rule.
+    """
+
+    init: Callable[[Any], Any]
+    now: Callable[[Any, Any, Step], tuple[bool | jax.Array, Any]] = _kept
+    observe: Callable[[Any, Any, Any, Step], Any] = lambda state, g, g_s, step: state
+    advance: Callable[[Any, jax.Array], Any] = lambda state, ascended: state
+    call: str = "when.When(...)"
+
+    def __repr__(self) -> str:
+        return self.call
+
+
+class AlwaysState(NamedTuple):
+    """Nothing to remember."""
+
+    @property
+    def ascends(self) -> bool:
+        """Every step is perturbed."""
+        return True
+
+    def plan(self) -> tuple[np.ndarray, int]:
+        """Only ascents, without asking the device."""
+        return np.ones(LOOKAHEAD, bool), LOOKAHEAD
+
+
+def always() -> When:
+    """On every step; no conditional is compiled.
+
+    Returns:
+      A rule for ``when=``.
+
+    Examples:
+      >>> import optax_sam
+      >>> tx = optax_sam.sam(0.05, when=optax_sam.when.always())
+    """
+    return When(lambda params: AlwaysState(), call="when.always()")
+
+
+def take_perturbed(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
+    """The perturbed gradient, as in SAM."""
+    del g, step
+    return g_s, state
+
+
+class Blend(NamedTuple):
+    """A rule that makes one gradient out of two, or out of one and a memory.
+
+    The defaults are SAM's: the perturbed gradient where there is one, else the plain
+    one, and no memory.
+
+    Attributes:
+      init: ``init(params) -> state``.
+      fresh: ``fresh(g, g_s, state, step) -> (d, state)`` on perturbed steps. What it
+        stores of a gradient must go through ``step.mean``.
+      stale: ``stale(g, state, step) -> (d, state)`` on the other steps, and where a
+        perturbed gradient was not finite.
+      call: what a reader sees of the rule.
+    """
+
+    init: Callable[[Any], Any] = optax.init_empty_state
+    fresh: Callable[[Any, Any, Any, Step], tuple[Any, Any]] = take_perturbed
+    stale: Callable[[Any, Any, Step], tuple[Any, Any]] = lambda g, state, step: (
+        g,
+        state,
+    )
+    call: str = "blend.Blend(...)"
+
+    def __repr__(self) -> str:
+        return self.call
+
+
+class Call(NamedTuple):
+    """One call of ``update``, as the stages of the engine look at it.
+
+    Attributes:
+      g: the incoming gradient.
+      params: the parameters that have a gradient.
+      whole: puts the other leaves, which have none, back to a point.
+      step: the current step.
+      taken: ``taken(function, point)`` is the gradient that a function returns at a
+        point, which is rounded to ``ascent_dtype`` before and checked after.
+      grad_fn: the caller's function.
+      extra: the caller's other extra arguments.
+    """
+
+    g: Any
+    params: Any
+    whole: Callable[[Any], Any]
+    step: Step
+    taken: Callable[[Callable[[Any], Any], Any], Any]
+    grad_fn: Callable[[Any], Any] | None
+    extra: dict[str, Any]
+
+    def gradient(self, point: Any) -> Any:
+        """The gradient of this step's batch at a point."""
+        grad_fn = self.grad_fn
+        assert grad_fn is not None  # the descent has checked it
+        return self.taken(lambda p: grad_fn(self.whole(p)), point)
+
+
+class Descent(NamedTuple):
+    """Which gradient stands for the perturbed one, seen from the perturbed weights.
+
+    Attributes:
+      gradient: ``gradient(w_e, call) -> g_s``; that of the batch, unless a method takes
+        it of some examples (ESAM) or combines several (GAM).
+      check: ``check(method, grad_fn, extra)`` raises unless ``update`` got what
+        ``gradient`` needs.
+    """
+
+    gradient: Callable[[Any, Call], Any] = lambda w_e, call: call.gradient(w_e)
+    check: Callable[[str, Any, dict[str, Any]], None] = lambda method, grad_fn, extra: (
+        check_grad_fn(method, grad_fn)
+    )
+
+
+def refreshed(state: Any, moved: Any) -> Any:
+    """A state with the ``settings`` of another, those of the rule as it is now.
+
+    A state made under other settings keeps its clock and its decision.
+    """
+    if hasattr(state, "rule"):
+        return state._replace(rule=refreshed(state.rule, moved.rule))
+    names = getattr(state, "settings", ())
+    return state._replace(**{name: getattr(moved, name) for name in names})
+
+
+def metrics_of(*states: Any) -> dict[str, jax.Array]:
+    """The ``metrics()`` of the states of some parts, together."""
+    values: dict[str, jax.Array] = {}
+    for state in states:
+        values |= state.metrics() if hasattr(state, "metrics") else {}
+    return values
+
+
+def known_ahead(state: Any) -> bool:
+    """Whether a when's state holds the next step's decision."""
+    return hasattr(state, "ascends")
+
+
+def plan_of(state: Any) -> tuple[Any, Any]:
+    """The ``plan()`` of a when's state; of one without, its decision alone."""
+    if hasattr(state, "plan"):
+        return state.plan()
+    return jnp.reshape(state.ascends, 1), 1
