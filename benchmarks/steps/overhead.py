@@ -13,6 +13,7 @@ The report has two runs side by side: one with jemalloc told to keep what it has
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import resource
 import sys
@@ -33,7 +34,6 @@ from benchmarks.steps import cost_methods
 from benchmarks.steps.cost_models import MODELS, Subject, subject
 from benchmarks.steps.cost_report import MIB, quartiles
 from benchmarks.steps.cost_rows import Row, allocator
-from optax_sam.methods import random_sam
 
 STEADY, PLAIN = "overhead_cpu.json", "overhead_glibc_cpu.json"
 
@@ -55,7 +55,8 @@ def no_branch() -> Any:
     draws = lambda key, like, count: optax.tree.random_like(
         key, like, jax.random.normal
     )
-    return mock.patch.object(random_sam, "_normal", draws)
+    module = importlib.import_module("optax_sam.methods.random_sam")
+    return mock.patch.object(module, "_normal", draws)
 
 
 def shards(method: str) -> Any:
