@@ -1,4 +1,4 @@
-"""The tables of docs/methods.md say what the code does."""
+"""The tables of docs/methods/index.md say what the code does."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""docs/reliability.md names tests that exist, and counts the cases that they try."""
+"""docs/guide/reliability.md names tests that exist, and counts the cases that they try."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/sharpness.md runs as printed, and its table has what there is."""
+"""docs/measures/sharpness.md runs as printed, and its table has what there is."""
 
 import inspect
 import re

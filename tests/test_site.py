@@ -32,50 +32,50 @@ PAGES = {
 # not overlooked, and the tests that run them.
 ELSEWHERE = {
     "README.md": (1, "test_readme.py::test_the_example_runs"),
-    "docs/accumulation.md": (
+    "docs/guide/accumulation.md": (
         6,
         "test_accumulation.py::test_the_page_runs",
         "test_accumulation.py::test_batch_norm_sees_micro_batches",
     ),
-    "docs/cheap_ascents.md": (
+    "docs/results/cheap_ascents.md": (
         2,
         "test_cheap_ascent.py::test_the_steps_of_the_page_run",
     ),
-    "docs/devices.md": (8, "test_devices_page.py::test_the_page_runs"),
-    "docs/flax.md": (6, "test_flax.py::test_the_page_runs"),
+    "docs/guide/devices.md": (8, "test_devices_page.py::test_the_page_runs"),
+    "docs/guide/flax.md": (6, "test_flax.py::test_the_page_runs"),
     # One of them is PyTorch's.
-    "docs/frameworks.md": (
+    "docs/guide/frameworks.md": (
         4,
         "test_frameworks.py::test_equinox",
         "test_frameworks.py::test_haiku",
         "test_frameworks.py::test_keras",
     ),
-    "docs/migrating.md": (5, "test_migrating.py::test_the_code_of_the_page_runs"),
-    "docs/precision.md": (
+    "docs/start/migrating.md": (5, "test_migrating.py::test_the_code_of_the_page_runs"),
+    "docs/guide/precision.md": (
         3,
         "test_precision.py::test_a_first_gradient_at_a_float32_copy",
         "test_precision.py::test_loss_scaling",
         "test_precision.py::test_a_dynamic_scale",
     ),
-    "docs/sharpness.md": (3, "test_sharpness_page.py::test_the_page_runs"),
-    "docs/trainers.md": (1, "test_trainers.py::test_a_program_before_and_after"),
-    "docs/tracking.md": (
+    "docs/measures/sharpness.md": (3, "test_sharpness_page.py::test_the_page_runs"),
+    "docs/start/trainers.md": (1, "test_trainers.py::test_a_program_before_and_after"),
+    "docs/measures/tracking.md": (
         6,
         "test_sharpness_progress.py::test_the_page_runs",
         "test_sharpness_progress.py::test_writers_take_what_is_logged",
     ),
 }
-SLOW = {"docs/concepts.md", "docs/getting_started.md"}
+SLOW = {"docs/start/concepts.md", "docs/start/getting_started.md"}
 IMPORTED = {"jax": jax, "jnp": jnp, "optax": optax, "optax_sam": optax_sam}
 # What some pages take as the reader's own; each of their blocks stands by itself.
 GIVEN = {
-    "docs/methods.md": {
+    "docs/methods/index.md": {
         "params": jnp.zeros(3),
         "x": jnp.ones((4, 8, 3)),
         "y": jnp.ones((4, 8)),
         "loss_fn": lambda params, x, y: jnp.mean((x @ params - y) ** 2),
     },
-    "docs/reliability.md": {
+    "docs/guide/reliability.md": {
         "z": jnp.ones(3, "complex64"),
         "loss_fn": lambda z: jnp.sum(jnp.abs(z) ** 2),
     },
@@ -144,8 +144,8 @@ def m_sharpness_by_hand(names):
 
 CHECKS = {
     "docs/index.md": check_home,
-    "docs/getting_started.md": check_getting_started,
-    "docs/concepts.md": check_concepts,
+    "docs/start/getting_started.md": check_getting_started,
+    "docs/start/concepts.md": check_concepts,
 }
 
 
@@ -270,7 +270,7 @@ def test_links_lead_somewhere():
     assert sum(len(links(page)) for page in PAGES) > 100
     assert [(p, link) for p in PAGES for link in links(p) if broken(p, link)] == []
     assert broken("README.md", "docs/nowhere.md")
-    assert broken("README.md", "docs/methods.md#nowhere")
+    assert broken("README.md", "docs/methods/index.md#nowhere")
 
 
 def test_every_picture_is_on_a_page():
@@ -325,7 +325,7 @@ def test_every_method_has_a_page():
     rows = harness.table("methods.md", "Hyperparameters")
     assert {row[0].strip("`") for row in rows} <= documented
     for name in documented:
-        assert f"\nmethods/{name}\n" in PAGES["docs/methods.md"]
+        assert f"\nmethods/{name}\n" in PAGES["docs/methods/index.md"]
 
 
 def test_excerpts_keep_rows_and_columns_that_say_something(excerpts):
@@ -344,9 +344,9 @@ def test_numbers_are_those_of_the_pages_that_are_quoted():
     sources = "cheap_ascents", "demo", "quality", "quantization"
     numbers = lambda text: set(re.findall(r"\d+\.\d+ ± \d+\.\d+", text))
     known = set().union(*(numbers(PAGES[f"docs/{name}.md"]) for name in sources))
-    for page in ("docs/choosing.md", *METHOD_PAGES):
+    for page in ("docs/start/choosing.md", *METHOD_PAGES):
         assert numbers(PAGES[page]) <= known, page
-    assert len(numbers(PAGES["docs/choosing.md"])) > 10
+    assert len(numbers(PAGES["docs/start/choosing.md"])) > 10
 
 
 # Code by authors of papers with which no docstring compares ours.
@@ -364,7 +364,7 @@ NOT_COMPARED = {
 
 def test_the_bibliography_has_all_that_is_cited():
     """Papers of the package and of the pages, and the authors' code."""
-    page = PAGES["docs/bibliography.md"]
+    page = PAGES["docs/reference/bibliography.md"]
     package = "".join(p.read_text() for p in (ROOT / "optax_sam").rglob("*.py"))
     pages = "".join(text for text in PAGES.values() if text is not page)
     papers = lambda text: set(re.findall(r"\b\d{4}\.\d{5}\b", text))
