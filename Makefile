@@ -119,10 +119,10 @@ bench: .venv/main/.stamp  ## Make all results of a CPU anew, in out/bench (half 
 		$(if $(DATA),--data $(DATA)) $(ARGS)
 
 bench-pods: .venv/tpu/.stamp  ## Count what large models cost on 8 to 256 chips
-	@JAX_PLATFORMS=cpu $(ON_PODS) .venv/tpu/bin/python benchmarks/pods.py $(ARGS)
+	@JAX_PLATFORMS=cpu $(ON_PODS) .venv/tpu/bin/python benchmarks/pods/pods.py $(ARGS)
 
 bench-quality: .venv/main/.stamp  ## Train a network with each method, accuracy and cost
-	@.venv/main/bin/python benchmarks/quality.py $(ARGS)
+	@.venv/main/bin/python benchmarks/quality/quality.py $(ARGS)
 
 clean:  ## Remove the environments and all that was built
 	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,7 @@ OUT = Path("out/bench")
 def commands(data: Path | None) -> dict[str, list[str]]:
     """The parts by name: a script and its arguments."""
     fashion = ["--data", str(data)] if data else []
-    plan = ["--plan", str(HERE / "plans/cpu.json")] if data else []
+    plan = ["--plan", str(HERE / "quality/plans/cpu.json")] if data else []
     return {
         "step_cost": ["--rounds", "3"],
         "lsq": [],
@@ -36,7 +36,8 @@ def run(part: str, arguments: list[str]) -> tuple[float, bool]:
     """Seconds, and whether it went well."""
     out = OUT / f"{part}.{'jsonl' if part == 'quality' else 'json'}"
     out.unlink(missing_ok=True)  # most would go on with what is there
-    command = [sys.executable, str(HERE / f"{part}.py"), *arguments, "--out", str(out)]
+    (script,) = HERE.glob(f"*/{part}.py")
+    command = [sys.executable, str(script), *arguments, "--out", str(out)]
     print(f"\n{part}: {' '.join(command[1:])}\n", flush=True)
     begin = time.perf_counter()
     done = subprocess.run(command, check=False)

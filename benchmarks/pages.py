@@ -11,23 +11,20 @@ A table stands between two comments, the first of which names it:
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from pathlib import Path
 
-import cheap_ascent
-import correlation
-import cost_report
-import label_noise
-import lsq
-import overhead
-import pods
-import quality
-import quality_report
-import torch_peers
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
+from benchmarks.lib.study import RESULTS, ROOT
+from benchmarks.lib.study import read as read_json
+from benchmarks.pods import pods
+from benchmarks.quality import quality
+from benchmarks.quality import report as quality_report
+from benchmarks.steps import cost_report, overhead, torch_peers
+from benchmarks.studies import cheap_ascent, correlation, label_noise, lsq
+
 PAGES = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "benchmarks/README.md"]
 MARKED = re.compile(
     r"(<!-- table ([^:\n]+): written by make tables -->\n).*?(<!-- end -->)", re.DOTALL
@@ -36,7 +33,7 @@ MARKED = re.compile(
 
 def tables() -> dict[str, str]:
     """All tables by the name that their pages have for them."""
-    read = lambda name: json.loads((RESULTS / f"{name}.json").read_text())
+    read = lambda name: read_json(RESULTS / f"{name}.json")
     trained = quality.read(RESULTS / "quality_cpu.jsonl")
     steps = read("step_cost_cpu")
     variants = read("overhead_cpu"), read("overhead_glibc_cpu")
@@ -49,7 +46,7 @@ def tables() -> dict[str, str]:
     for title, text in quality_report.markdown(trained).items():
         found[f"quality, {title.split(':')[0]}"] = f"{title}:\n\n{text}"
     for study in (label_noise, lsq, cheap_ascent, correlation):
-        name = study.__name__
+        name = study.__name__.rpartition(".")[2]
         for part, text in study.markdown(read(name)).items():
             found[f"{name}, {part}"] = text
     return found

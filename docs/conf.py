@@ -1,6 +1,7 @@
 """Sphinx configuration: MyST pages, and the API from the package's docstrings."""
 
 import importlib
+import os
 import re
 import sys
 from importlib.util import find_spec
@@ -68,19 +69,17 @@ def on_pages_of_methods():
 def from_here(link):
     """A link of the benchmarks' README, seen from the page that shows it."""
     text, target = link.groups()
-    path = BENCHMARKS / target
+    path = (BENCHMARKS / target).resolve()
     if path.is_dir():
         return text
     # What is no page is handed out as a file.
-    is_page = path.resolve().is_relative_to(DOCS)
-    return (
-        f"[{text}]({target})" if is_page else f"[{text}](path:../benchmarks/{target})"
-    )
+    kind = "" if path.is_relative_to(DOCS) else "path:"
+    return f"[{text}]({kind}{os.path.relpath(path, DOCS / 'results')})"
 
 
 def fill_in(_app, docname, source):
     """Replace the markers: of modules, errors, excerpts from tables, and a file."""
-    if docname == "api":
+    if docname == "reference/api":
         excluded = f"   :exclude-members: {', '.join(on_pages_of_methods())}\n"
         sections = [
             f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n"
@@ -89,15 +88,17 @@ def fill_in(_app, docname, source):
             for name in modules()
         ]
         source[0] = source[0].replace("<!-- modules -->", "\n".join(sections))
-    if docname == "troubleshooting":
+    if docname == "guide/troubleshooting":
         source[0] = source[0].replace("<!-- errors -->", errors.listing())
     excerpt = lambda found: getattr(excerpts, found[1])(found[2].split("; "))
     source[0] = re.sub(r"<!-- (measured|published): (.*) -->", excerpt, source[0])
-    if docname == "benchmarks":
+    if docname == "results/benchmarks":
         readme = BENCHMARKS / "README.md"
         source[0] = re.sub(r"\[([^]]*)\]\(([^)#:]+)\)", from_here, readme.read_text())
     else:
-        source[0] = source[0].replace("../benchmarks/README.md", "benchmarks.md")
+        source[0] = source[0].replace(
+            "../../benchmarks/README.md", "../results/benchmarks.md"
+        )
     # A number and its error on one line.
     source[0] = source[0].replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 

@@ -10,32 +10,36 @@ import re
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-PUBLISHED = DOCS.parent / "benchmarks" / "published.csv"
+PUBLISHED = DOCS.parent / "benchmarks/quality/published.csv"
 
 # The page of a table, the beginning of the line that it follows, and what it shows.
 BENCHMARKS = "../benchmarks/README.md"
 TABLES = [
-    ("methods.md", "## What a step costs", "Cost"),
-    ("methods.md", "## Hyperparameters", "Hyperparameters"),
-    ("demo.md", "## All methods", "Digits with 36 % wrong labels, tuned"),
+    ("methods/index.md", "## What a step costs", "Cost"),
+    ("methods/index.md", "## Hyperparameters", "Hyperparameters"),
+    ("results/demo.md", "## All methods", "Digits with 36 % wrong labels, tuned"),
     (
-        "quality.md",
+        "results/quality.md",
         "## Digits with wrong labels",
         "The same digits with fewer epochs, at the radii above",
     ),
     (
-        "quality.md",
+        "results/quality.md",
         "## Few clean images",
         "4,000 clean images of Fashion-MNIST, not tuned",
     ),
-    ("cheap_ascents.md", "### Digits", "Digits with 36 % wrong labels, another tuning"),
     (
-        "cheap_ascents.md",
+        "results/cheap_ascents.md",
+        "### Digits",
+        "Digits with 36 % wrong labels, another tuning",
+    ),
+    (
+        "results/cheap_ascents.md",
         "### Fashion-MNIST",
         "4,000 images of Fashion-MNIST with 36 % wrong labels, tuned",
     ),
     (
-        "cheap_ascents.md",
+        "results/cheap_ascents.md",
         "## Where SAM gains nothing",
         "The same at the learning rate that is best for SGD",
     ),

@@ -1,4 +1,4 @@
-"""The pictures of docs/gallery.md: SGD, SAM and vSAM on digits with wrong labels.
+"""The pictures of docs/measures/gallery.md: SGD, SAM and vSAM on digits with wrong labels.
 
 Trains a small network with each, follows the curvature of its training loss, looks at
 the landscape around the end, and draws. It takes less than a minute on two cores, and

@@ -1,7 +1,7 @@
 """vSAM on many hosts: the same program on each of them, on digits.
 
 Each process loads its own rows of each batch, all of them save one checkpoint with
-Orbax and continue from it, and the first prints. docs/hosts.md has the commands for TPU
+Orbax and continue from it, and the first prints. docs/guide/hosts.md has the commands for TPU
 pods, SLURM and others. Needs flax, orbax-checkpoint and scikit-learn too.
 
     python examples/multihost.py                    # one process

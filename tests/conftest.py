@@ -18,6 +18,7 @@ _FLAGS = {
 }
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"  # later ones do not know it
+ROOT = Path(__file__).parents[1]
 for _flag, _value in _FLAGS.items():
     _given = os.environ.get("XLA_FLAGS", "")
     if _flag not in _given:
@@ -62,10 +63,15 @@ def x64():
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """Imports a script of ``benchmarks/`` by its name, as they import each other."""
-    folder = Path(__file__).parents[1] / "benchmarks"
-    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
-    return importlib.import_module
+    """Imports a script of ``benchmarks/`` by its name, whatever folder it lies in."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which the scripts add
+
+    def found(name):
+        (path,) = (ROOT / "benchmarks").rglob(f"{name}.py")
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        return importlib.import_module(".".join(parts))
+
+    return found
 
 
 def _peak() -> float:

@@ -229,8 +229,10 @@ def ascents(opt_state):
 
 
 def page(name):
-    """The text of a page of the documentation; the name counts from its folder."""
-    return (Path(__file__).parents[1] / "docs" / name).read_text()
+    """The text of a page of the documentation, by its path there or by its name."""
+    docs = Path(__file__).parents[1] / "docs"
+    (path,) = [docs / name] if (docs / name).is_file() else docs.rglob(name)
+    return path.read_text()
 
 
 def code(name):

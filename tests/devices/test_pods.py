@@ -24,7 +24,8 @@ if importlib.util.find_spec("libtpu") is None:
         allow_module_level=True,
     )
 
-from benchmarks import models, programs  # noqa: E402
+from benchmarks.lib import models  # noqa: E402
+from benchmarks.pods import programs  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -66,7 +66,7 @@ def test_quick_trains_tunes_and_draws(study, tmp_path):
     arguments = ["--quick", "--sets", "digits", "fashion", "--data", "data.npz"]
     arguments += ["--out", "new/study.json", "--figure", "new/study.png"]
     run = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/cheap_ascent.py", *arguments],
+        [sys.executable, ROOT / "benchmarks/studies/cheap_ascent.py", *arguments],
         cwd=tmp_path,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
         capture_output=True,

@@ -1,0 +1,1 @@
+"""What the methods cost and gain: README.md lists the folders."""

@@ -1,0 +1,145 @@
+"""What the scripts share: options, results that are added to, progress, printing.
+
+A script's ``main`` makes a :func:`parser`, adds options of its own, runs unless
+``--report`` is given, and ends with :func:`show`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+# Grey, and Okabe and Ito's colours.
+GREY, BLACK = "#666666", "#000000"
+BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
+ORANGE, RED, PINK = "#E69F00", "#D55E00", "#CC79A7"
+
+
+def parser(
+    doc: str | None,
+    name: str,
+    *,
+    out: Path | None = None,
+    quick: str = "",
+    data: bool = False,
+    figure: bool = False,
+) -> argparse.ArgumentParser:
+    """A script's options; some of them only where it has them.
+
+    Args:
+      doc: the docstring of the script.
+      name: of its committed results.
+      out: where results go by default.
+      quick: what ``--quick`` makes of it.
+      data: whether Fashion-MNIST can be given.
+      figure: whether it draws.
+    """
+    new = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    out = out or Path("out", name)
+    new.add_argument("--out", type=Path, default=out, help=f"JSON, added to ({out})")
+    told, committed = f"JSON to print as Markdown (results/{name})", RESULTS / name
+    new.add_argument("--report", type=Path, nargs="?", const=committed, help=told)
+    if quick:
+        new.add_argument("--quick", action="store_true", help=quick)
+    if data:
+        new.add_argument("--data", type=Path, help="Fashion-MNIST as .npz")
+    if figure:
+        new.add_argument("--figure", type=Path, help="PNG to draw")
+    return new
+
+
+def show(
+    options: argparse.Namespace,
+    markdown: Callable[[Any], str | dict[str, str]],
+    draw: Callable[[Any, Path], None] | None = None,
+    reader: Callable[[Path], Any] | None = None,
+) -> None:
+    """Prints the tables of what was read or made, and draws.
+
+    Args:
+      options: of :func:`parser`.
+      markdown: makes the tables, one text or several by name.
+      draw: makes the figure, where there is one.
+      reader: reads what of the results is asked for.
+    """
+    results = (reader or read)(options.report or options.out)
+    if draw and options.figure and results:
+        draw(results, options.figure)
+    made = markdown(results)
+    named = made.items() if isinstance(made, dict) else [("", made)]
+    for name, text in named:
+        print(f"{name}\n\n{text}\n" if name else text)
+
+
+def read(path: Path, without: Any = None) -> Any:
+    """The results of a file, or what to begin with where there is none."""
+    if without is not None and not path.exists():
+        return without
+    return json.loads(path.read_text())
+
+
+def begun(settings: dict[str, Any], path: Path, **empty: Any) -> dict[str, Any]:
+    """The results that are there, to be added to, if they were made in the same way."""
+    results = read(path, {"settings": settings, **(empty or {"rows": {}})})
+    if results.get("settings") != settings:
+        raise SystemExit(
+            f"{path} holds results of other settings or versions, which cannot be added"
+            " to: remove it, or give another --out"
+        )
+    return results
+
+
+def write(results: Any, path: Path) -> None:
+    """As JSON, with a line for whatever holds numbers and texts alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_text(results) + "\n")
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list):
+        return text
+    named = isinstance(value, dict)
+    inner = list(value.values()) if named else value
+    if '{"' not in json.dumps(inner):  # within a string the quote would be escaped
+        return text
+    lines = list(map(_text, inner))
+    if named:
+        lines = [f'"{name}": {x}' for name, x in zip(value, lines, strict=True)]
+    return text[0] + "\n" + ",\n".join(lines) + "\n" + text[-1]
+
+
+def save(figure: Any, path: Path) -> None:
+    """A figure, in a folder that need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def environment(*packages: str) -> dict[str, str]:
+    """The versions, and the device."""
+    import jax
+
+    import optax_sam
+
+    return {
+        **{name: version(name) for name in packages or ("jax", "optax")},
+        "optax_sam": optax_sam.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def progress(*columns: Any, console: Console | None = None) -> Progress:
+    """A bar with how much is done, and further columns in place of that."""
+    columns = *Progress.get_default_columns(), *(columns or [MofNCompleteColumn()])
+    return Progress(*columns, console=console or Console(), refresh_per_second=2)

@@ -1,0 +1,366 @@
+"""What each method costs on TPU pods of 8 to 256 chips, by the TPU's own compiler.
+
+No TPU is needed: whole training steps are compiled for chips that are not there, and
+their costs are read from the program: operations, what is sent between chips, memory,
+and the compiler's estimate of the time. "Ideal" is the estimate for the plain step, and
+for each further gradient that for a program of one gradient and nothing else.
+
+    make bench-pods [ARGS="--only decoder"]
+    python benchmarks/pods/pods.py --report
+
+Each row is written when it is done, and one that the file has is not made again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import optax_sam
+import optax_sam.linen
+from benchmarks.lib import costs, models, study, tables
+from benchmarks.pods import programs
+
+RESULTS = study.RESULTS / "pods.json"
+TASKS = {
+    "ResNet-50": models.resnet(),
+    "decoder": models.decoder(),
+    "decoder, 4 times the batch": models.decoder(per_chip=16),
+}
+LAYOUTS = "data parallel", "FSDP", "FSDP x TP"
+# The chips among which FSDP x TP cuts the axis model: a side of the pod.
+MODEL_PARALLEL = {"2x4": 4, "8x8": 8, "16x16": 16, "4x4x8": 8}
+
+
+# The base optimizer, and the number of examples, to the whole optimizer.
+Build = Callable[[Any, int], Any]
+
+
+def first(member: Any) -> Build:
+    """A member that stands before the base optimizer."""
+    return lambda base, _: optax.chain(member, base)
+
+
+METHODS: dict[str, Build] = {
+    "plain": lambda base, _: optax.with_extra_args_support(base),
+    "sam": first(optax_sam.sam()),
+    "vsam": first(optax_sam.vsam()),
+    "looksam": first(optax_sam.looksam()),
+    "gsam": first(optax_sam.gsam()),
+    "msam": lambda base, _: optax_sam.msam(base, rho=3.0),
+    "asam": first(optax_sam.asam()),
+    # It keeps one example less than gamma says: the chips must divide what is left.
+    "esam": lambda base, n: optax.chain(optax_sam.esam(gamma=0.5 + 1 / n), base),
+    "esam_unplaced": first(optax_sam.esam()),
+    "ae_sam": first(optax_sam.ae_sam()),
+    "ae_looksam": first(optax_sam.ae_looksam()),
+    "look_layer_sam": first(optax_sam.look_layer_sam()),
+    "renyi_sam": first(optax_sam.renyi_sam()),
+    "random_sam": first(optax_sam.random_sam(0.1)),
+    "gnp": first(optax_sam.gnp()),
+    "friendly_sam": first(optax_sam.friendly_sam()),
+    "sam_on": first(optax_sam.sam_on()),
+    "fisher_sam": first(optax_sam.fisher_sam()),
+    "amp": first(optax_sam.amp()),
+    "gam": first(optax_sam.gam()),
+    "stable_sam": first(optax_sam.stable_sam()),
+    "wsam": lambda base, _: optax_sam.wsam(base, learning_rate=1e-3),
+    "sampa": lambda base, _: optax_sam.sampa(base),
+    "mesa": lambda base, _: optax.chain(base, optax_sam.mesa()),
+}
+
+
+@functools.cache
+def promised(method: str) -> costs.Cost:
+    """What an ascended step is to cost."""
+    build = METHODS[method.removesuffix("_unplaced")]  # half of the batch less one
+    # The training loop reports the loss of the incoming gradient.
+    forwards = method in costs.WITHOUT_FIRST
+    return costs.cost(build(costs.BASE, costs.EXAMPLES), forwards=forwards)
+
+
+class Row(NamedTuple):
+    """What is compiled, with None for the form with a conditional."""
+
+    model: str
+    layout: str
+    topology: str
+    method: str
+    ascend: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """As the tables call it."""
+        forms = {True: "", False: ", ascend=False", None: ", ascend=None"}
+        skips = self.method in ("vsam", "looksam", "ae_sam", "ae_looksam")
+        return self.method + (forms[self.ascend] if skips else "")
+
+
+_SIX = (
+    ("sam", True),
+    ("vsam", True),
+    ("vsam", False),
+    ("vsam", None),
+    ("looksam", True),
+    ("gsam", True),
+    ("msam", True),
+)
+_NAMED = {"plain", "esam_unplaced", *dict(_SIX)}
+_ALL = (*_SIX, *((name, True) for name in METHODS if name not in _NAMED))
+_ESAM = ("esam", True), ("esam_unplaced", True)
+GROUPS = (
+    ("ResNet-50", "data parallel", "v5e:2x4", _SIX[:1]),
+    ("ResNet-50", "data parallel", "v5e:16x16", _SIX),
+    ("ResNet-50", "data parallel", "v6e:16x16", _SIX[:1]),
+    ("ResNet-50", "data parallel", "v5p:4x4x8", _SIX[:1]),
+    ("decoder", "data parallel", "v5e:2x4", _SIX[:2]),
+    ("decoder", "data parallel", "v5e:16x16", _SIX[:2]),
+    ("decoder, 4 times the batch", "data parallel", "v5e:16x16", _SIX[:2]),
+    ("decoder", "FSDP", "v5e:2x4", (*_SIX[:4], *_ESAM)),
+    ("decoder", "FSDP", "v5e:8x8", _SIX[:4]),
+    ("decoder", "FSDP", "v5e:16x16", _ALL),
+    ("decoder", "FSDP", "v6e:16x16", _SIX[:4]),
+    ("decoder", "FSDP", "v5p:4x4x8", _SIX[:4]),
+    ("decoder", "FSDP x TP", "v5e:2x4", _SIX[:4]),
+    ("decoder", "FSDP x TP", "v5e:16x16", _SIX[:4]),
+    ("decoder", "FSDP x TP", "v6e:16x16", _SIX[:4]),
+    ("decoder", "FSDP x TP", "v5p:4x4x8", _SIX[:4]),
+)
+
+
+def rows() -> Iterator[Row]:
+    """All rows, of each group first what the others are compared with."""
+    for *group, methods in GROUPS:
+        yield Row(*group, "plain")
+        yield Row(*group, "gradient")
+        for method, ascend in methods:
+            yield Row(*group, method, ascend)
+
+
+def train_step(task: models.Task, row: Row, tx: Any, mesh: Any) -> Callable[..., Any]:
+    """One step with everything that any method asks for; what is not used costs none.
+
+    The step of ``gradient`` returns the gradients alone, in place of the parameters.
+    """
+
+    def step(params: Any, opt_state: Any, model_state: Any, batch: Any, last: Any):
+        def loss_fn(params: Any, model_state: Any, batch: Any) -> Any:
+            x, y = batch
+            logits, model_state = task.logits(params, model_state, x)
+            losses = task.losses(logits, y)
+            loss = losses.mean()
+            if row.method == "mesa":
+                average = optax_sam.mesa_params(opt_state)
+                past, _ = task.logits(average, model_state, x)
+                loss += optax_sam.trajectory_loss(logits, past)
+            return loss, (model_state, losses)
+
+        def per_example_loss_fn(params: Any, indices: Any = None) -> Any:
+            chosen = batch
+            if indices is not None:
+                chosen = [a[indices] for a in batch]
+            if indices is not None and row.method != "esam_unplaced":
+                spread = NamedSharding(mesh, P("data"))
+                chosen = jax.lax.with_sharding_constraint(chosen, spread)
+            logits, _ = task.logits(params, model_state, chosen[0])
+            return task.losses(logits, chosen[1])
+
+        value_and_grad = optax_sam.linen.value_and_grad(loss_fn, has_aux=True)
+        value, grads, grad_fn = value_and_grad(params, model_state, batch)
+        loss, (new_state, losses) = value
+        if row.method == "gradient":
+            return (grads, opt_state), (loss, new_state)
+        updates, opt_state = tx.update(
+            grads,
+            opt_state,
+            params,
+            grad_fn=grad_fn,
+            previous_grad_fn=value_and_grad(params, model_state, last)[2],
+            per_example_loss_fn=per_example_loss_fn,
+            per_example_losses=losses,
+            ascend=row.ascend,
+        )
+        return (optax.apply_updates(params, updates), opt_state), (loss, new_state)
+
+    return step
+
+
+def compiled(row: Row) -> dict[str, Any]:
+    """Compiles one row."""
+    start = time.perf_counter()
+    task = TASKS[row.model]
+    shape = row.topology.split(":")[1]
+    parallel = MODEL_PARALLEL[shape] if row.layout == "FSDP x TP" else 1
+    mesh = programs.pod(row.topology, parallel)
+    rows = mesh.shape["data"]  # of chips that share their examples
+    params, model_state = task.init()
+    if row.layout == "FSDP x TP":
+        specs = models.tensor_parallel(params)
+    else:
+        place = programs.fsdp(mesh) if row.layout == "FSDP" else lambda leaf: P()
+        specs = jax.tree.map(place, params)
+    if row.method == "gradient":
+        tx = optax.identity()
+    else:
+        tx = METHODS[row.method](task.optimizer, rows * task.per_chip)
+    batch = task.batch(rows), P("data")
+    program = programs.read(
+        programs.compile_step(
+            train_step(task, row, tx, mesh),
+            mesh,
+            tx,
+            params,
+            specs,
+            (model_state, P()),
+            batch,
+            batch,
+        )
+    )
+    return {
+        **row._asdict(),
+        "chips": mesh.size,
+        **program._asdict(),
+        "compile_seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def compared(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The cells of the table, each row against the plain step of its group."""
+    found = {Row(*(x[k] for k in Row._fields)): x for x in results}
+    for row in rows():
+        plain, gradient = (
+            found.get(row._replace(method=name, ascend=None))
+            for name in ("plain", "gradient")
+        )
+        this = found.get(row)
+        if row.method == "gradient" or not (this and plain and gradient):
+            continue
+        needed = 1.0 if row.ascend is False else promised(row.method).whole
+        ideal = None
+        if plain["seconds"] and gradient["seconds"]:
+            ideal = plain["seconds"] + (needed - 1) * gradient["seconds"]
+        ratio = lambda key: this[key] / plain[key] if plain[key] else None  # noqa: B023
+        beyond = lambda key: (this[key] - plain[key]) / 2**20  # noqa: B023
+        yield {
+            "group": (row.model, row.layout, row.topology, this["chips"]),
+            "method": row.name,
+            "promised": f"{needed:.2f}",
+            "flops": f"{ratio('flops'):.3f}",
+            "reduced": _pair(ratio("reduced"), this["reductions"]),
+            "gathered": _pair(ratio("gathered"), this["gathers"]),
+            "moved": _pair(ratio("moved"), this["moves"]),
+            "state": f"{beyond('arguments'):.1f}",
+            "peak": f"{beyond('temporaries'):.0f}",
+            "time": f"{this['seconds'] / ideal:.3f}" if ideal else "",
+        }
+
+
+def _pair(ratio: float | None, count: int) -> str:
+    return "" if ratio is None else f"{ratio:.3f} ({count})"
+
+
+COLUMNS = {
+    "method": "method",
+    "promised": "grads",
+    "flops": "FLOPs",
+    "reduced": "reduced",
+    "gathered": "gathered",
+    "moved": "moved",
+    "state": "state",
+    "peak": "temp",
+    "time": "time",
+}
+
+
+def by_group(results: list[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
+    """The rows of each group that is there."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for cells in compared(results):
+        groups.setdefault(cells["group"], []).append(cells)
+    return groups
+
+
+def title(group: Any, results: list[dict[str, Any]]) -> str:
+    """What the plain step of a group costs on each chip."""
+    model, layout, topology, chips = group
+    wanted = {"model": model, "layout": layout, "topology": topology, "method": "plain"}
+    plain = next(x for x in results if wanted.items() <= x.items())
+    memory = " and ".join(
+        f"{plain[key] / 2**20:,.0f} MiB {word}"
+        for key, word in (("arguments", "held"), ("temporaries", "temporary"))
+    )
+    kind = topology.split(":")[0]
+    seconds = f", {plain['seconds'] * 1e3:.1f} ms" if plain["seconds"] else ""
+    return (
+        f"{model}, {layout}, {chips} {kind} chips"
+        f" (plain: {plain['flops'] / 1e9:,.0f} GFLOP, {memory}{seconds})"
+    )
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The tables of the page."""
+    parts = []
+    for group, cells in by_group(results).items():
+        rows = [[row[key] for key in COLUMNS] for row in cells]
+        text = tables.table(list(COLUMNS.values()), rows)
+        parts.append(f"**{title(group, results)}**\n\n{text}")
+    return "\n\n".join(parts)
+
+
+def save(results: list[dict[str, Any]], path: Path) -> None:
+    """Writes all rows, in their order."""
+    order = {row: i for i, row in enumerate(rows())}
+    place = lambda x: order.get(Row(*(x[k] for k in Row._fields)), len(order))
+    settings = {name: version(name) for name in ("jax", "libtpu", "optax", "flax")}
+    settings["optimization_level"] = str(jax.config.jax_optimization_level)
+    study.write({"settings": settings, "rows": sorted(results, key=place)}, path)
+
+
+def main() -> None:
+    """Compiles what is missing, and prints the tables."""
+    parser = study.parser(__doc__, RESULTS.name, out=RESULTS)
+    parser.add_argument("--only", default="", help="rows with this text in them")
+    options = parser.parse_args()
+    if options.report:
+        study.show(options, lambda results: markdown(results["rows"]))
+        return
+    results = study.read(options.out, {"rows": []})["rows"]
+    done = {Row(*(x[k] for k in Row._fields)) for x in results}
+    missing = [r for r in rows() if r not in done and options.only in ", ".join(r[:4])]
+    console = Console()
+    with (
+        study.progress(console=console) as progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        bar = progress.add_task("steps compiled", total=len(missing))
+        for future in as_completed([pool.submit(compiled, row) for row in missing]):
+            results.append(future.result())
+            save(results, options.out)
+            progress.advance(bar)
+    for group, cells in by_group(results).items():
+        heads = COLUMNS.values()
+        table = Table(*heads, title=title(group, results), box=None, pad_edge=False)
+        for row in cells:
+            # Ratios alone, of what is sent too: so a table fits a terminal.
+            table.add_row(*(row[key].split(" (")[0] for key in COLUMNS))
+        console.print(table, "")
+
+
+if __name__ == "__main__":
+    main()

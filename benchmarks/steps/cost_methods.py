@@ -1,0 +1,219 @@
+"""The methods whose steps are timed, and the training step that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_sam
+import optax_sam.linen
+from benchmarks.lib import costs
+from benchmarks.steps.cost_models import Subject, subject
+from optax_sam import when
+
+NUM_BATCHES = 4
+SHARDS = 4  # of m-SAM in one program
+OPAQUE, TRANSPARENT = "optax.contrib.sam, opaque", "optax.contrib.sam, transparent"
+VSAM = {"window": 10, "num_slices": 5, "warmup_steps": 20, "max_rate": 0.4}
+
+
+class Method(NamedTuple):
+    """A method of the table.
+
+    Attributes:
+      build: the base optimizer and the subject, to the whole optimizer.
+      summed: whether :func:`optax_sam.summary` counts its gradients; else they are two.
+      divisor: the first gradient is that of one example in so many.
+      forms: the programs that are timed: ``""`` is the one that ``jit`` makes where
+        each step is alike; else ``"ascended"``, ``"skipped"``, ``"dispatched"``
+        between those two, or one with a ``"conditional"``.
+      calls: of the training step for a step of the method.
+      needs: ``"norms"`` for normalization layers, ``"rows"`` for one row of logits for
+        each example; where a model has none, the method does not apply.
+    """
+
+    build: Callable[[optax.GradientTransformation, Subject], Any]
+    summed: bool = True
+    divisor: int = 1
+    forms: tuple[str, ...] = ("",)
+    calls: int = 1
+    needs: str = ""
+
+
+def first(member: Any, *args: Any, **kwargs: Any) -> Method:
+    """A member that stands before the base optimizer."""
+    return Method(lambda base, _: optax.chain(member, base), *args, **kwargs)
+
+
+def contrib_sam(base: Any, opaque: bool) -> Any:
+    """Optax's own, on the calls of our steps."""
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    tx = optax.contrib.sam(base, ascent, opaque_mode=opaque)
+
+    def init(params: Any) -> Any:
+        # Its cache is the parameters themselves, which are donated too.
+        return jax.tree.map(jnp.copy, tx.init(params))
+
+    def update(g: Any, state: Any, params: Any, *, grad_fn: Any, **extra: Any) -> Any:
+        return tx.update(g, state, params, grad_fn=lambda p, _: grad_fn(p))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def micro(base: Any, subject: Subject) -> Any:
+    """m-SAM, written out for a few shards of the batch."""
+    del subject
+    member = optax_sam.sam(axis_name="shards")
+    return optax.chain(optax_sam.micro_sharpness(member, SHARDS), base)
+
+
+MIXED = "dispatched", "conditional"
+EACH = "ascended", "skipped", *MIXED
+METHODS = {
+    "SGD": Method(lambda base, _: optax.with_extra_args_support(base)),
+    OPAQUE: Method(lambda base, _: contrib_sam(base, True), summed=False),
+    "sam": first(optax_sam.sam()),
+    TRANSPARENT: Method(lambda base, _: contrib_sam(base, False), False, calls=2),
+    "sam_5": first(optax_sam.sam(when=when.every_k(5)), forms=MIXED),
+    "sam, quarter batch": first(optax_sam.sam(), divisor=4),
+    "sam, 2 ascents": first(optax_sam.sam(num_ascent_steps=2)),
+    "vsam": first(optax_sam.vsam(**VSAM), forms=EACH),
+    "vsam_a": first(optax_sam.vsam(**VSAM, reuse_decay=0.0), forms=MIXED),
+    "looksam": first(optax_sam.looksam(), forms=EACH),
+    "look_layer_sam": first(optax_sam.look_layer_sam(), forms=MIXED[:1]),
+    "ae_sam": first(optax_sam.ae_sam(), forms=MIXED[1:]),
+    "ae_looksam": first(optax_sam.ae_looksam(), forms=MIXED[1:]),
+    "asam": first(optax_sam.asam()),
+    "gsam": first(optax_sam.gsam()),
+    # A half of the examples: it keeps one less than gamma says.
+    "esam": Method(
+        lambda base, subject: optax.chain(
+            optax_sam.esam(gamma=0.5 + 1 / subject.batch_size), base
+        )
+    ),
+    "renyi_sam": first(optax_sam.renyi_sam()),
+    "random_sam": first(optax_sam.random_sam(0.1)),
+    "gnp": first(optax_sam.gnp()),
+    "friendly_sam": first(optax_sam.friendly_sam()),
+    "sam_on": first(optax_sam.sam_on(), needs="norms"),
+    "fisher_sam": first(optax_sam.fisher_sam()),
+    "amp": first(optax_sam.amp()),
+    "gam": first(optax_sam.gam()),
+    "stable_sam": first(optax_sam.stable_sam()),
+    "wsam": Method(lambda base, _: optax_sam.wsam(base, learning_rate=0.01)),
+    "sampa": Method(lambda base, _: optax_sam.sampa(base, learning_rate=0.01)),
+    "m-sam, 4 shards": Method(micro, summed=False),
+    "msam": Method(lambda base, _: optax_sam.msam(base)),
+    "mesa": Method(lambda base, _: optax.chain(base, optax_sam.mesa())),
+    "saf": Method(
+        lambda base, subject: optax.chain(
+            optax_sam.saf(NUM_BATCHES * subject.batch_size, subject.classes), base
+        ),
+        needs="rows",
+    ),
+}
+QUICK = "SGD", OPAQUE, "sam", "sam_5", "vsam"
+
+
+def cost(name: str) -> costs.Cost:
+    """What a step of a method needs."""
+    method = METHODS[name]
+    if not method.summed:  # a call of SAM's alone, or the gradients of shards
+        return costs.Cost(2)
+    like = subject("MLP", "cpu", half=False)._replace(batch_size=costs.EXAMPLES)
+    return costs.cost(method.build(costs.BASE, like), 1 / method.divisor)
+
+
+def train_step(name: str, subject: Subject, tx: Any) -> Callable[..., Any]:
+    """One step with everything that any method asks for; what is not used costs none.
+
+    ``step(params, opt_state, batch, last, ascend) -> (params, opt_state)``, where
+    ``last`` is the batch of the step before.
+    """
+
+    def step(
+        params: Any, opt_state: Any, batch: Any, last: Any, ascend: bool | None = None
+    ) -> Any:
+        def loss_fn(params: Any, batch: Any) -> Any:
+            logits = subject.module.apply(params, batch["x"])
+            losses = subject.losses(logits, batch["y"])
+            loss = losses.mean()
+            if name == "mesa":
+                average = optax_sam.mesa_params(opt_state)
+                past = subject.module.apply(average, batch["x"])
+                loss += optax_sam.trajectory_loss(logits, past)
+            elif name == "saf":
+                past, known = optax_sam.saf_past_logits(opt_state, batch["indices"])
+                loss += optax_sam.trajectory_loss(logits, past, where=known)
+            return loss, (losses, logits)
+
+        def per_example_loss_fn(params: Any, indices: Any = None) -> Any:
+            chosen = batch if indices is None else {k: batch[k][indices] for k in batch}
+            return loss_fn(params, chosen)[1][0]
+
+        def of_shard(params: Any, shard: Any) -> Any:
+            cut = lambda a: a.reshape(SHARDS, -1, *a.shape[1:])[shard]
+            return jax.grad(loss_fn, has_aux=True)(params, jax.tree.map(cut, batch))[0]
+
+        value_and_grad = optax_sam.linen.value_and_grad(loss_fn, has_aux=True)
+        (_, (losses, logits)), grads, grad_fn = value_and_grad(params, batch)
+        if name == "sam, quarter batch":
+            _, grads, _ = value_and_grad(params, optax_sam.ascent_batch(batch))
+        extra: dict[str, Any] = {"logits": logits} if name == "saf" else {}
+        if name == "esam":
+            extra["per_example_loss_fn"] = per_example_loss_fn
+            extra["per_example_losses"] = losses
+        updates, opt_state = tx.update(
+            grads,
+            opt_state,
+            params,
+            grad_fn=of_shard if name.startswith("m-sam") else grad_fn,
+            previous_grad_fn=value_and_grad(params, last)[2],
+            indices=batch["indices"],
+            ascend=ascend,
+            **extra,
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def gradient(subject: Subject) -> Callable[..., Any]:
+    """``(params, batch) -> grads`` and nothing else."""
+
+    def of_batch(params: Any, batch: Any) -> Any:
+        logits = lambda p: subject.module.apply(p, batch["x"])
+        return jax.grad(lambda p: subject.losses(logits(p), batch["y"]).mean())(params)
+
+    return of_batch
+
+
+def forward(subject: Subject) -> Callable[..., Any]:
+    """``(params, batch) -> losses`` and nothing else."""
+
+    def of_batch(params: Any, batch: Any) -> Any:
+        return subject.losses(subject.module.apply(params, batch["x"]), batch["y"])
+
+    return of_batch
+
+
+def rows(model: str, backend: str, chosen: list[str]) -> list[tuple[str, str]]:
+    """The methods and forms that apply, the baseline first."""
+    made = []
+    for name, method in METHODS.items():
+        if name != "SGD" and name not in chosen:
+            continue
+        if method.needs == "norms" and model == "MLP":
+            continue
+        if method.needs == "rows" and model == "transformer":
+            continue
+        forms = method.forms
+        # There a conditional costs several times the step; one row shows it.
+        if model == "CNN" and backend == "cpu" and name != "sam_5":
+            forms = tuple(form for form in forms if form != "conditional")
+        made += [(name, form) for form in forms]
+    return made

@@ -1,0 +1,135 @@
+"""The data sets that the benchmarks read, and what a training step sees of them."""
+
+from __future__ import annotations
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.lib import datasets
+
+RNG = np.random.default_rng(0)
+
+
+def images(count, side=32, channels=3):
+    return RNG.integers(0, 256, (count, side, side, channels), np.uint8)
+
+
+def archive(name, form, path):
+    """A standard archive with few images, and its arrays."""
+    cifar10 = name == "cifar10"
+    stems = [f"data_batch_{i}" for i in range(1, 6)] if cifar10 else ["train"]
+    arrays = {}
+    for stem in [*stems, "test_batch" if cifar10 else "test"]:
+        arrays[stem] = x, y = images(4), RNG.integers(0, 10 if cifar10 else 100, 4)
+        rows = x.transpose(0, 3, 1, 2).reshape(4, -1)
+        if form == "pickle":
+            key = b"labels" if cifar10 else b"fine_labels"
+            batch = {b"data": rows, key: y.tolist(), b"batch_label": b"x"}
+            (path / stem).write_bytes(pickle.dumps(batch, protocol=2))
+        else:
+            coarse = [] if cifar10 else [np.zeros((4, 1))]
+            record = np.concatenate([*coarse, y[:, None], rows], axis=1)
+            (path / f"{stem}.bin").write_bytes(record.astype(np.uint8).tobytes())
+    *train, test = arrays.values()
+    return *map(np.concatenate, zip(*train, strict=True)), *test
+
+
+@pytest.mark.parametrize("form", ["pickle", "binary"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_archives_are_read(tmp_path, name, form):
+    inner = tmp_path / datasets.ARCHIVES[name][form == "binary"]
+    inner.mkdir()
+    want = archive(name, form, inner)
+    for path in (inner, tmp_path):  # the folder, or the one that it lies in
+        data = datasets.load(name, path)
+        for got, wanted in zip(data[:4], want, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+    assert data.train_x.dtype == np.uint8
+
+
+def test_an_npz_is_read_and_grey_images_get_a_channel(tmp_path):
+    x, y = images(50, 28, 1), np.arange(50, dtype=np.uint8) % 10
+    named = {"train_x": x[..., 0], "train_y": y, "test_x": x[:9, ..., 0]}
+    np.savez(tmp_path / "f.npz", **named, test_y=y[:9])
+    data = datasets.load("fashion-mnist", tmp_path / "f.npz", limit=20)
+    assert data.train_x.shape == (20, 28, 28, 1)
+    assert np.bincount(data.train_y).tolist() == [2] * 10
+    np.testing.assert_array_equal(data.test_x, x[:9])
+    noisy = datasets.load("fashion-mnist", tmp_path / "f.npz", label_noise=0.4)
+    assert 10 <= np.sum(noisy.train_y != y) <= 20
+    np.savez(tmp_path / "g.npz", **named)
+    with pytest.raises(SystemExit, match="lacks test_y"):
+        datasets.load("fashion-mnist", tmp_path / "g.npz")
+
+
+def test_a_pickle_that_is_no_array_is_refused(tmp_path):
+    for i in range(1, 6):
+        (tmp_path / f"data_batch_{i}").write_bytes(pickle.dumps({b"data": print}))
+    (tmp_path / "test_batch").touch()
+    with pytest.raises(pickle.UnpicklingError, match="print"):
+        datasets.load("cifar10", tmp_path)
+
+
+def test_digits_are_there_without_a_file():
+    data = datasets.load("digits", None)
+    assert data.train_x.shape == (1437, 8, 8, 1)
+    normal = datasets.normalize(data, data.train_x)
+    np.testing.assert_allclose((normal.mean(), normal.std()), (0, 1), atol=1e-5)
+    flat = datasets.flat(data.train_x, 16)
+    assert (flat.shape, flat.min(), flat.max()) == ((1437, 64), 0, 1)
+
+
+def test_labels_are_replaced_as_many_as_asked_for():
+    labels = np.full(1000, 3)
+    drawn = datasets.replaced(labels, 400, np.random.default_rng(0))
+    assert 340 <= np.sum(drawn != 3) <= 380  # one in ten is drawn as it was
+    assert set(drawn) == set(range(10))
+    assert np.all(labels == 3)
+
+
+def test_a_crop_is_a_window_of_the_padded_image():
+    x = images(30, 6)
+    cropped = np.asarray(datasets.crop(jax.random.key(0), jnp.asarray(x), 2))
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (6, 6), (1, 2))
+    found = (windows.transpose(0, 1, 2, 4, 5, 3) == cropped[:, None, None]).all(
+        (3, 4, 5)
+    )
+    assert found.any((1, 2)).all()
+    assert found.any(0).sum() > 10  # corners
+
+
+def test_about_half_are_flipped():
+    x = images(200, 4)
+    flipped = np.asarray(datasets.flip(jax.random.key(0), jnp.asarray(x)))
+    same = (flipped == x).all((1, 2, 3))
+    assert 70 < same.sum() < 130
+    np.testing.assert_array_equal(flipped[~same], x[~same][:, :, ::-1])
+
+
+def test_cutout_leaves_zeros_in_a_square():
+    x = jnp.ones((100, 32, 32, 3))
+    zeros = np.asarray(datasets.cutout(jax.random.key(0), x)) == 0
+    rows, columns = zeros.any((2, 3)).sum(1), zeros.any((1, 3)).sum(1)
+    for sides in (rows, columns):
+        assert np.all((sides >= 8) & (sides <= 16))
+    np.testing.assert_array_equal(zeros.sum((1, 2, 3)), 3 * rows * columns)
+    assert 0.14 < zeros.mean() < 0.25
+
+
+def test_augmentation_is_that_of_the_key_and_of_its_name():
+    x = images(6, 8)
+    data = datasets.Data(x, None, None, None, *datasets.moments(x))
+
+    def seen(seed, name):
+        return np.asarray(datasets.training_images(jax.random.key(seed), data, x, name))
+
+    np.testing.assert_array_equal(seen(0, "crop+flip"), seen(0, "crop+flip"))
+    assert np.any(seen(0, "crop+flip") != seen(1, "crop+flip"))
+    np.testing.assert_array_equal(seen(0, "none"), datasets.normalize(data, x))
+    with pytest.raises(ValueError, match="mixup"):
+        seen(0, "mixup")

@@ -1,0 +1,348 @@
+"""The pages: their Python runs, the commands they name exist, and links lead somewhere.
+
+What only the build can tell, names without documentation and roles without a target,
+fails `make docs`.
+"""
+
+import importlib
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import harness
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optax_sam
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (
+        *ROOT.glob("*.md"),
+        *(path for path in DOCS.rglob("*.md") if "_build" not in path.parts),
+        *(ROOT / "benchmarks").rglob("*.md"),
+    )
+}
+# Pages whose blocks want more than each other: how many there are, so that a new one is
+# not overlooked. Other tests run them.
+ELSEWHERE = {
+    "README.md": 1,
+    "docs/guide/accumulation.md": 6,
+    "docs/guide/devices.md": 8,
+    "docs/guide/flax.md": 6,
+    "docs/guide/frameworks.md": 4,  # one of them is PyTorch's
+    "docs/guide/precision.md": 3,
+    "docs/measures/sharpness.md": 3,
+    "docs/measures/tracking.md": 6,
+    "docs/results/cheap_ascents.md": 2,
+    "docs/start/migrating.md": 5,
+    "docs/start/trainers.md": 1,
+}
+SLOW = {"docs/start/concepts.md", "docs/start/getting_started.md"}
+IMPORTED = {"jax": jax, "jnp": jnp, "optax": optax, "optax_sam": optax_sam}
+# What some pages take as the reader's own; each of their blocks stands by itself.
+GIVEN = {
+    "docs/methods/index.md": {
+        "params": jnp.zeros(3),
+        "x": jnp.ones((4, 8, 3)),
+        "y": jnp.ones((4, 8)),
+        "loss_fn": lambda params, x, y: jnp.mean((x @ params - y) ** 2),
+    },
+    "docs/guide/reliability.md": {
+        "z": jnp.ones(3, "complex64"),
+        "loss_fn": lambda z: jnp.sum(jnp.abs(z) ** 2),
+    },
+}
+
+
+def code(page):
+    return harness.code(f"../{page}")
+
+
+HERE = [page for page in PAGES if code(page) and page not in ELSEWHERE]
+
+
+def test_blocks_that_other_tests_run():
+    assert {page: len(code(page)) for page in ELSEWHERE} == ELSEWHERE
+    others = [p for p in (ROOT / "tests").rglob("test_*.py") if p != Path(__file__)]
+    read = "".join(path.read_text() for path in others)
+    for page in ELSEWHERE:
+        assert re.search(rf'"[./]*{Path(page).name}"', read), page
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in HERE]
+)
+def test_blocks_run(page, capsys):
+    names = dict(IMPORTED)
+    for number, block in enumerate(code(page), 1):
+        if page in GIVEN:
+            names = IMPORTED | GIVEN[page]
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    if page in CHECKS:
+        CHECKS[page](names, capsys.readouterr().out)
+
+
+def check_getting_started(names, printed):
+    for correct in (names["correct"], names["linen_correct"], names["nnx_correct"]):
+        assert correct.mean() > 0.93
+    assert "ascent_rate 1\n" in printed
+    assert 0 < names["vsam_rate"] < 1
+
+
+def check_concepts(names, _):
+    harness.assert_close(names["emitted"], names["by_hand"], 1e-5)
+    assert names["cost"] == pytest.approx(1.2)
+    assert optax.tree.norm(names["clipped"]) == pytest.approx(1, rel=1e-5)
+    assert optax.tree.norm(names["unclipped"]) > 2
+    assert names["survival"] == pytest.approx({None: 1.0, "bfloat16": 0.0}, abs=1e-3)
+
+    def of_shard(i):
+        g = names["shard_grad_fn"](names["params"], i)
+        offset = optax.tree.scale(0.1 / optax.tree.norm(g), g)
+        return names["shard_grad_fn"](optax.tree.add(names["params"], offset), i)
+
+    by_hand = optax.tree.scale(1 / 4, optax.tree.add(*map(of_shard, range(4))))
+    harness.assert_close(names["m_emitted"], by_hand, 1e-4)
+
+
+def check_home(names, _):
+    assert jnp.all(names["w"] > 0)
+
+
+CHECKS = {
+    "docs/index.md": check_home,
+    "docs/start/getting_started.md": check_getting_started,
+    "docs/start/concepts.md": check_concepts,
+}
+
+
+def test_blocks_are_of_kinds_that_are_looked_at():
+    for page, text in PAGES.items():
+        opened = re.findall(r"^ *```(\S*).*\n(?:.*\n)*?^ *```$", text, re.MULTILINE)
+        kinds = {kind for kind in opened if not kind.startswith("{")}
+        assert kinds <= {"python", "console", "text", "diff"}, page
+        assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(opened), page
+
+
+# Commands.
+
+
+def commands():
+    """The words of each command, in blocks and within text, with its page."""
+    for page, text in PAGES.items():
+        blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        inline = re.findall(r"`((?:make|python|pip) [^`]+)`", text)
+        lines = "\n".join(blocks + inline).replace("\\\n", " ").splitlines()
+        for line in lines:
+            # Also one that is quoted within another.
+            pattern = r'\b(?:make|python|pip) (?:[^"#]|"[^"]*")*'
+            if found := re.search(pattern, line.split(" #")[0]):
+                yield page, shlex.split(found[0])
+
+
+def options(script):
+    """The options of a script, of which some are named after fields."""
+    text = (ROOT / script).read_text()
+    if "study.parser(" in text:
+        text += (ROOT / "benchmarks/lib/study.py").read_text()
+    named = set(re.findall(r'"(--[\w-]+)"', text))
+    fields = (ROOT / FIELDS[script]).read_text() if script in FIELDS else ""
+    names = re.findall(r"^    (\w+): \w+", fields, re.MULTILINE)
+    return named | {f"--{name.replace('_', '-')}" for name in names}
+
+
+def unknown_words(words):
+    """What there is not, of a command."""
+    makefile = (ROOT / "Makefile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tool, first, *rest = words
+    if tool == "pip":
+        extras = re.findall(r"\[(.*?)\]", " ".join(rest))
+        named = {extra for group in extras for extra in group.split(",")}
+        return named - project["optional-dependencies"].keys()
+    if tool == "make":
+        recipe = re.search(rf"^{first}:.*\n((?:\t.*\n)*)", makefile, re.MULTILINE)
+        if not recipe:
+            return {first}
+        variables = dict(word.split("=", 1) for word in rest)
+        unknown = {v for v in variables if f"\n{v} ?=" not in makefile}
+        scripts = re.findall(r"\S+\.py", recipe[1])
+        if not scripts:
+            return unknown
+        first, rest = scripts[-1], shlex.split(variables.get("ARGS", ""))
+        return unknown | unknown_words(["python", first, *rest])
+    if not (ROOT / first).is_file():
+        return {first}
+    given = {word.split("=")[0] for word in rest if word.startswith("--")}
+    inputs = [v for k, v in zip(rest, rest[1:], strict=False) if k in READ]
+    ours = {v for v in inputs if v.startswith(("benchmarks/", "docs/", "examples/"))}
+    return (given - options(first)) | {v for v in ours if not (ROOT / v).is_file()}
+
+
+FIELDS = {"benchmarks/quality/quality.py": "benchmarks/quality/presets.py"}
+READ = {"--plan", "--report"}
+# The results of a plan that has not been run yet.
+TO_COME = {"benchmarks/results/quality_cifar10.jsonl"}
+
+
+def test_commands_exist():
+    found = list(commands())
+    assert len(found) > 30
+    unknown = {(page, *words): unknown_words(words) - TO_COME for page, words in found}
+    assert {command: words for command, words in unknown.items() if words} == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("make dmeo", "dmeo"),
+        ("make demo ARG=1", "ARG"),
+        ('make demo ARGS="--method all"', "--method"),
+        ("python examples/nothing.py", "examples/nothing.py"),
+        ("python benchmarks/quality/quality.py --raport x", "--raport"),
+        ("python benchmarks/pods/pods.py --report benchmarks/x", "benchmarks/x"),
+        ('pip install "optax_sam[plot]"', "plot"),
+    ],
+)
+def test_wrong_commands_are_seen(command, wrong):
+    assert unknown_words(shlex.split(command)) == {wrong}
+
+
+# Links.
+
+
+def anchors(page):
+    """Those that its headings make, to the depth that conf.py gives."""
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#{1,3} (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def broken(page, link):
+    """Whether a link of a page leads nowhere."""
+    target, _, anchor = link.partition("#")
+    path = (ROOT / page).parent / target if target else ROOT / page
+    if not path.exists():
+        return True
+    return bool(anchor) and anchor not in anchors(
+        str(path.resolve().relative_to(ROOT.resolve()))
+    )
+
+
+def links(page):
+    """The links within the repository."""
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [link for link in found if "://" not in link]
+
+
+def test_links_lead_somewhere():
+    assert sum(len(links(page)) for page in PAGES) > 100
+    assert [(p, link) for p in PAGES for link in links(p) if broken(p, link)] == []
+    assert broken("README.md", "docs/nowhere.md")
+    assert broken("README.md", "docs/methods/index.md#nowhere")
+
+
+def test_every_picture_is_on_a_page():
+    whole = lambda page, link: ((ROOT / page).parent / link).resolve()
+    linked = {whole(page, link) for page in PAGES for link in links(page)}
+    assert set((DOCS / "images").glob("*")) <= linked
+
+
+# What is quoted.
+
+
+@pytest.fixture
+def excerpts(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    return importlib.import_module("excerpts")
+
+
+def labels(page):
+    """What the tables call the method of a page."""
+    return re.search(r"<!-- measured: (.*) -->", PAGES[page])[1].split("; ")
+
+
+INDEX = "docs/methods/index.md"
+METHOD_PAGES = [p for p in PAGES if p.startswith("docs/methods/") and p != INDEX]
+
+
+def test_every_row_is_on_the_page_of_a_method(excerpts):
+    everything = [label for page in METHOD_PAGES for label in labels(page)]
+    no_method = re.compile(r"SGD|optax\.contrib\.sam")
+    for page, start, _ in excerpts.TABLES:
+        _, _, *rows = excerpts.table_behind(page, start)
+        cells = [row[0] for row in rows if not no_method.match(row[0])]
+        assert [c for c in cells if not excerpts.is_about(c, everything)] == [], page
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES)
+def test_a_page_shows_its_method(page, excerpts):
+    text = excerpts.measured(labels(page))
+    for label in labels(page):
+        rows = re.findall(r"^\| (.*?) \|", text, re.MULTILINE)
+        assert any(excerpts.is_about(row, [label]) for row in rows), label
+    name = Path(page).stem
+    assert f"autofunction:: optax_sam.{name}\n" in PAGES[page]
+
+
+def test_every_method_has_a_page():
+    documented = {Path(page).stem for page in METHOD_PAGES}
+    rows = harness.table("methods/index.md", "Hyperparameters")
+    assert {row[0].strip("`") for row in rows} <= documented
+    for name in documented:
+        assert f"\n{name}\n" in PAGES[INDEX]
+
+
+def test_excerpts_keep_rows_and_columns_that_say_something(excerpts):
+    cheap = "results/cheap_ascents.md", "### Digits"
+    head, _, *rows = excerpts.table_behind(*cheap)
+    (msam,) = [row for row in rows if row[0] == "MSAM"]
+    shown = excerpts.markdown(head, msam).splitlines()
+    assert "ascent batch" in head
+    assert "ascent batch" not in shown[0]
+    assert [cell for cell in msam if cell] == shown[2].strip("| ").split(" | ")
+    with pytest.raises(ValueError, match="has no table behind"):
+        excerpts.table_behind("results/demo.md", "## Nothing")
+
+
+def test_numbers_are_those_of_the_pages_that_are_quoted():
+    sources = "results/cheap_ascents", "results/demo", "results/quality"
+    sources += ("guide/quantization",)
+    numbers = lambda text: set(re.findall(r"\d+\.\d+ ± \d+\.\d+", text))
+    known = set().union(*(numbers(PAGES[f"docs/{name}.md"]) for name in sources))
+    for page in ("docs/start/choosing.md", *METHOD_PAGES):
+        assert numbers(PAGES[page]) <= known, page
+    assert len(numbers(PAGES["docs/start/choosing.md"])) > 10
+
+
+# Code by authors of papers with which no docstring compares ours.
+NOT_COMPARED = {
+    "eepperly/XTrace",
+    "fra31/auto-attack",
+    "google-deepmind/sam_edge",
+    "google/spectral-density",
+    "keskarnitish/large-batch-training",
+    "locuslab/edge-of-stability",
+    "tml-epfl/sharpness-vs-generalization",
+    "tml-epfl/understanding-sam",
+}
+
+
+def test_the_bibliography_has_all_that_is_cited():
+    """Papers of the package and of the pages, and the authors' code."""
+    page = PAGES["docs/reference/bibliography.md"]
+    package = "".join(p.read_text() for p in (ROOT / "optax_sam").rglob("*.py"))
+    pages = "".join(text for text in PAGES.values() if text is not page)
+    papers = lambda text: set(re.findall(r"\b\d{4}\.\d{5}\b", text))
+    assert papers(page) == papers(package + pages)
+    name = r"[\w-]+/[\w-]+"
+    cited = re.findall(rf"\bcode:\s+({name}(?:,\s+{name})*)", package)
+    listed = set(re.findall(rf"\[({name})\]", page))
+    assert listed == set(re.findall(name, " ".join(cited))) | NOT_COMPARED
