@@ -1,0 +1,326 @@
+"""What all measures share: counted costs, memory, devices, weights, widened weights."""
+
+import functools
+
+import curvature
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_sam import sharpness
+
+RHO = 0.1
+RENYI = {"num_eigs": 4, "num_top_matvecs": 8, "num_lanczos": 6, "num_probes": 2}
+hutchinson = {"num_matvecs": 5, "method": "hutchinson"}
+bind = functools.partial
+
+
+def geodesic(loss_fn, w, batches, **options):
+    pair = sharpness.gl_pair("first", sharpness.GLBlock("second", rank_axis=0))
+    pairs = [pair] if isinstance(w, dict) else []
+    return sharpness.geodesic_sharpness(
+        loss_fn, w, batches, RHO, pairs, num_steps=7, **options
+    )
+
+
+# Each with the values and the gradients of a batch that its documentation says; of a
+# Hessian-vector product, one of each.
+MEASURES = {
+    "eigenvalues": (bind(sharpness.hessian_eigenvalues, num_matvecs=7, k=2), 7, 7),
+    "trace": (bind(sharpness.hessian_trace, num_matvecs=8), 8, 8),
+    "trace hutchinson": (bind(sharpness.hessian_trace, **hutchinson), 5, 5),
+    "diagonal": (bind(sharpness.hessian_diagonal, num_matvecs=8), 8, 8),
+    "diagonal hutchinson": (bind(sharpness.hessian_diagonal, **hutchinson), 5, 5),
+    "norm": (bind(sharpness.hessian_frobenius_norm, num_matvecs=5), 5, 5),
+    "density": (bind(sharpness.spectral_density, num_lanczos=6, num_probes=2), 12, 12),
+    "renyi": (bind(sharpness.renyi_sharpness, **RENYI), 20, 20),
+    "sum": (bind(sharpness.spectral_sum, jnp.square, **RENYI), 20, 20),
+    # Of an ascent: 21 values with gradients for each start, and the value at w.
+    "worst": (bind(sharpness.worst_case_sharpness, rho=RHO), 22, 21),
+    "restarts": (
+        bind(sharpness.worst_case_sharpness, rho=RHO, num_restarts=3, num_steps=9),
+        31,
+        30,
+    ),
+    "box": (
+        bind(sharpness.worst_case_sharpness, rho=0.01, norm="linf", adaptive=True),
+        22,
+        21,
+    ),
+    "geodesic": (geodesic, 9, 8),
+    "keskar": (bind(sharpness.keskar_sharpness, eps=0.01), 22, 21),
+    "subspace": (bind(sharpness.keskar_sharpness, eps=0.01, subspace_dim=3), 22, 21),
+    "average": (bind(sharpness.average_sharpness, rho=RHO), 41, 0),
+    "noise": (sharpness.pac_bayes_flatness, 151, 0),
+    "sam": (lambda *a, key, **o: sharpness.sam_sharpness(*a, RHO, **o), 2, 1),
+    "line": (
+        lambda f, w, b, key, **o: sharpness.loss_line(f, w, b, w, jnp.ones(3), **o),
+        3,
+        0,
+    ),
+    "ends": (
+        lambda f, w, b, key, **o: sharpness.interpolate_loss(
+            f, w, b, w, jnp.ones(2), **o
+        ),
+        2,
+        0,
+    ),
+}
+
+
+def loss_fn(params, batch):
+    """Cross-entropy of a small tanh network."""
+    logits = jnp.tanh(batch[0] @ params["first"] + params["bias"]) @ params["second"]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch[1], 1).mean()
+
+
+@functools.cache
+def problem(dtype="float32"):
+    """Its weights, and eight batches of eight examples."""
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    params = {"first": draw(6, 4), "bias": draw(4), "second": draw(4, 5)}
+    return params, (draw(8, 8, 6), jnp.asarray(rng.integers(0, 5, size=(8, 8, 1))))
+
+
+def counted_loss():
+    """A quadratic that counts its values and, apart, its gradients."""
+    values, gradients = harness.Counter(), harness.Counter()
+    value = lambda w, batch: jnp.sum((w - batch) ** 2)
+    loss = jax.custom_vjp(values(value))
+    forward = lambda w, batch: (values(value)(w, batch), (w, batch))
+    slope = gradients(lambda w, batch: 2 * jnp.sum(w - batch, 0))
+    loss.defvjp(forward, lambda at, ct: (ct * slope(*at), jnp.zeros_like(at[1])))
+    return loss, values, gradients
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_values_and_gradients_are_as_many_as_documented(name):
+    loss, values, gradients = counted_loss()
+    measure, *expected = MEASURES[name]
+    run = jax.jit(lambda w: measure(loss, w, jnp.ones((2, 3, 24)), key=0))
+    jax.block_until_ready(run(jnp.ones(24) / 2))
+    assert [values.read(), gradients.read()] == [2 * x for x in expected]
+
+
+@pytest.mark.parametrize("mode", ["fwd_rev", "rev_rev"])
+def test_a_product_costs_at_most_three_gradients(mode):
+    # Wide enough that the model, not the loss, is what is counted.
+    w = {"first": jnp.ones((64, 512)), "bias": jnp.ones(512)}
+    w["second"] = jnp.ones((512, 10))
+    one = jnp.ones((1, 128, 64)), jnp.zeros((1, 128, 1), int)
+
+    def flops(f):
+        return jax.jit(f).lower(w).compile().cost_analysis()["flops"]
+
+    gradient = flops(jax.grad(lambda w: loss_fn(w, jax.tree.map(lambda x: x[0], one))))
+    product = flops(lambda w: sharpness.hvp(loss_fn, w, one, w, mode=mode))
+    assert 1 < product / gradient <= 3
+
+
+def temporary(f, *args):
+    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("function", "repeated", "options"),
+    [
+        pytest.param(
+            *case, marks=[pytest.mark.slow] * (case[0] not in ("trace", "worst"))
+        )
+        for case in (
+            ("trace", "num_matvecs", {"method": "hutchinson"}),
+            ("diagonal", "num_matvecs", {"method": "hutchinson"}),
+            ("norm", "num_matvecs", {}),
+            ("density", "num_probes", {"num_grid": 4}),
+            ("renyi", "num_probes", {}),
+            ("worst", "num_restarts", {"num_steps": 3}),
+            ("average", "num_samples", {}),
+            ("noise", "num_samples", {"num_steps": 3}),
+        )
+    ],
+)
+def test_memory_does_not_grow_with_repetitions(function, repeated, options):
+    relu = lambda w, batch: jnp.mean(jnp.maximum(batch @ w, 0) ** 2)
+    measure = MEASURES[function][0]
+    size = lambda number: temporary(
+        lambda w, b: measure(relu, w, b, key=0, **{repeated: number}, **options),
+        jnp.ones(50_000),
+        jnp.ones((1, 1, 50_000)),
+    )
+    few, many = size(2), size(40)
+    assert few > 50_000
+    assert many - few < 8 * 50_000  # and not 38 more vectors
+
+
+def test_xtrace_keeps_vectors_and_not_activations():
+    w = {"first": jnp.ones((64, 6)), "bias": jnp.ones(6), "second": jnp.ones((6, 10))}
+    large = jnp.ones((1, 4096, 64)), jnp.zeros((1, 4096, 1), int)  # 100 kB of hidden
+    size = lambda n: temporary(
+        lambda w: sharpness.hessian_trace(loss_fn, w, large, 0, num_matvecs=n), w
+    )
+    parameters = sum(x.nbytes for x in jax.tree.leaves(w))
+    assert size(80) - size(8) <= 6 * 36 * parameters  # 36 probes more
+
+
+@functools.cache
+def alone(name):
+    weights = jnp.arange(8.0)
+    measure = MEASURES[name][0]
+    return jax.jit(lambda w, b: measure(loss_fn, w, b, key=0, weights=weights))(
+        *problem()
+    )
+
+
+# One whose mean is a scan, one that has a result for each batch, a map of means.
+QUICK = ("trace hutchinson", "average", "line")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        pytest.param(name, how, marks=[pytest.mark.slow] * (name not in QUICK))
+        for name in MEASURES
+        for how in ("mapped", "placed")
+    ]
+    + [pytest.param("worst", "unchecked", marks=pytest.mark.slow)]
+    + [pytest.param("trace", "unchecked", marks=pytest.mark.slow)]
+    + [pytest.param("eigenvalues", "unchecked", marks=pytest.mark.slow)],
+)
+def test_eight_devices_find_what_one_does(name, how):
+    """A batch on each, by hand, or the examples of all batches placed by JAX."""
+    expected, measure = alone(name), MEASURES[name][0]
+    weights, (params, batches) = jnp.arange(8.0), problem()
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    if how == "placed":
+        run = lambda w, b, weights: measure(loss_fn, w, b, key=0, weights=weights)
+        batches = jax.device_put(batches, NamedSharding(mesh, P(None, "d")))
+    else:
+        # JAX checks that what is P() is the same on all devices.
+        out = jax.tree.map(lambda _: P(), expected)
+        if hasattr(out, "per_batch"):
+            out = out._replace(per_batch=P("d"))
+        run = jax.shard_map(
+            lambda w, b, weights: measure(
+                loss_fn, w, b, key=0, weights=weights, axis_name="d"
+            ),
+            mesh=mesh,
+            in_specs=(P(), P("d"), P("d")),
+            out_specs=out,
+            check_vma=how == "mapped",
+        )
+    found = jax.jit(run)(params, batches, weights)
+    if name == "eigenvalues":  # whose vectors have no sign, and residuals are rounding
+        expected, found = expected.eigenvalues, found.eigenvalues
+    # A late gain or an error of an error is only as large as rounding at times.
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * abs(b).max() + 1e-6)
+
+
+def mean_loss(params, batches):
+    return jnp.mean(jax.lax.map(lambda batch: loss_fn(params, batch), batches))
+
+
+def test_a_product_is_that_of_the_dense_hessian(x64):
+    params, batches = problem("float64")
+    H = curvature.dense_hessian(mean_loss, params, batches)
+    v = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
+    flat = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
+    for mode in ("fwd_rev", "rev_rev"):
+        product = flat(sharpness.hvp(loss_fn, params, batches, v, mode=mode))
+        np.testing.assert_allclose(product, H @ flat(v), rtol=1e-10, atol=1e-12)
+
+
+def test_a_mask_leaves_a_block_of_the_hessian(x64):
+    params, batches = problem("float64")
+    block = curvature.dense_hessian(
+        lambda w, b: mean_loss(params | {"second": w}, b), params["second"], batches
+    )
+    mask = {name: name == "second" for name in params}
+    result = sharpness.hessian_eigenvalues(loss_fn, params, batches, 0, mask=mask)
+    top = np.linalg.eigvalsh(block)[-1]
+    np.testing.assert_allclose(result.eigenvalues[0], top, rtol=1e-10)
+    assert [result.eigenvectors[x].any() for x in params] == [False, False, True]
+
+
+def test_weights_count_examples(x64):
+    # Two batches of four, the second with a padded example that the loss ignores.
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(7, 3)), rng.normal(size=7)
+    pad = lambda a: np.concatenate([a, a[:1] * 0 + 99]).reshape(2, 4, *a.shape[1:])
+    keep = np.array([[1, 1, 1, 1], [1, 1, 1, 0.0]])
+    loss = lambda w, b: jnp.sum(b[2] * (b[0] @ w - b[1]) ** 2) / b[2].sum() / 2
+    v = jnp.arange(1.0, 4)
+    of = bind(sharpness.hvp, loss, jnp.ones(3), (pad(x), pad(y), keep), v)
+    expected = x.T @ x @ v / 7
+    for weights in (keep, keep.sum(1), 10 * keep.sum(1)):
+        np.testing.assert_allclose(of(weights=weights), expected, rtol=1e-12)
+    assert not np.allclose(of(), expected)
+
+
+@pytest.mark.parametrize("name", ["trace hutchinson", "worst", "line"])
+def test_half_precision_is_widened(name):
+    params, batches = problem()
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    back = jax.tree.map(lambda x: x.astype("float32"), half)
+    batches = batches[0].astype("bfloat16"), batches[1]
+    run = jax.jit(lambda w: MEASURES[name][0](loss_fn, w, batches, key=0)[0])
+    assert run(half).dtype == "float32"
+    np.testing.assert_allclose(run(half), run(back), rtol=1e-6)
+
+
+def test_a_model_without_forward_derivatives():
+    # As a kernel whose backward pass is another kernel.
+    square, cube = jax.custom_vjp(lambda x: x**2), jax.custom_vjp(lambda x: x**3)
+    square.defvjp(lambda x: (x**2, x), lambda x, g: (2 * x * g,))
+    cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * square(x) * g,))
+    loss = lambda w, batch: jnp.mean(cube(w * batch))
+    args = (loss, jnp.array([2.0]), jnp.ones((1, 4)), jnp.array([1.0]))
+    with pytest.raises(TypeError, match="custom_vjp"):
+        sharpness.hvp(*args)
+    np.testing.assert_allclose(sharpness.hvp(*args, mode="rev_rev"), [12])
+
+
+def test_keys_of_all_kinds_are_one():
+    H = curvature.matrix(curvature.rotated(np.arange(40.0), "float32"))
+    of = lambda key: float(sharpness.trace_of(H, key, num_matvecs=8).estimate)
+    assert of(3) == of(jax.random.key(3)) == of(jax.random.PRNGKey(3)) != of(4)
+
+
+def test_without_a_key_it_is_zero():
+    loss = lambda w, batch: jnp.mean((batch @ jnp.tanh(w)) ** 2)
+    arguments = loss, jnp.array([0.3, -0.2]), jnp.eye(2)[None]
+    worst = bind(sharpness.worst_case_sharpness, *arguments, RHO, num_steps=1)
+    assert worst().value == worst(0).value != worst(1).value
+    keskar = bind(sharpness.keskar_sharpness, *arguments, subspace_dim=1)
+    assert keskar().value == keskar(0).value
+
+
+def test_integers_may_be_masked_out():
+    params, mask = {"w": jnp.ones(3), "step": jnp.array(3)}, {"w": True, "step": False}
+    loss = lambda p, x: jnp.mean((x @ p["w"]) ** 2) * p["step"]
+    batches = jnp.ones((2, 4, 3))
+    result = sharpness.hvp(loss, params, batches, params, mask=mask)
+    np.testing.assert_allclose(result["w"], 3 * 2 * 3 * jnp.ones(3))
+    assert result["step"] == 0
+
+
+def test_stack_batches():
+    x, y = np.arange(12).reshape(6, 2), np.arange(6)
+    batches = sharpness.stack_batches({"x": x, "y": y}, 3)
+    np.testing.assert_array_equal(batches["x"][1], x[3:])
+    np.testing.assert_array_equal(batches["y"], [[0, 1, 2], [3, 4, 5]])
+
+
+def test_without_matfree(monkeypatch):
+    import importlib
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matfree", None)
+    monkeypatch.delitem(sys.modules, "optax_sam.sharpness.krylov")
+    with pytest.raises(ImportError, match=r"pip install 'optax_sam\[sharpness\]'"):
+        importlib.import_module("optax_sam.sharpness.krylov")
