@@ -1,6 +1,6 @@
-"""The pictures of docs/measures/gallery.md: SGD, SAM and vSAM on digits with wrong labels.
+"""The pictures of docs/measures/gallery.md: SGD, SAM and vSAM on noisy digits.
 
-Trains a small network with each, follows the curvature of its training loss, looks at
+Some labels are wrong. Trains a small network with each, follows the curvature of its training loss, looks at
 the landscape around the end, and draws. It takes less than a minute on two cores, and
 needs flax, matfree, matplotlib, rich and scikit-learn too.
 

@@ -5,8 +5,8 @@ are quantized to 4 bits, and it is fine-tuned together with the quantizers' step
 (LSQ, in lsq_layers.py). Needs flax, scikit-learn and rich too.
 
 What one should see: four bits cost little, vSAM is half a point above SGD in the mean
-and ahead on most seeds, for a third of a gradient more per step. docs/guide/quantization.md
-has SAM, two bits and full precision too.
+and ahead on most seeds, for a third of a gradient more per step.
+docs/guide/quantization.md has SAM, two bits and full precision too.
 
     python examples/lsq_digits.py [--quick]
 """

@@ -1,8 +1,8 @@
 """vSAM on many hosts: the same program on each of them, on digits.
 
 Each process loads its own rows of each batch, all of them save one checkpoint with
-Orbax and continue from it, and the first prints. docs/guide/hosts.md has the commands for TPU
-pods, SLURM and others. Needs flax, orbax-checkpoint and scikit-learn too.
+Orbax and continue from it, and the first prints. docs/guide/hosts.md has the commands
+for TPU pods, SLURM and others. Needs flax, orbax-checkpoint and scikit-learn too.
 
     python examples/multihost.py                    # one process
     python examples/multihost.py --num-processes 2  # two on this machine, to try it

@@ -4,9 +4,11 @@ import importlib.util
 import re
 from pathlib import Path
 
+import extreme_norms
 import harness
 import pytest
 import saved_training
+import wrapped
 
 TESTS = Path(__file__).parents[1]
 PAGE = harness.page("reliability.md")
@@ -22,25 +24,24 @@ def module(name):
 
 
 def test_numbers_of_cases():
-    killed, sweep, trees = map(module, ("test_killed", "test_sweep", "test_trees"))
-    injected, controllers = map(module, ("test_injected", "test_controllers"))
+    injected, trees = map(module, ("test_injected", "test_trees"))
     trained = len(saved_training.TRAINED)
-    kills = killed.KILLS_BETWEEN + killed.KILLS_IN_A_WRITE
+    kills = saved_training.KILLS_BETWEEN + saved_training.KILLS_IN_A_WRITE
     rows = re.findall(r"\| ([\d,]+) \| `test_\w+\.py::(\w+)` \|", PAGE)
     assert {name: int(cases.replace(",", "")) for cases, name in rows} == {
         "test_resumes_to_the_bit": trained * kills,
         "test_resumes_on_another_number_of_devices": trained,
         "test_a_fault_leaves_nothing_behind": len(injected.INJECTED)
         * len(injected.CASES),
-        "test_extreme_norms": len(controllers.RULES) * len(controllers.SEQUENCES),
+        "test_extreme_norms": len(extreme_norms.RULES) * len(extreme_norms.SEQUENCES),
         "test_structure_and_dtypes_stay": trees.ABSTRACT,
         "test_one_ball_around_all_that_is_not_masked": trees.NUMERIC,
         "test_a_complex_leaf_is_refused_with_advice": trees.COMPLEX,
-        "test_random_programs": sweep.PROGRAMS,
+        "test_random_programs": wrapped.PROGRAMS,
     }
-    assert f"{controllers.STEPS} steps" in PAGE
+    assert f"{extreme_norms.STEPS} steps" in PAGE
     assert f"first {injected.STEPS} steps" in PAGE
-    assert f"all {killed.STEPS} steps" in PAGE
+    assert f"all {saved_training.STEPS} steps" in PAGE
 
 
 @pytest.mark.parametrize("trap", range(1, 11))

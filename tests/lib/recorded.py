@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from reference import vsam
 
-DATA = pathlib.Path(__file__).parent / "data" / "parity"
+DATA = pathlib.Path(__file__).parents[1] / "data" / "parity"
 RUNS = json.loads((DATA / "runs.json").read_text())
 PROBLEM = dict(np.load(DATA / "problem.npz"))
 TENSORS = ("layer0/kernel", "layer0/bias", "layer1/kernel", "layer1/bias")

@@ -230,7 +230,7 @@ def ascents(opt_state):
 
 def page(name):
     """The text of a page of the documentation, by its path there or by its name."""
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     (path,) = [docs / name] if (docs / name).is_file() else docs.rglob(name)
     return path.read_text()
 
