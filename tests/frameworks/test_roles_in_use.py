@@ -264,7 +264,7 @@ def test_asam_by_hand(model, not_adapted, x64):
         np.ones(x.shape) if re.search(not_adapted, path(k)) else np.abs(x) + 0.1
         for k, x in leaves
     ]
-    g = [np.asarray(gradient(np.asarray(x))) for _, x in leaves]
+    g = [np.cos(9 * x) + 0.2 * x for x in map(np.asarray, jax.tree.leaves(w))]
     length = np.sqrt(sum(np.sum((a * b) ** 2) for a, b in zip(t, g, strict=True)))
     wanted = [0.5 * a**2 * b / length for a, b in zip(t, g, strict=True)]
     harness.assert_close(jax.tree.leaves(offset(build("asam"), w)), wanted, 1e-10)
@@ -331,7 +331,7 @@ def entropies():
         measure = functools.partial(
             sharpness.renyi_entropy, loss_fn, layerwise=True, alpha=(0.5, 2.0), **sizes
         )
-        yield measure, w, batches, measure(w, batches, 0)
+        return measure, w, batches, measure(w, batches, 0)
 
 
 def test_renyi_entropy_of_a_stack_is_that_of_its_layers(entropies, x64):
