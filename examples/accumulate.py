@@ -3,7 +3,8 @@
 SAM takes two gradients per step. Both are accumulated, each over the whole batch, in
 the function that is handed on as `grad_fn`; the optimizer knows nothing of it, and
 docs/guide/accumulation.md says what `optax.MultiSteps` would do instead. An MLP is
-trained on all digits at once, by SAM on every second step. Needs flax, rich and scikit-learn too.
+trained on all digits at once, by SAM on every second step. Needs flax, rich and
+scikit-learn too.
 
     python examples/accumulate.py
 """
