@@ -254,12 +254,9 @@ def assert_met(name, tx, **kwargs):
         w = jax.tree.map(lambda x: x[t], trajectory)  # noqa: B023
         assert recorded.deviation(w, wanted) < recorded.atol(name, t), t
     if "param_norm" in arrays:
-        squares = [
-            np.sum(x[1:] ** 2, axis=tuple(range(1, x.ndim)))
-            for x in jax.tree.leaves(trajectory)
-        ]
+        square = lambda x: np.sum(x[1:] ** 2, axis=tuple(range(1, x.ndim)))
+        norms = np.sqrt(sum(map(square, jax.tree.leaves(trajectory))))
         atol = recorded.atol(name, max(saved))
-        norms = np.sqrt(sum(squares))
         np.testing.assert_allclose(norms, arrays["param_norm"], rtol=0, atol=atol)
     return states
 
