@@ -1,5 +1,7 @@
 """R-SAM: an ascent from weights that noise has smoothed."""
 
+import functools
+
 import harness
 import jax
 import jax.numpy as jnp
@@ -68,15 +70,18 @@ def test_ten_steps_meet_the_reference(name, compiled, given):
 # The recorded runs, of noise that was recorded too.
 
 
+arrays = functools.cache(recorded.arrays)
+
+
 def tree(name, kind, t):
-    run = recorded.arrays(name)
+    run = arrays(name)
     key = f"{kind}/step{t + 1:03}/"
     return {leaf: run[key + leaf] for leaf in recorded.initial(name)}
 
 
 @beside.runs(3, "random_sam")
 def test_the_reference_is_as_recorded(name):
-    h, run = beside.hyperparameters(name), recorded.arrays(name)
+    h, run = beside.hyperparameters(name), arrays(name)
 
     def direction(t, w, batch):
         delta = tree(name, "delta", t)
