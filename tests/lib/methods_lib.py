@@ -9,11 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import problems
+import pytest
 
 import optax_sam
 
 RHO = 0.1
 STEPS = 12
+
+
+def later(*values):
+    """Parameters of a test that only CI runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def flat(tree):

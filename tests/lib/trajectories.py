@@ -13,6 +13,7 @@ import optax
 import pytest
 import recorded
 import side_by_side
+from methods_lib import later
 from reference import ae_sam, base, gsam, sam
 from side_by_side import package, problem, reference
 
@@ -106,12 +107,8 @@ def each_way(cases):
     """
     soon = lambda i, name: i == 0 or "loop" in name
     quick = [(name, soon(i, name)) for i, name in enumerate(cases)]
-    later = [
-        pytest.param(name, True, marks=pytest.mark.slow)
-        for name, compiled in quick
-        if not compiled
-    ]
-    return pytest.mark.parametrize(("name", "compiled"), quick + later)
+    slow = [later(name, True) for name, compiled in quick if not compiled]
+    return pytest.mark.parametrize(("name", "compiled"), quick + slow)
 
 
 def steps_and_seeds(tx, compiled):
@@ -254,12 +251,9 @@ def assert_met(name, tx, **kwargs):
         w = jax.tree.map(lambda x: x[t], trajectory)  # noqa: B023
         assert recorded.deviation(w, wanted) < recorded.atol(name, t), t
     if "param_norm" in arrays:
-        squares = [
-            np.sum(x[1:] ** 2, axis=tuple(range(1, x.ndim)))
-            for x in jax.tree.leaves(trajectory)
-        ]
+        square = lambda x: np.sum(x[1:] ** 2, axis=tuple(range(1, x.ndim)))
+        norms = np.sqrt(sum(map(square, jax.tree.leaves(trajectory))))
         atol = recorded.atol(name, max(saved))
-        norms = np.sqrt(sum(squares))
         np.testing.assert_allclose(norms, arrays["param_norm"], rtol=0, atol=atol)
     return states
 
@@ -361,8 +355,7 @@ def runs_of_package(count, *methods):
     """As ``runs``; those on one leaf, or with weight decay behind, are left to CI."""
     names = runs(count, *methods).args[1]
     alike = lambda name: name.startswith("quad_") or name.endswith("_wd")
-    slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
-    marked = [slow(name) if alike(name) else name for name in names]
+    marked = [later(name) if alike(name) else name for name in names]
     return pytest.mark.parametrize("name", marked)
 
 

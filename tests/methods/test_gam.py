@@ -131,13 +131,11 @@ def test_gam_of_zero_gradients(x64):
     assert int(state.num_rejected) == 0
 
 
+HALF = ("bfloat16", None, "float32"), ("bfloat16", "bfloat16", "bfloat16")
+
+
 @pytest.mark.parametrize(
-    ("kept", "asked", "handed"),
-    [
-        ("bfloat16", None, "float32"),
-        ("bfloat16", "bfloat16", "bfloat16"),
-        ("float32", "bfloat16", "bfloat16"),
-    ],
+    ("kept", "asked", "handed"), [*HALF, ("float32", "bfloat16", "bfloat16")]
 )
 def test_the_points_of_gam_have_the_dtype_that_was_asked_for(kept, asked, handed):
     w, *gradients = (harness.tree(seed, dtype=kept) for seed in range(5))

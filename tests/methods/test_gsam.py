@@ -126,14 +126,6 @@ def test_the_main_gradient_is_left_alone(dtype, scale, x64):
         np.testing.assert_allclose(normal, wanted, rtol=0, atol=close)
 
 
-def test_of_parallel_gradients_it_is_sam(x64):
-    g, _ = lib.pair()
-    for c in (2.0, -0.5):
-        g_s = optax.tree.scale(c, g)
-        d, _ = lib.emitted(optax_sam.gsam(lib.RHO, alpha=0.9), g, g_s)
-        harness.assert_close(d, g_s, 1e-12)
-
-
 def test_a_zero_gradient_is_emitted():
     """It has no direction to be normal to."""
     g, g_s = lib.pair()

@@ -19,10 +19,11 @@ SHARDED = {
     "fisher_sam": functools.partial(optax_sam.fisher_sam, lib.RHO, eta=30.0),
     "amp": functools.partial(optax_sam.amp, 0.1, inner_iter=2),
 }
-slow = lambda name: () if name in ("sam", "gam") else pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=slow(x)) for x in SHARDED])
+@pytest.mark.parametrize(
+    "name", [x if x in ("sam", "gam") else lib.later(x) for x in SHARDED]
+)
 def test_m_sharpness_over_a_vmapped_axis(name, x64):
     """The mean over shards of what each would do alone."""
     problem = problems.mlp()

@@ -9,7 +9,7 @@ import pytest
 import recorded
 import side_by_side
 import trajectories as beside
-from methods_lib import RHO, assert_apart, trained
+from methods_lib import RHO, assert_apart, later, trained
 from reference import vsam
 from side_by_side import draws, only
 
@@ -32,6 +32,7 @@ CASES = {
     "less than one at the start": {"initial_rate": 0.01, "warmup_steps": 2},
 }
 STEPS = 60
+AT_THE_START, PROGRAMS = ("warmup_steps", "initial_rate"), {}
 
 
 def transcription(**arguments):
@@ -70,7 +71,9 @@ def test_the_steps_and_decisions_meet_the_reference(name, compiled):
     } | CASES[name]
     # The key is part of the state alone.
     optimizer = lambda **key: side_by_side.optimizer(optax_sam.vsam(**arguments, **key))
-    step = side_by_side.compiled(optimizer())
+    # So is what is known at the start.
+    of_rule = {k: v for k, v in arguments.items() if k not in AT_THE_START}
+    step = PROGRAMS.setdefault(repr(of_rule), side_by_side.compiled(optimizer()))
     for seed in range(3 if compiled else 1):
         w, batches = side_by_side.problem(seed, STEPS)
         method, u, log = transcription(**arguments), draws(seed, STEPS), []
@@ -117,11 +120,7 @@ def test_the_reference_decides_and_descends_as_recorded(name):
 
 SOON = ("vsam_fast", "vsam_tail2")
 each_run = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in SOON else pytest.mark.slow)
-        for name in recorded.runs("vsam")
-    ],
+    "name", [x if x in SOON else later(x) for x in recorded.runs("vsam")]
 )
 
 

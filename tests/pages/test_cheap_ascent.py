@@ -1,7 +1,5 @@
 """The study of cheap ascents runs, and so do the steps of its page."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
