@@ -32,7 +32,7 @@ CACHED := JAX_COMPILATION_CACHE_DIR=$(CACHE)/programs \
 PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(CACHED) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all sweep test-oldest test-newest test-pods test-dist dist lint \
+.PHONY: help demo test test-all sweep faults test-oldest test-newest test-pods test-dist dist lint \
 	format docs tables bench bench-pods bench-quality clean
 .DEFAULT_GOAL := help
 # Two environments at a time would only fight for the same cores and network.
@@ -76,6 +76,9 @@ ON_PODS := TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost \
 
 sweep: .venv/main/.stamp  ## Run 2,000 random programs, plain and dispatched
 	$(call PYTEST,.venv/main) tests/engine/test_sweep.py $(ARGS)
+
+faults: .venv/main/.stamp  ## Plant wrong lines in the package: do the quick tests see them?
+	$(CACHED) .venv/main/bin/python tests/faults.py $(ARGS)
 
 test-pods: .venv/tpu/.stamp  ## Compile training steps for TPU pods (no TPU needed)
 	@.venv/tpu/bin/python requirements/show.py tpu

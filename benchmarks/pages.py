@@ -11,9 +11,15 @@ A table stands between two comments, the first of which names it:
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
+
+import jax
+
+import optax_sam
+from optax_sam.method import METHODS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -66,9 +72,47 @@ def rendered(text: str, made: dict[str, str]) -> str:
     return MARKED.sub(lambda m: f"{m[1]}\n{made[m[2]]}\n\n{m[3]}", text)
 
 
+METHODS_PAGE = ROOT / "docs/methods/index.md"
+
+
+def cost_row(name: str) -> str:
+    """What the program of a method says of its cost."""
+    found = optax_sam.summary(name, {"w": jax.ShapeDtypeStruct((100, 100), "float32")})
+    skipped = found.gradients_when_skipped
+    gradients = f"{found.gradients:.3g}" + (f" or {skipped:.3g}" if skipped else "")
+    trees = round(found.state_bytes / found.parameter_bytes)
+    state = "1 tree" if trees == 1 else f"{trees} trees" if trees else "scalars"
+    needs = ", ".join(f"`{x}`" for x in found.needs)
+    return f"| `{name}` | {gradients} | {state} | {needs} |"
+
+
+def default_row(name: str) -> str:
+    """The defaults of a method that are numbers or words."""
+    parameters = inspect.signature(METHODS[name]).parameters.items()
+    plain = (bool, int, float, str)
+    chosen = [(k, p.default) for k, p in parameters if k != "key"]
+    values = [f"{k}={x!r}" for k, x in chosen if isinstance(x, plain)]
+    return f"| `{name}` | `{', '.join(values)}` | |"
+
+
+def with_methods(text: str) -> str:
+    """The page on methods with a row for each one that a table there lacks."""
+    rows = {"What a step costs": cost_row, "Hyperparameters": default_row}
+    lines = text.split("\n")
+    for title, row in rows.items():
+        start = lines.index(f"## {title}")
+        in_table = lambda i: lines[i].startswith("|")
+        first = next(i for i in range(start, len(lines)) if in_table(i))
+        end = next(i for i in range(first, len(lines)) if not in_table(i))
+        known = re.findall(r"^\| `(\w+)", "\n".join(lines[first:end]), re.MULTILINE)
+        lines[end:end] = map(row, sorted(METHODS.keys() - set(known)))
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Writes the pages that change."""
     made, asked = tables(), set()
+    METHODS_PAGE.write_text(with_methods(METHODS_PAGE.read_text()))
     for page in PAGES:
         text = page.read_text()
         asked |= {*names(text)}

@@ -1,6 +1,6 @@
 """The one list of methods that the batteries go through.
 
-A new method enters with one entry here; the tests do not name methods otherwise.
+A method of the package is in it by itself. An entry says what is special about one.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import optax_sam
+from optax_sam.method import METHODS as PUBLIC
 
 
 def grad_fn_only(loss_fn, batch):
@@ -500,6 +501,15 @@ METHODS = (
         static=("mask", "ascent_dtype"),
         trees=1,
     ),
+)
+
+# A method of the package without an entry here is run with its defaults.
+_NAMED = {method.factory.__name__ for method in METHODS}
+_APART = {"wsam", "sampa", "msam", "saf", "mesa"}
+METHODS += tuple(
+    Method(name, factory, {}, static=optax_sam.static_args(factory))
+    for name, factory in PUBLIC.items()
+    if name not in _NAMED | _APART
 )
 
 # What is no member of a chain on the engine.
