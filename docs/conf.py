@@ -1,12 +1,15 @@
 """Sphinx configuration: MyST pages, and the API from the package's docstrings."""
 
 import importlib
+import inspect
 import os
 import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+from sphinx.ext.autodoc.preserve_defaults import update_defvalue
 from sphinx.util import logging
 
 import optax_sam
@@ -39,7 +42,7 @@ myst_heading_anchors = 3
 nitpicky = True
 
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
+autodoc_preserve_defaults = False  # see defaults_as_written
 # Signatures would spell out aliases such as optax.ScalarOrSchedule over three lines.
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
@@ -103,6 +106,22 @@ def fill_in(_app, docname, source):
     source[0] = source[0].replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
+def defaults_as_written(_app, obj, bound):
+    """Show defaults as the source has them, also where a decorator wrote them in."""
+    preserving = SimpleNamespace(config=SimpleNamespace(autodoc_preserve_defaults=True))
+    whole = vars(obj).get("__signature__") if inspect.isfunction(obj) else None
+    if whole:
+        del obj.__signature__
+    update_defvalue(preserving, obj, bound)
+    if whole:
+        update_defvalue(preserving, optax_sam.sharpness_aware, False)
+        known = dict(inspect.signature(optax_sam.sharpness_aware).parameters)
+        known |= inspect.signature(obj).parameters
+        written = lambda x: known.get(x.name, x).default
+        parameters = [x.replace(default=written(x)) for x in whole.parameters.values()]
+        obj.__signature__ = whole.replace(parameters=parameters)
+
+
 def skip_tuple_fields(_app, _what, _name, obj, skip, _options):
     """Leave out NamedTuple fields: the class docstring documents them."""
     return skip or (getattr(obj, "__doc__", None) or "").startswith("Alias for field")
@@ -138,5 +157,6 @@ def require_documentation(_app, env):
 def setup(app):
     """Register the functions above."""
     app.connect("source-read", fill_in)
+    app.connect("autodoc-before-process-signature", defaults_as_written)
     app.connect("autodoc-skip-member", skip_tuple_fields)
     app.connect("env-check-consistency", require_documentation)

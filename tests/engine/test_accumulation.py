@@ -1,6 +1,6 @@
 """Micro-batches inside ``grad_fn`` train as the large batch; ``MultiSteps`` does not.
 
-The functions are those of docs/accumulation.md, and so are the numbers.
+The functions are those of docs/guide/accumulation.md, and so are the numbers.
 """
 
 import functools

@@ -193,7 +193,7 @@ def test_random_numbers_come_out_of_a_branch_on_a_cpu(method, branches):
     assert program.count(" conditional(") == branches
 
 
-# Traps that users of SAM fall into; ``docs/reliability.md`` lists them all.
+# Traps that users of SAM fall into; ``docs/guide/reliability.md`` lists them all.
 
 PARAMS, G, G_S = (harness.tree(seed) for seed in range(3))
 

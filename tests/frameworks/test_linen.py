@@ -293,7 +293,7 @@ def test_ordinary_fields_may_be_forgotten():
     assert created(WithMore, **fields).apply_gradients(grads=W).step == 1
 
 
-# Recipes of docs/flax.md: statistics at parameters that the model did not see.
+# Recipes of docs/guide/flax.md: statistics at parameters that the model did not see.
 
 
 @functools.partial(jax.jit, static_argnames="steps")

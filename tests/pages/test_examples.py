@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import runpy
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_the_readme_runs(steps: int, least: float, capsys) -> None:
 
 def test_the_page_has_every_example() -> None:
     page = harness.page("examples.md")
-    linked = re.findall(r"\]\(\.\./examples/(\w+\.py)\)", page)
+    linked = re.findall(r"\]\(\.\./\.\./examples/(\w+\.py)\)", page)
     files = {path.name for path in EXAMPLES.glob("*.py")}
     assert len(linked) == len(set(linked))
     assert set(linked) == files
@@ -69,6 +70,31 @@ def test_the_page_has_every_example() -> None:
     assert {name: count for name, count in lines.items() if count >= 120} == {}
     headings = re.findall(r"^### `(\w+\.py)`$", page, re.MULTILINE)
     assert set(headings) == files - PARTS
+
+
+PICTURES = [
+    f"gallery_{name}.png"
+    for name in ("sharpness", "line", "surface", "spectrum", "sampling")
+]
+
+
+def test_the_gallery_shows_every_picture() -> None:
+    page = harness.page("gallery.md")
+    assert re.findall(r"!\[.+?\]\(\.\./images/(gallery_\w+\.png)\)", page) == PICTURES
+    images = EXAMPLES.parent / "docs/images"
+    assert max((images / name).stat().st_size for name in PICTURES) < 80_000
+
+
+@pytest.mark.slow
+def test_the_gallery_is_drawn(tmp_path: Path) -> None:
+    run(tmp_path, "gallery.py", "--quick", "--out", "new/here")
+    for name in PICTURES:
+        content = (tmp_path / "new/here" / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        width, height = struct.unpack(">II", content[16:24])
+        assert width >= 700
+        assert height >= 400
+        assert len(content) > 5_000
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The programs of docs/frameworks.md and docs/flax.md run, and are SAM by hand."""
+"""The programs of the pages on frameworks and Flax run, and are SAM by hand."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""What docs/migrating.md says is equal, is; and its code runs."""
+"""What docs/start/migrating.md says is equal, is; and its code runs."""
 
 import functools
 

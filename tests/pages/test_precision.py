@@ -1,6 +1,6 @@
 """What is left of SAM in half precision, and that scaled losses train the same.
 
-The numbers are those of docs/precision.md, and the loss scaling is its code.
+The numbers are those of docs/guide/precision.md, and the loss scaling is its code.
 """
 
 import functools

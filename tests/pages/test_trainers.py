@@ -1,4 +1,4 @@
-"""The programs of docs/trainers.md: before, with SAM, and with dispatched vSAM."""
+"""The programs of the page on trainers: before, with SAM, and with dispatched vSAM."""
 
 import difflib
 import re

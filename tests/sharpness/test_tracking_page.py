@@ -1,4 +1,4 @@
-"""docs/tracking.md runs as printed, and so does its example."""
+"""docs/measures/tracking.md runs as printed, and so does its example."""
 
 import csv
 import os
