@@ -195,6 +195,10 @@ def test_closed_forms_of_entropies(dtype, x64):
     projector = entropies(jnp.where(jnp.arange(N) < 7, 1, 0).astype(dtype))
     assert (abs(projector.value - np.log(7)) <= 4 * projector.stderr).all()
     assert (projector.stderr < 0.3).all()
+    p = BREAKDOWNS["rank 3"][:3] / 9
+    three = entropies(jnp.asarray(BREAKDOWNS["rank 3"], dtype)).value
+    np.testing.assert_allclose(three[1], -(p * np.log(p)).sum(), atol=tolerance)
+    np.testing.assert_allclose(three[3], -np.log((p**3).sum()) / 2, atol=tolerance)
     one = entropies(jnp.zeros(N, dtype).at[4].set(-3))
     # Roots of eigenvalues that are rounding add up.
     np.testing.assert_allclose(one.value, 0, atol=N * eps(dtype) ** 0.5)

@@ -1,6 +1,7 @@
 """What all measures share: counted costs, memory, devices, weights, widened weights."""
 
 import functools
+import itertools
 
 import curvature
 import harness
@@ -14,8 +15,6 @@ from jax.sharding import PartitionSpec as P
 from optax_sam import sharpness
 
 RHO = 0.1
-RENYI = {"num_eigs": 4, "num_top_matvecs": 8, "num_lanczos": 6, "num_probes": 2}
-hutchinson = {"num_matvecs": 5, "method": "hutchinson"}
 bind = functools.partial
 
 
@@ -27,48 +26,45 @@ def geodesic(loss_fn, w, batches, **options):
     )
 
 
+def case(name, values, gradients, **options):
+    return bind(getattr(sharpness, name), **options), values, gradients
+
+
+def line(loss_fn, w, batches, key, **options):
+    return sharpness.loss_line(loss_fn, w, batches, w, jnp.ones(3), **options)
+
+
+def ends(loss_fn, w, batches, key, **options):
+    return sharpness.interpolate_loss(loss_fn, w, batches, w, jnp.ones(2), **options)
+
+
+HUTCHINSON = {"num_matvecs": 5, "method": "hutchinson"}
+DENSITY = {"num_lanczos": 6, "num_probes": 2}
+RENYI = {"num_eigs": 4, "num_top_matvecs": 8, **DENSITY}
 # Each with the values and the gradients of a batch that its documentation says; of a
-# Hessian-vector product, one of each.
+# Hessian-vector product, one of each; of an ascent, 21 values with gradients for each
+# start, and the value at w.
 MEASURES = {
-    "eigenvalues": (bind(sharpness.hessian_eigenvalues, num_matvecs=7, k=2), 7, 7),
-    "trace": (bind(sharpness.hessian_trace, num_matvecs=8), 8, 8),
-    "trace hutchinson": (bind(sharpness.hessian_trace, **hutchinson), 5, 5),
-    "diagonal": (bind(sharpness.hessian_diagonal, num_matvecs=8), 8, 8),
-    "diagonal hutchinson": (bind(sharpness.hessian_diagonal, **hutchinson), 5, 5),
-    "norm": (bind(sharpness.hessian_frobenius_norm, num_matvecs=5), 5, 5),
-    "density": (bind(sharpness.spectral_density, num_lanczos=6, num_probes=2), 12, 12),
-    "renyi": (bind(sharpness.renyi_sharpness, **RENYI), 20, 20),
+    "eigenvalues": case("hessian_eigenvalues", 7, 7, num_matvecs=7, k=2),
+    "trace": case("hessian_trace", 8, 8, num_matvecs=8),
+    "trace hutchinson": case("hessian_trace", 5, 5, **HUTCHINSON),
+    "diagonal": case("hessian_diagonal", 8, 8, num_matvecs=8),
+    "diagonal hutchinson": case("hessian_diagonal", 5, 5, **HUTCHINSON),
+    "norm": case("hessian_frobenius_norm", 5, 5, num_matvecs=5),
+    "density": case("spectral_density", 12, 12, **DENSITY),
+    "renyi": case("renyi_sharpness", 20, 20, **RENYI),
     "sum": (bind(sharpness.spectral_sum, jnp.square, **RENYI), 20, 20),
-    # Of an ascent: 21 values with gradients for each start, and the value at w.
-    "worst": (bind(sharpness.worst_case_sharpness, rho=RHO), 22, 21),
-    "restarts": (
-        bind(sharpness.worst_case_sharpness, rho=RHO, num_restarts=3, num_steps=9),
-        31,
-        30,
-    ),
-    "box": (
-        bind(sharpness.worst_case_sharpness, rho=0.01, norm="linf", adaptive=True),
-        22,
-        21,
-    ),
+    "worst": case("worst_case_sharpness", 22, 21, rho=RHO),
+    "restarts": case("worst_case_sharpness", 64, 63, rho=RHO, num_restarts=3),
+    "box": case("worst_case_sharpness", 22, 21, rho=0.01, norm="linf", adaptive=True),
     "geodesic": (geodesic, 9, 8),
-    "keskar": (bind(sharpness.keskar_sharpness, eps=0.01), 22, 21),
-    "subspace": (bind(sharpness.keskar_sharpness, eps=0.01, subspace_dim=3), 22, 21),
-    "average": (bind(sharpness.average_sharpness, rho=RHO), 41, 0),
-    "noise": (sharpness.pac_bayes_flatness, 151, 0),
+    "keskar": case("keskar_sharpness", 22, 21, eps=0.01),
+    "subspace": case("keskar_sharpness", 22, 21, eps=0.01, subspace_dim=3),
+    "average": case("average_sharpness", 41, 0, rho=RHO),
+    "noise": case("pac_bayes_flatness", 151, 0),
     "sam": (lambda *a, key, **o: sharpness.sam_sharpness(*a, RHO, **o), 2, 1),
-    "line": (
-        lambda f, w, b, key, **o: sharpness.loss_line(f, w, b, w, jnp.ones(3), **o),
-        3,
-        0,
-    ),
-    "ends": (
-        lambda f, w, b, key, **o: sharpness.interpolate_loss(
-            f, w, b, w, jnp.ones(2), **o
-        ),
-        2,
-        0,
-    ),
+    "line": (line, 3, 0),
+    "ends": (ends, 2, 0),
 }
 
 
@@ -129,19 +125,14 @@ def temporary(f, *args):
 @pytest.mark.parametrize(
     ("function", "repeated", "options"),
     [
-        pytest.param(
-            *case, marks=[pytest.mark.slow] * (case[0] not in ("trace", "worst"))
-        )
-        for case in (
-            ("trace", "num_matvecs", {"method": "hutchinson"}),
-            ("diagonal", "num_matvecs", {"method": "hutchinson"}),
-            ("norm", "num_matvecs", {}),
-            ("density", "num_probes", {"num_grid": 4}),
-            ("renyi", "num_probes", {}),
-            ("worst", "num_restarts", {"num_steps": 3}),
-            ("average", "num_samples", {}),
-            ("noise", "num_samples", {"num_steps": 3}),
-        )
+        ("trace hutchinson", "num_matvecs", {}),
+        ("worst", "num_restarts", {"num_steps": 3}),
+        pytest.param("diagonal hutchinson", "num_matvecs", {}, marks=pytest.mark.slow),
+        pytest.param("norm", "num_matvecs", {}, marks=pytest.mark.slow),
+        pytest.param("density", "num_probes", {"num_grid": 4}, marks=pytest.mark.slow),
+        pytest.param("renyi", "num_probes", {}, marks=pytest.mark.slow),
+        pytest.param("average", "num_samples", {}, marks=pytest.mark.slow),
+        pytest.param("noise", "num_samples", {"num_steps": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_memory_does_not_grow_with_repetitions(function, repeated, options):
@@ -176,20 +167,20 @@ def alone(name):
     )
 
 
-# One whose mean is a scan, one that has a result for each batch, a map of means.
-QUICK = ("trace hutchinson", "average", "line")
+# One whose mean is a scan, one that has a result for each batch, an ascent, and a map.
+QUICK = {
+    *(("trace hutchinson", how) for how in ("mapped", "unchecked")),
+    *(("average", how) for how in ("mapped", "placed")),
+    *((name, "mapped") for name in ("geodesic", "line")),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        pytest.param(name, how, marks=[pytest.mark.slow] * (name not in QUICK))
-        for name in MEASURES
-        for how in ("mapped", "placed")
-    ]
-    + [pytest.param("worst", "unchecked", marks=pytest.mark.slow)]
-    + [pytest.param("trace", "unchecked", marks=pytest.mark.slow)]
-    + [pytest.param("eigenvalues", "unchecked", marks=pytest.mark.slow)],
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(MEASURES, ("mapped", "placed", "unchecked"))
+    ],
 )
 def test_eight_devices_find_what_one_does(name, how):
     """A batch on each, by hand, or the examples of all batches placed by JAX."""

@@ -65,7 +65,9 @@ def test_identities_on_a_quadratic(double, tolerance):
             "update_norm": 0.05 * np.linalg.norm(g_s),
             "learning_rate": 0.05,
             "stability_edge": 40,
-            "stability_edge_sam": sharpness.sam_stability_edge(g_norm, RHO, 0.05),
+            "stability_edge_sam": float(
+                sharpness.sam_stability_edge(g_norm, RHO, 0.05)
+            ),
         }
         assert {k: found[k] for k in expected} == pytest.approx(expected, rel=tolerance)
         # The difference of losses has lost digits: some of 1e-7 over rho^2.
