@@ -100,10 +100,11 @@ class Counter(eqx.Module):
     weight: jax.Array
     order: jax.Array
     index: eqx.nn.StateIndex
-    activation: object = jnp.tanh
+    activation: object
 
     def __init__(self):
         self.weight, self.order = jnp.ones(2), jnp.arange(2)
+        self.activation = jnp.tanh
         self.index = eqx.nn.StateIndex(jnp.zeros(()))
 
     def __call__(self, state, *, x):

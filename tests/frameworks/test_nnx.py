@@ -80,7 +80,7 @@ def test_it_is_sam_by_hand_with_one_mask_and_the_model_advances_once():
     graphdef, params, rest = nnx.split((Module(), nnx.Rngs(dropout=3)), nnx.Param, ...)
 
     def pure_loss(params, rest):
-        pair = nnx.merge(graphdef, params, rest)
+        pair = nnx.merge(graphdef, params, rest, copy=True)
         return loss_fn(*pair)[0], nnx.state(pair, nnx.Not(nnx.Param))
 
     by_hand = harness.sam_by_hand(pure_loss, RHO, RATE, 0.9)
