@@ -101,9 +101,14 @@ def compare(plain, dispatched, carry, xs, restored=(), raising=()):
         a, b = plain(*a, x), dispatched(*b, x)
         history.append(a)
         np.testing.assert_array_equal(ascents(a[1]), ascents(b[1]), err_msg=str(t))
+        eps = lambda x: float(jax.numpy.finfo(x.dtype).eps)
+        # XLA may keep more digits of a half-precision leaf in one program than in the
+        # other (xla_allow_excess_precision). The perturbation takes that to all leaves,
+        # by less than a sixteenth of a rounding here.
+        through_others = max(map(eps, jax.tree.leaves(a[0]))) / 16
         for x, y in zip(*map(jax.tree.leaves, (a[0], b[0])), strict=True):
             assert x.dtype == y.dtype
-            tolerance = 40 * float(jax.numpy.finfo(x.dtype).eps)
+            tolerance = max(40 * eps(x), through_others)
             x, y = np.asarray(x, float), np.asarray(y, float)
             np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
         b = a[0], b[1]
