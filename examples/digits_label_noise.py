@@ -5,8 +5,7 @@ minute on two cores. Needs flax, scikit-learn and rich too.
 
 What one should see: SGD comes to 94 % and falls back to 75 % as it learns the wrong
 labels. The others stay at 95 or 96 %: SAM for two gradients per step, vSAM for a
-quarter more than SGD, MSAM for no more. docs/results/demo.md has the curves, and all
-methods.
+quarter more than SGD, MSAM for no more. docs/results/demo.md has all methods' curves.
 
     python examples/digits_label_noise.py [--quick]
 """
