@@ -76,9 +76,13 @@ def on_engine(
     name: str, options: Mapping[str, Any], **parts: Any
 ) -> optax.GradientTransformationExtraArgs:
     """The method of a name, made of its parts and of the shared arguments."""
+    known = inspect.signature(METHODS[name]).parameters
     for key in options:
-        if key not in inspect.signature(METHODS[name]).parameters:
-            raise TypeError(f"{name}() got an unexpected keyword argument {key!r}")
+        if key not in known:
+            raise TypeError(
+                f"{name}() got an unexpected keyword argument {key!r}. Write one of"
+                f" {', '.join(known)}."
+            )
     return sharpness_aware(name=name, **{**parts, **options})
 
 

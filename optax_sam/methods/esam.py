@@ -212,12 +212,12 @@ def esam(
                 check_grad_fn(name, grad_fn)
                 return
             raise MissingArgument(
-                f"{name} needs per_example_loss_fn: {_CALL}.{DROPPED}",
+                f"esam needs per_example_loss_fn: {_CALL}.{DROPPED}",
                 "per_example_loss_fn",
             )
         if not takes_all and not takes(losses_fn, 2):
             raise ValueError(
-                f"{name}: per_example_loss_fn must take indices, the examples whose"
+                "esam: per_example_loss_fn must take indices, the examples whose"
                 f" losses it computes. Write {_CALL}."
             )
 

@@ -1,4 +1,4 @@
-"""Measures of how flat a minimum is; see docs/sharpness.md."""
+"""Measures of how flat a minimum is; see docs/measures/sharpness.md."""
 
 from optax_sam.sharpness.directions import filter_normalized_direction
 from optax_sam.sharpness.geodesic import geodesic_sharpness

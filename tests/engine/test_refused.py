@@ -365,9 +365,9 @@ def test_parts_say_what_they_miss():
     for rule, given, extra, message in (
         (ascent.adaptive(0.1), (), {}, "needs params"),
         (ascent.n_step(0.1, 2), (g,), {}, "needs params and grad_fn"),
-        (ascent.weight_scaled(0.1), (), {}, "weight-scaled ascent needs params"),
-        (ascent.trust_ratio(0.1), (), {}, "layer-wise ascent needs params"),
-        (ascent.smoothed(0.1), (), {}, "smoothed ascent needs params and grad_fn"),
+        (ascent.weight_scaled(0.1), (), {}, "This ascent needs params: rule"),
+        (ascent.trust_ratio(0.1), (), {}, "needs params: rule.update"),
+        (ascent.smoothed(0.1), (), {}, "needs params and grad_fn: rule"),
         (ascent.smoothed(0.1), (g,), grad_fn, random),
         (ascent.random_leaves(0.1), (g,), grad_fn, random),
         (ascent.l2(optax.constant_schedule(0.1)), (), {}, "count="),
