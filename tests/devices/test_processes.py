@@ -29,12 +29,14 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 300
 
 
-def start(script, *arguments, devices=1, optimized=False, env=(), **options):
+def start(script, *arguments, devices=1, optimized=False, env=None, **options):
     """A process that runs a script on so many devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     if not optimized:  # compiling dominates, and what these runs compare needs no more
         flags += " --xla_backend_optimization_level=0"
-    env = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}", "XLA_FLAGS": flags, **env}
+    env = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}", "XLA_FLAGS": flags} | (
+        env or {}
+    )
     command = [sys.executable, script, *map(str, arguments)]
     return subprocess.Popen(command, env=os.environ | env, text=True, **options)
 
