@@ -292,7 +292,8 @@ _RANDOM = {
     "factory": optax_sam.random_sam,
     "calls": 2,
     "uses_incoming": False,
-    "static": ("key", "roles", "when", *_COMMON),
+    # In the order of the signature.
+    "static": ("key", "roles", "mask", "when", "axis_name", "ascent_dtype"),
 }
 
 _GNP = {"factory": optax_sam.gnp, "static": ("when", *_COMMON)}
@@ -456,7 +457,7 @@ METHODS = (
         optax_sam.sam_on,
         {"rho": 0.1, "mask": True},
         seldom=True,
-        static=("adapt", "roles", "when", *_COMMON),
+        static=("adapt", "roles", "mask", "when", "axis_name", "ascent_dtype"),
     ),
     Method(
         "fisher_sam",
