@@ -186,7 +186,7 @@ def test_pairs_that_the_mask_leaves_out_do_not_count(x64):
     assert not without.perturbation["u"].any()
 
 
-def test_without_pairs_it_is_adaptive_sharpness_which_moves():
+def test_without_pairs_it_is_adaptive_sharpness_which_moves(x64):
     """To the bit: the same program."""
     loss = lambda w, _: jnp.sum((w["u"] * w["v"] - TARGET) ** 2)
     args = loss, {"u": jnp.array(U), "v": jnp.array(P / U)}, jnp.zeros((1, 1)), RHO
@@ -278,7 +278,7 @@ def test_invariance(x64, metric, start, dtype, tolerance):
         np.testing.assert_allclose(other.per_batch, first.per_batch, rtol=tolerance)
 
 
-def test_nnx(x64):
+def test_nnx():
     """The same weights in NNX's state, acted on, too: the value of Linen."""
     layer = nnx.MultiHeadAttention(
         HEADS, WIDTH, out_features=10, decode=False, rngs=nnx.Rngs(0)
@@ -289,10 +289,10 @@ def test_nnx(x64):
         x = nnx.merge(graph, params["attention"], rest)(batch[0])
         return cross_entropy(x.mean(-2), batch[1])
 
-    all_params, batches = representatives("float64", scales=(1.0,))
+    all_params, batches = representatives(jnp.float32, scales=(1.0,))
     expected = measure("mix")(all_params[0], batches)
     for params in all_params:
         assert nnx.to_pure_dict(state).keys() == params["attention"].keys()
         nnx.replace_by_pure_dict(state, params["attention"])
         result = measure("mix", loss_fn=nnx_loss)({"attention": state}, batches)
-        np.testing.assert_allclose(result.per_batch, expected.per_batch, rtol=1e-9)
+        np.testing.assert_allclose(result.per_batch, expected.per_batch, rtol=3e-5)

@@ -148,16 +148,18 @@ def test_probes_on_exhausted_spaces(name, dtype, x64):
 
 
 @pytest.mark.parametrize(
-    ("function", "options", "of"),
+    ("function", "options", "of", "factor"),
     [
-        (sharpness.trace_of, {}, np.trace),
-        (sharpness.trace_of, {"method": "hutchinson"}, np.trace),
-        (sharpness.diagonal_of, {}, np.diag),
-        (sharpness.diagonal_of, {"method": "hutchinson"}, np.diag),
-        (sharpness.frobenius_norm_of, {}, np.linalg.norm),
+        (sharpness.trace_of, {}, np.trace, 2),
+        (sharpness.trace_of, {"method": "hutchinson"}, np.trace, 1.25),
+        (sharpness.diagonal_of, {}, np.diag, 2),
+        (sharpness.diagonal_of, {"method": "hutchinson"}, np.diag, 1.25),
+        (sharpness.frobenius_norm_of, {}, np.linalg.norm, 1.25),
     ],
 )
-def test_errors_of_estimates_are_as_large_as_they_say(function, options, of, x64):
+def test_errors_of_estimates_are_as_large_as_they_say(
+    function, options, of, factor, x64
+):
     """Over many keys, of a spectrum that no sketch exhausts."""
     H = curvature.rotated(1.1 ** -np.arange(60.0), "float64")
     run = jax.jit(
@@ -170,7 +172,8 @@ def test_errors_of_estimates_are_as_large_as_they_say(function, options, of, x64
     error, stderr = result.estimate - of(np.asarray(H)), result.stderr
     # No bias beyond what the mean of a hundred may have, and a spread as is said.
     assert np.abs(error.mean(0)).max() <= 5 * stderr.mean() / 10
-    assert 0.8 <= np.sqrt((error**2).mean() / (stderr**2).mean()) <= 1.25
+    ratio = np.sqrt((error**2).mean() / (stderr**2).mean())
+    assert 1 / factor <= ratio <= factor
 
 
 def test_as_many_products_as_dimensions_are_exact():
