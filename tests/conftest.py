@@ -1,5 +1,7 @@
 """Devices, fixtures, and what a whole test run is held to: expected skips, memory."""
 
+import ctypes
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -50,6 +52,9 @@ def _compiled_programs_go():
     """JAX keeps every program it compiled; a whole run would take gigabytes."""
     yield
     jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":  # else glibc keeps what was freed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture
