@@ -99,6 +99,12 @@ def _signature(factory: Any, sources: tuple[Any, ...]) -> inspect.Signature:
             if name in hints:
                 parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
                 factory.__annotations__[name] = hints[name]
+    # In one order everywhere, also where a method has a default of its own for one.
+    shared = typing.get_type_hints(Options)
+    last = [
+        name for name in inspect.signature(sharpness_aware).parameters if name in shared
+    ]
+    parameters.sort(key=lambda p: last.index(p.name) if p.name in last else -1)
     return own.replace(parameters=parameters)
 
 

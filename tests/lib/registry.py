@@ -457,7 +457,7 @@ METHODS = (
         optax_sam.sam_on,
         {"rho": 0.1, "mask": True},
         seldom=True,
-        static=("adapt", "roles", "mask", "when", "axis_name", "ascent_dtype"),
+        static=("adapt", "roles", "when", *_COMMON),
     ),
     Method(
         "fisher_sam",
