@@ -292,8 +292,7 @@ _RANDOM = {
     "factory": optax_sam.random_sam,
     "calls": 2,
     "uses_incoming": False,
-    # In the order of the signature.
-    "static": ("key", "roles", "mask", "when", "axis_name", "ascent_dtype"),
+    "static": ("key", "roles", "when", *_COMMON),
 }
 
 _GNP = {"factory": optax_sam.gnp, "static": ("when", *_COMMON)}
