@@ -88,6 +88,19 @@ def test_a_gradient_summed_already_is_refused():
         jax.eval_shape(emitted, PARAMS, tx.init(PARAMS), BATCH)
 
 
+def test_perturbed_weights_belong_to_a_device_whatever_perturbs_them():
+    """Also constants: at weights that do not vary JAX would sum the gradient."""
+    nothing = lambda g, state, params=None, **extra: (
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), g),
+        state,
+    )
+    ascent = optax.GradientTransformationExtraArgs(optax.init_empty_state, nothing)
+    tx = optax_sam.sharpness_aware(ascent, axis_name="data")
+    emitted = jax.jit(mapped(functools.partial(update, tx)))
+    d, _ = emitted(PARAMS, tx.init(PARAMS), BATCH)
+    harness.assert_close_in_size(d, jax.grad(PROBLEM.loss_fn)(PARAMS, BATCH), 1e-6)
+
+
 def all_reduced_elements(compiled):
     """Numbers sent through all-reduces of a compiled program."""
     total = 0
