@@ -18,7 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ROOT / "tests" / "data" / "faults.toml"
-COPIED = ("optax_sam", "tests", "examples", "pyproject.toml", "README.md", "docs")
+COPIED = (
+    *("optax_sam", "tests", "examples", "docs", "benchmarks"),
+    *("conftest.py", "pyproject.toml", "README.md", "CHANGELOG.md"),
+)
 
 
 def faults():

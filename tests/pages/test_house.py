@@ -15,6 +15,7 @@ import optax_sam
 from optax_sam import method
 
 ROOT = Path(__file__).parents[2]
+PAGES = ("README", "CHANGELOG", "CONTRIBUTING")
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
@@ -38,7 +39,13 @@ def test_a_new_method_needs_its_file_a_line_and_a_page(tmp_path):
     for name in ("optax_sam", "tests", "docs", "benchmarks", "examples"):
         ignored = shutil.ignore_patterns("_build", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+    for name in (
+        "pyproject.toml",
+        "conftest.py",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+    ):
         shutil.copy(ROOT / name, tmp_path / name)
     methods = tmp_path / "optax_sam" / "methods"
     text = (methods / "stable_sam.py").read_text()

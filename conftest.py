@@ -1,4 +1,7 @@
-"""Devices, fixtures, and what a whole test run is held to: expected skips, memory."""
+"""Devices, fixtures, and what a test run is held to: expected skips, memory.
+
+It lies here, since the doctests of the package need it too.
+"""
 
 import ctypes
 import gc
@@ -20,7 +23,7 @@ _FLAGS = {
 }
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"  # later ones do not know it
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parent
 for _flag, _value in _FLAGS.items():
     _given = os.environ.get("XLA_FLAGS", "")
     if _flag not in _given:
