@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -179,11 +180,15 @@ def check_number(
 
 def _warn_of_half_precision(name: str, value: Any) -> None:
     known = "" if isinstance(value, jax.core.Tracer) else f" ({float(value)})"
+    # It points at the first line outside the package.
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals["__name__"].startswith("optax_sam."):
+        frame, level = frame.f_back, level + 1
     warnings.warn(
         f"{name} arrived in {value.dtype}{known}, which rounds it: 0.999 becomes 1."
         " optax.inject_hyperparams takes the dtype of the parameters for its numbers."
         " Write optax.inject_hyperparams(factory, hyperparam_dtype=jnp.float32, ...).",
-        stacklevel=4,
+        stacklevel=level,
     )
 
 

@@ -276,6 +276,12 @@ HALF = {
 }
 
 
+def test_a_warning_points_at_the_caller():
+    with pytest.warns(UserWarning, match="arrived in bfloat16") as caught:
+        optax_sam.gsam(jnp.bfloat16(0.125))
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.filterwarnings("always:.*arrived in bfloat16")
 @pytest.mark.parametrize("case", HALF)
 def test_hyperparameters_in_half_precision(case):
