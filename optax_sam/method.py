@@ -52,20 +52,20 @@ def method(*sources: Callable[..., Any]) -> Callable[[Factory], Factory]:
 
     What the docstring does not say of an argument is taken from the first of the
     sources that does, ``Raises`` likewise, and ``Returns`` from the last source.
-    ``**options`` stands for the keys of its ``TypedDict``, with the defaults of the
-    sources.
+    ``**options`` stands for the keys of its ``TypedDict``, as the engine has them.
 
     Args:
-      *sources: the functions that the method is made of, documented in full.
+      *sources: the functions that the method is made of, documented in full; a method
+        on the engine needs not name :func:`optax_sam.sharpness_aware`.
 
     Returns:
       A decorator; the function itself is as before.
     """
 
     def decorate(factory: Factory) -> Factory:
-        signature = _signature(factory, sources)
+        signature = _signature(factory)
         factory.__signature__ = signature  # type: ignore[attr-defined]
-        factory.__doc__ = _docstring(factory, signature, sources)
+        factory.__doc__ = _docstring(factory, signature, (*sources, sharpness_aware))
         METHODS[factory.__name__] = factory
         return factory
 
@@ -86,7 +86,7 @@ def on_engine(
     return sharpness_aware(name=name, **{**parts, **options})
 
 
-def _signature(factory: Any, sources: tuple[Any, ...]) -> inspect.Signature:
+def _signature(factory: Any) -> inspect.Signature:
     """The signature with the shared arguments in the place of ``**options``."""
     own = inspect.signature(factory)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -94,16 +94,12 @@ def _signature(factory: Any, sources: tuple[Any, ...]) -> inspect.Signature:
         return own
     kind = re.findall(r"\w+", factory.__annotations__.pop("options"))[-1]
     hints = typing.get_type_hints(globals()[kind])
-    for source in sources:
-        for name, parameter in inspect.signature(source).parameters.items():
-            if name in hints:
-                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
-                factory.__annotations__[name] = hints[name]
+    engine = inspect.signature(sharpness_aware).parameters
+    for name in hints:
+        parameters.append(engine[name].replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        factory.__annotations__[name] = hints[name]
     # In one order everywhere, also where a method has a default of its own for one.
-    shared = typing.get_type_hints(Options)
-    last = [
-        name for name in inspect.signature(sharpness_aware).parameters if name in shared
-    ]
+    last = [name for name in engine if name in typing.get_type_hints(Options)]
     parameters.sort(key=lambda p: last.index(p.name) if p.name in last else -1)
     return own.replace(parameters=parameters)
 

@@ -8,13 +8,12 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_sam.ascent.ball import l2
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import WithoutWhen, method, on_engine
 from optax_sam.methods.looksam import reuse_normal
 from optax_sam.when.trend import norm_above_trend
 
 
-@method(l2, norm_above_trend, reuse_normal, sharpness_aware)
+@method(l2, norm_above_trend, reuse_normal)
 def ae_looksam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,

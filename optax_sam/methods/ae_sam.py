@@ -8,12 +8,11 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_sam.ascent.ball import l2
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import WithoutWhen, method, on_engine
 from optax_sam.when.trend import norm_above_trend
 
 
-@method(l2, norm_above_trend, sharpness_aware)
+@method(l2, norm_above_trend)
 def ae_sam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,

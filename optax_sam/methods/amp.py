@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.ascent.steps import repeated
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import Options, method, on_engine
 from optax_sam.parts import Step, ascent_rule
 from optax_sam.roles import by_layer, resolve_roles
@@ -94,7 +93,7 @@ def raw_steps(
     return ascent_rule(update, needs=needs)
 
 
-@method(raw_steps, sharpness_aware)
+@method(raw_steps)
 def amp(
     epsilon: optax.ScalarOrSchedule = 0.5,
     *,

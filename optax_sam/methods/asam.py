@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.engine import sharpness_aware
 from optax_sam.masks import Mask, resolve_mask
 from optax_sam.method import Options, method, on_engine
 from optax_sam.parts import Step, offset_rule
@@ -81,7 +80,7 @@ def adaptive(
     return offset_rule(offset, needs=("params",))
 
 
-@method(adaptive, sharpness_aware)
+@method(adaptive)
 def asam(
     rho: optax.ScalarOrSchedule = 0.5,
     *,

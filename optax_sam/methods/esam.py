@@ -10,7 +10,6 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_sam.checks import DROPPED, MissingArgument, check_grad_fn, takes
-from optax_sam.engine import sharpness_aware
 from optax_sam.keys import check_key, raw_key
 from optax_sam.method import Options, method, on_engine
 from optax_sam.parts import Call, Descent, Step, ascent_rule
@@ -113,7 +112,7 @@ def random_leaves(
     return ascent_rule(update, init)
 
 
-@method(random_leaves, sharpness_aware)
+@method(random_leaves)
 def esam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,

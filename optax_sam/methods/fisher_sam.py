@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import Options, method, on_engine
 from optax_sam.parts import Step, offset_rule
 from optax_sam.schedules import at, check_schedule
@@ -54,7 +53,7 @@ def fisher(
     return offset_rule(offset)
 
 
-@method(fisher, sharpness_aware)
+@method(fisher)
 def fisher_sam(
     rho: optax.ScalarOrSchedule = 0.1,
     *,

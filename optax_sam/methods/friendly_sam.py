@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import Options, method, on_engine
 from optax_sam.parts import Step, ascent_rule
 from optax_sam.schedules import at, check_schedule
@@ -83,7 +82,7 @@ def friendly(
     return ascent_rule(update, init)
 
 
-@method(friendly, sharpness_aware)
+@method(friendly)
 def friendly_sam(
     rho: optax.ScalarOrSchedule = 0.2,
     *,

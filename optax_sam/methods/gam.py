@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.ascent.ball import l2
-from optax_sam.engine import sharpness_aware
 from optax_sam.masks import resolve_mask
 from optax_sam.method import Options, method, on_engine
 from optax_sam.parts import Call, Descent
@@ -26,7 +25,7 @@ from optax_sam.trees import (
 )
 
 
-@method(sharpness_aware)
+@method()
 def gam(
     grad_rho: optax.ScalarOrSchedule = 0.02,
     *,

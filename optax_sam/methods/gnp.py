@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.ascent.ball import l2
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import Options, method, on_engine
 from optax_sam.parts import Blend, Step
 from optax_sam.schedules import at, check_schedule, shown
@@ -50,7 +49,7 @@ def interpolate(
     return Blend(fresh=fresh, call=f"blend.interpolate({shown(alpha)})")
 
 
-@method(l2, interpolate, sharpness_aware)
+@method(l2, interpolate)
 def gnp(
     rho: optax.ScalarOrSchedule = 0.1,
     *,

@@ -12,7 +12,6 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_sam.ascent.ball import l2
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import Options, method, on_engine
 from optax_sam.parts import Blend, Step
 from optax_sam.schedules import at, check_number, check_schedule, shown
@@ -72,7 +71,7 @@ def surrogate_gap(
     return Blend(fresh=fresh, call=f"blend.surrogate_gap({shown(alpha)})")
 
 
-@method(l2, surrogate_gap, sharpness_aware)
+@method(l2, surrogate_gap)
 def gsam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import WithoutWhen, method, on_engine
 from optax_sam.methods.looksam import reuse_normal
 from optax_sam.parts import Step, offset_rule
@@ -63,7 +62,7 @@ def trust_ratio(
     return offset_rule(offset, needs=("params",))
 
 
-@method(trust_ratio, every_k, reuse_normal, sharpness_aware)
+@method(trust_ratio, every_k, reuse_normal)
 def look_layer_sam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam.ascent.ball import l2
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import WithoutWhen, method, on_engine
 from optax_sam.parts import Blend, Step
 from optax_sam.schedules import at, check_schedule, shown
@@ -90,7 +89,7 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
     return Blend(init, fresh, stale, f"blend.reuse_normal({shown(alpha)})")
 
 
-@method(l2, every_k, reuse_normal, sharpness_aware)
+@method(l2, every_k, reuse_normal)
 def looksam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,

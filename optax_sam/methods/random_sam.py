@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.engine import sharpness_aware
 from optax_sam.keys import check_key, raw_key
 from optax_sam.masks import Mask, resolve_nonempty_mask
 from optax_sam.method import WithoutMask, method, on_engine
@@ -160,7 +159,7 @@ def _sizes(w: jax.Array, role: Role) -> jax.Array:
     return sizes if role.output else sizes + 1e-16
 
 
-@method(smoothed, sharpness_aware)
+@method(smoothed)
 def random_sam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,

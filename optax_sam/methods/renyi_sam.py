@@ -10,7 +10,6 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import WithoutWhen, method, on_engine
 from optax_sam.parts import Step, When, always, offset_rule
 from optax_sam.roles import Role, by_layer, resolve_roles
@@ -110,7 +109,7 @@ def renyi(
     return offset_rule(offset)
 
 
-@method(renyi, sharpness_aware)
+@method(renyi)
 def renyi_sam(
     rho: optax.ScalarOrSchedule = 0.65,
     *,

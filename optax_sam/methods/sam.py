@@ -7,12 +7,11 @@ from typing import Unpack
 import optax
 
 from optax_sam.ascent.steps import n_step
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import Options, method, on_engine
 from optax_sam.schedules import check_integer
 
 
-@method(n_step, sharpness_aware)
+@method(n_step)
 def sam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,

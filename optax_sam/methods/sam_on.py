@@ -8,7 +8,6 @@ from typing import Any, Unpack
 import jax
 import optax
 
-from optax_sam.engine import sharpness_aware
 from optax_sam.masks import Mask
 from optax_sam.method import WithoutMask, method, on_engine
 from optax_sam.methods.asam import adaptive
@@ -63,7 +62,7 @@ def normalization_layers(params: Any, *, roles: Any = None) -> Any:
     return chosen
 
 
-@method(adaptive, sharpness_aware)
+@method(adaptive)
 def sam_on(
     rho: optax.ScalarOrSchedule = 0.5,
     *,

@@ -7,7 +7,6 @@ from typing import Any, Unpack
 import optax
 
 from optax_sam.ascent.ball import l2
-from optax_sam.engine import sharpness_aware
 from optax_sam.method import Options, method, on_engine
 from optax_sam.parts import Blend, Step
 from optax_sam.trees import of_length, tiny_norm
@@ -50,7 +49,7 @@ def renormalize(blend: Blend = Blend()) -> Blend:
     return blend._replace(fresh=fresh, call=f"blend.renormalize({blend})")
 
 
-@method(l2, sharpness_aware)
+@method(l2)
 def stable_sam(
     rho: optax.ScalarOrSchedule = 0.05, **options: Unpack[Options]
 ) -> optax.GradientTransformationExtraArgs:

@@ -11,7 +11,6 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_sam.ascent.ball import l2
-from optax_sam.engine import sharpness_aware
 from optax_sam.keys import check_key, raw_key, uniform
 from optax_sam.masks import Mask, resolve_nonempty_mask
 from optax_sam.method import WithoutWhen, method, on_engine
@@ -338,7 +337,7 @@ def reuse_difference(decay: ArrayLike = 0.8, max_reuse: int | None = 6) -> Blend
     return Blend(init, fresh, stale, call)
 
 
-@method(variance_controlled, reuse_difference, l2, sharpness_aware)
+@method(variance_controlled, reuse_difference, l2)
 def vsam(
     rho: optax.ScalarOrSchedule = 0.05,
     *,

@@ -11,7 +11,7 @@ import optax
 from optax_sam import checks, schedules, states
 from optax_sam.ascent.ball import l2
 from optax_sam.barrier import gradients
-from optax_sam.engine import SharpnessAwareState, sharpness_aware
+from optax_sam.engine import SharpnessAwareState
 from optax_sam.method import Options, method, on_engine
 from optax_sam.schedules import at
 from optax_sam.trees import norm, scaled, wide
@@ -30,7 +30,7 @@ class WSAMState(NamedTuple):
     inner: Any
 
 
-@method(l2, sharpness_aware)
+@method(l2)
 def wsam(
     inner: optax.GradientTransformation,
     *,
