@@ -70,9 +70,11 @@ test-newest-on: .venv/newest/.stamp
 
 # The TPU_ variables keep libtpu from asking the cloud which TPU it runs on; with no TPU
 # that it could fight for, several processes may load it. Level O0 compiles five times
-# faster; operations and what is sent between chips are the same.
+# faster; operations and what is sent between chips are the same. What was compiled for
+# an abstract TPU cannot be read from a cache.
 ON_PODS := TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost \
-	ALLOW_MULTIPLE_LIBTPU_LOAD=1 JAX_OPTIMIZATION_LEVEL=O0
+	ALLOW_MULTIPLE_LIBTPU_LOAD=1 JAX_OPTIMIZATION_LEVEL=O0 \
+	JAX_ENABLE_COMPILATION_CACHE=false
 
 sweep: .venv/main/.stamp  ## Run 2,000 random programs, plain and dispatched
 	$(call PYTEST,.venv/main) tests/engine/test_sweep.py $(ARGS)
