@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_sam.states import check_not_masked
-
 _CALL = (
     "grad_fn = lambda p: jax.grad(loss_fn)(p, batch); "
     "tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)"
@@ -78,11 +76,10 @@ def with_gradients(grads: Any, params: Any) -> tuple[Any, Callable[[Any], Any]]:
     return jax.tree.unflatten(structure, some), whole
 
 
-def check_params(method: str, updates: Any, params: Any) -> None:
-    """Raises unless ``update`` got the parameters, all of them."""
+def check_params(method: str, params: Any) -> None:
+    """Raises unless ``update`` got the parameters."""
     if params is None:
         raise ValueError(f"{method} needs the parameters: {_CALL}.")
-    check_not_masked(method, updates, params)
 
 
 def check_grad_fn(method: str, grad_fn: Any, num_points: int = 1) -> None:

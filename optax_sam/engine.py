@@ -257,7 +257,7 @@ def check(
     """Stage 1: what ``update`` got is what it needs; what later stages look at."""
     name, axis_name = method.name, method.axis_name
     params, whole = checks.with_gradients(updates, params)
-    checks.check_params(name, updates, params)
+    checks.check_params(name, params)
     method.descent.check(name, grad_fn, extra)
     checks.check_gradients(name, checks.INCOMING, updates, params)
     check_state(name, SharpnessAwareState, state, state_shapes(params))

@@ -178,7 +178,7 @@ def sampa(
     ) -> tuple[Any, SAMPaState]:
         states.check_not_masked("sampa", updates, params, advice=_OUTSIDE)
         alone = (grad_fn, 1) if grad_fn is not None else (paired_grad_fn, 2)
-        checks.check_params("sampa", updates, params)
+        checks.check_params("sampa", params)
         checks.check_grad_fn("sampa", *alone)
         checks.check_gradients("sampa", checks.INCOMING, updates, params)
         states.check_state("sampa", SAMPaState, state)
