@@ -52,14 +52,27 @@ EXPECTED_SKIPS = (
 MEMORY_LIMIT = 2.5e9 if importlib.util.find_spec("libtpu") else 1.5e9
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_programs_go():
+def _let_programs_go():
     """JAX keeps every program it compiled; a whole run would take gigabytes."""
-    yield
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":  # else glibc keeps what was freed
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _after_each_module():
+    yield
+    _let_programs_go()
+
+
+@pytest.fixture(autouse=True)
+def _where_a_module_compiles_much():
+    yield
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+    if pages * resource.getpagesize() > 0.75 * MEMORY_LIMIT:
+        _let_programs_go()
 
 
 @pytest.fixture
