@@ -144,8 +144,8 @@ def sharpness_aware(
         ``optax_sam.when`` or your own.
       blend: the rule that combines both gradients, one of ``optax_sam.blend`` or your
         own.
-      descent: which gradient stands for the perturbed one, for methods that do not
-        take that of the batch at ``w + e``.
+      descent: an ``optax_sam.parts.Descent``, which says what gradient stands for the
+        perturbed one, for methods that do not take the batch's at ``w + e``.
       mask: the leaves that are perturbed; excluded ones get a zero offset and stay
         out of the norm. A bool, a tree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all. A tree or a
@@ -162,10 +162,10 @@ def sharpness_aware(
       ``grad_fn``; its state is a :class:`SharpnessAwareState`.
 
     Raises:
-      ValueError: if ``when`` or ``blend`` is no rule; on ``init`` or ``update``, if
-        it stands inside ``optax.masked`` or ``optax.partition``; on ``update``, if
-        ``params`` or ``grad_fn`` is missing or a gradient has another structure,
-        shape or kind than the parameters.
+      ValueError: if ``when``, ``blend`` or ``descent`` is no rule; on ``init`` or
+        ``update``, if it stands inside ``optax.masked`` or ``optax.partition``; on
+        ``update``, if ``params`` or ``grad_fn`` is missing or a gradient has another
+        structure, shape or kind than the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -190,6 +190,11 @@ def sharpness_aware(
                 f" {'when.every_k(5)' if kind is When else 'blend.take_ascended()'};"
                 f" got {part!r}."
             )
+    if not isinstance(descent, Descent):
+        raise ValueError(
+            f"{name}: descent must be an optax_sam.parts.Descent, such as"
+            f" Descent(lambda w_e, call: call.gradient(w_e)); got {descent!r}."
+        )
     if not (hasattr(ascent, "init") and hasattr(ascent, "update")):
         raise ValueError(
             f"{name}: ascent must be a transformation from a gradient to an offset,"

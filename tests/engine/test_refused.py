@@ -359,6 +359,12 @@ def test_a_part_on_the_wrong_axis(axis, wrong):
         optax_sam.sharpness_aware(**parts, name="own")
 
 
+@pytest.mark.parametrize("wrong", [None, 5, blend.take_ascended(), lambda w, call: w])
+def test_a_descent_that_is_none(wrong):
+    with pytest.raises(ValueError, match="descent must be an optax_sam.parts.Descent"):
+        optax_sam.sharpness_aware(ascent.l2(0.1), descent=wrong)
+
+
 def test_parts_say_what_they_miss():
     g, grad_fn = jnp.ones(2), {"grad_fn": lambda p: p}
     random = r"random rule needs the step.*count="
