@@ -44,7 +44,6 @@ def l2(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     rho = check_schedule("rho", rho, 0.0)
 
     def offset(g: Any, params: Any, step: Step) -> Any:
-        del params
         return rescale(g, norm(g), at(rho, step.count))
 
     return offset_rule(offset)

@@ -72,16 +72,7 @@ def n_step(
     if step_size is not None:
         step_size = check_schedule("step_size", step_size, 0.0)
 
-    def update(
-        g: Any,
-        state: Any,
-        params: Any,
-        step: Step,
-        *,
-        grad_fn: Callable[[Any], Any],
-        **extra: Any,
-    ) -> tuple[Any, Any]:
-        del extra
+    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
         radius = at(rho, step.count)
         length = radius if step_size is None else at(step_size, step.count)
 
@@ -99,7 +90,7 @@ def n_step(
         # No distance from zero to go back: the first step needs no projection,
         # unless it is longer than the radius.
         delta = rescale(g, norm(g), jnp.minimum(length, radius) if project else length)
-        again = lambda _, delta: climb(delta, grad_fn(add(params, delta)))
+        again = lambda _, delta: climb(delta, extra["grad_fn"](add(params, delta)))
         return repeated(again, num_steps, delta), state
 
     return ascent_rule(update, needs=("params", "grad_fn"))

@@ -58,16 +58,7 @@ def raw_steps(
     if projection not in ("leaf", "global"):
         raise ValueError(f'projection must be "leaf" or "global"; got {projection!r}.')
 
-    def update(
-        g: Any,
-        state: Any,
-        params: Any,
-        step: Step,
-        *,
-        grad_fn: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
-        del extra
+    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
         radius, factor = at(epsilon, step.count), at(step_size, step.count)
 
         def shortened(delta: Any) -> Any:
@@ -84,7 +75,7 @@ def raw_steps(
             return jax.tree.map(of_layers, delta, layers)
 
         def again(_: Any, delta: Any) -> Any:
-            g = grad_fn(add(params, delta))
+            g = extra["grad_fn"](add(params, delta))
             return project(add(delta, scaled(g, factor)))
 
         return repeated(again, num_steps, project(scaled(g, factor))), state

@@ -79,16 +79,7 @@ def random_leaves(
         leaves = len(jax.tree.leaves(params))
         return RandomLeavesState(jnp.ones(leaves, bool), raw_key(key))
 
-    def update(
-        g: Any,
-        state: RandomLeavesState,
-        params: Any,
-        step: Step,
-        *,
-        mask_uniforms: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, RandomLeavesState]:
-        del params, extra
+    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
         leaves, structure = jax.tree.flatten(g)
         chosen = [
             jnp.where(active, x, 0)
@@ -97,11 +88,11 @@ def random_leaves(
         radius = at(rho, step.count) / beta
         # The authors' 1e-7, ten thousand times what other methods add to a norm.
         e = rescale(chosen, norm(chosen), radius, eps=1e-7)
-        if mask_uniforms is None:
+        if (given := extra.get("mask_uniforms")) is None:
             uniforms = jax.random.uniform(step.key(state.key), state.active.shape)
         else:
-            given = jax.tree.leaves(mask_uniforms)
-            uniforms = jnp.concatenate([jnp.ravel(jnp.asarray(u)) for u in given])
+            flat = [jnp.ravel(jnp.asarray(u)) for u in jax.tree.leaves(given)]
+            uniforms = jnp.concatenate(flat)
             if uniforms.shape != state.active.shape:
                 raise ValueError(
                     f"mask_uniforms must hold one number for each of the"
@@ -246,12 +237,8 @@ def esam(
 
         return call.taken(mean_gradient, w_e)
 
-    return on_engine(
-        "esam",
-        options,
-        ascent=random_leaves(rho, beta, key),
-        descent=Descent(selected_gradient, check),
-    )
+    rule, descent = random_leaves(rho, beta, key), Descent(selected_gradient, check)
+    return on_engine("esam", options, ascent=rule, descent=descent)
 
 
 def _check_selection(losses: jax.Array, chosen: jax.Array) -> None:

@@ -44,7 +44,6 @@ def fisher(
     eta = check_schedule("eta", eta, 0.0)
 
     def offset(g: Any, params: Any, step: Step) -> Any:
-        del params
         eta_now = at(eta, step.count)
         by_metric = lambda x: x / (1 + eta_now.astype(x.dtype) * jnp.square(x))
         f_inv_g = jax.tree.map(lambda x: by_metric(wide(x)), g)

@@ -67,10 +67,7 @@ def friendly(
     def init(params: Any) -> FriendlyState:
         return FriendlyState(cache(params), jnp.zeros((), bool))
 
-    def update(
-        g: Any, state: FriendlyState, params: Any, step: Step, **extra: Any
-    ) -> tuple[Any, FriendlyState]:
-        del params, extra
+    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
         g = optax.tree.cast_like(g, state.average)
         a = weighted(jnp.ones(()), g, -at(sigma, step.count), state.average)
         length = beyond_rounding(norm(a), norm(g))

@@ -98,11 +98,7 @@ def look_layer_sam(
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
       <https://arxiv.org/abs/2203.02714>`_, 2022
     """
-    rule = trust_ratio(rho, roles=roles)
+    rule, blend = trust_ratio(rho, roles=roles), reuse_normal(alpha)
     return on_engine(
-        "look_layer_sam",
-        options,
-        ascent=rule,
-        when=every_k(k),
-        blend=reuse_normal(alpha),
+        "look_layer_sam", options, ascent=rule, when=every_k(k), blend=blend
     )

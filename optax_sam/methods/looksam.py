@@ -61,9 +61,7 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
     def init(params: Any) -> ReuseNormalState:
         return ReuseNormalState(cache(params))
 
-    def fresh(
-        g: Any, g_s: Any, state: ReuseNormalState, step: Step
-    ) -> tuple[Any, ReuseNormalState]:
+    def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
         square = inner(g, g)
         eps = jnp.where(square > 1e-8, _EPS, 0)
         c = along(g_s, g, eps)
@@ -77,9 +75,7 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
         known = length > step.mean((rounding + share) * norm(g_s))
         return g_s, ReuseNormalState(rescale(g_v, jnp.where(known, length, 0), 1, 0))
 
-    def stale(
-        g: Any, state: ReuseNormalState, step: Step
-    ) -> tuple[Any, ReuseNormalState]:
+    def stale(g: Any, state: Any, step: Step) -> tuple[Any, Any]:
         length = norm(g)
         # One that is not finite lets its gradient through as it is.
         weight = at(alpha, step.count) * jnp.where(jnp.isfinite(length), length, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -89,18 +88,8 @@ def smoothed(
     gradient_weight = check_schedule("gradient_weight", gradient_weight, 0.0)
     check_key(key)
 
-    def update(
-        g: Any,
-        state: SmoothedState,
-        params: Any,
-        step: Step,
-        *,
-        grad_fn: Callable[[Any], Any],
-        noise: Any = None,
-        **extra: Any,
-    ) -> tuple[OwnGradient, SmoothedState]:
-        del g, extra
-        if noise is None:
+    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
+        if (noise := extra.get("noise")) is None:
             generator = step.device_key(state.key)
             noise = _normal(generator, jax.tree.map(wide, params), step.count)
         elif jax.tree.map(jnp.shape, noise) != jax.tree.map(jnp.shape, params):
@@ -120,13 +109,12 @@ def smoothed(
             ),
             chosen,
         )
-        g_1 = grad_fn(add(params, delta))
+        g_1 = extra["grad_fn"](add(params, delta))
         weight = at(gradient_weight, step.count)
         d_1 = keep(jax.tree.map(lambda x, z: weight * wide(x) + z, g_1, delta), chosen)
         return OwnGradient(rescale(d_1, norm(d_1), at(rho, step.count)), g_1), state
 
     def init(params: Any) -> SmoothedState:
-        del params
         return SmoothedState(raw_key(key))
 
     return ascent_rule(update, init, needs=("params", "grad_fn"))

@@ -183,17 +183,16 @@ def variance_controlled(
                 f" {window} steps (max_rate >= {1 / window:.3g}); got {max_rate}."
             )
     if initial_rate is not None:
+        is_traced = isinstance(max_rate, jax.core.Tracer)
+        most = 1.0 if is_traced else float(np.asarray(max_rate))
         initial_rate = check_number(
-            "initial_rate", initial_rate, 0.0, 1.0, open_low=True
+            "initial_rate",
+            initial_rate,
+            0.0,
+            most,
+            open_low=True,
+            or_what=", to max_rate",
         )
-        known = not any(
-            isinstance(x, jax.core.Tracer) for x in (initial_rate, max_rate)
-        )
-        if known and np.asarray(initial_rate) > np.asarray(max_rate):
-            raise ValueError(
-                f"initial_rate must be at most max_rate = {max_rate}; got"
-                f" {initial_rate}."
-            )
     if warmup_steps is None:
         warmup_steps = 2 * window
     check_integer("warmup_steps", warmup_steps, 0)
@@ -205,7 +204,6 @@ def variance_controlled(
         return jnp.clip(jnp.asarray(window * initial_rate, float), 1, largest)
 
     def init(params: Any) -> VarianceControlledState:
-        del params
         return VarianceControlledState(
             ascends=jnp.array(False),
             count=jnp.zeros((), jnp.int32),
@@ -222,9 +220,7 @@ def variance_controlled(
             variances=jnp.zeros((window,), float),
         ).decided()
 
-    def observe(
-        state: VarianceControlledState, g: Any, g_s: Any, step: Step
-    ) -> VarianceControlledState:
+    def observe(state: Any, g: Any, g_s: Any, step: Step) -> VarianceControlledState:
         watched = jax.tree.leaves(resolve_nonempty_mask(norm_mask, g, name="norm_mask"))
         tail = lambda tree: [
             leaf
@@ -255,9 +251,7 @@ def variance_controlled(
         change = jnp.where(known, after / jnp.where(known, before, 1) - 1, 0)
         return jnp.clip(jnp.mean(change), -1, 1)
 
-    def advance(
-        state: VarianceControlledState, ascended: jax.Array
-    ) -> VarianceControlledState:
+    def advance(state: Any, ascended: jax.Array) -> VarianceControlledState:
         state = state.turned(ascended)
         growth = mean_change(state.ratios) + mean_change(state.variances)
         s = jnp.clip(state.rate * (1 + sensitivity * growth), 1, largest)
@@ -310,9 +304,7 @@ def reuse_difference(decay: ArrayLike = 0.8, max_reuse: int | None = 6) -> Blend
     def init(params: Any) -> ReuseDifferenceState:
         return ReuseDifferenceState(psf=cache(params), age=jnp.zeros((), jnp.int32))
 
-    def fresh(
-        g: Any, g_s: Any, state: ReuseDifferenceState, step: Step
-    ) -> tuple[Any, ReuseDifferenceState]:
+    def fresh(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
         psf = jax.tree.map(
             lambda a, b, cached: a.astype(cached.dtype) - b.astype(cached.dtype),
             g_s,
@@ -321,10 +313,7 @@ def reuse_difference(decay: ArrayLike = 0.8, max_reuse: int | None = 6) -> Blend
         )
         return g_s, ReuseDifferenceState(step.mean(psf), jnp.zeros_like(state.age))
 
-    def stale(
-        g: Any, state: ReuseDifferenceState, step: Step
-    ) -> tuple[Any, ReuseDifferenceState]:
-        del step
+    def stale(g: Any, state: Any, step: Step) -> tuple[Any, Any]:
         age = optax.safe_increment(state.age)
         weight = jnp.asarray(decay, float) ** age.astype(float)
         if max_reuse is not None:
@@ -422,16 +411,7 @@ def vsam(
     reuse_decay = check_number("reuse_decay", reuse_decay, 0.0, 1.0)
     # Only a Python zero: the state's structure cannot depend on a traced value.
     without_reuse = isinstance(reuse_decay, (int, float)) and reuse_decay == 0
-    steps = variance_controlled(
-        window=window,
-        num_slices=num_slices,
-        sensitivity=sensitivity,
-        max_rate=max_rate,
-        warmup_steps=warmup_steps,
-        initial_rate=initial_rate,
-        norm_mask=norm_mask,
-        force_quota=force_quota,
-        key=key,
-    )
+    control = (window, num_slices, sensitivity, max_rate, warmup_steps, initial_rate)
+    steps = variance_controlled(*control, norm_mask, force_quota, key)
     blend = Blend() if without_reuse else reuse_difference(reuse_decay, max_reuse)
     return on_engine("vsam", options, ascent=l2(rho), when=steps, blend=blend)

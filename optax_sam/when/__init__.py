@@ -9,17 +9,8 @@ the file of that method.
 
 from optax_sam.methods.vsam import VarianceControlledState, variance_controlled
 from optax_sam.parts import Step, When, always
-from optax_sam.when.fixed import (
-    BernoulliState,
-    EveryKState,
-    bernoulli,
-    every_k,
-)
-from optax_sam.when.trend import (
-    LaggedNormTrendState,
-    NormTrendState,
-    norm_above_trend,
-)
+from optax_sam.when.fixed import BernoulliState, EveryKState, bernoulli, every_k
+from optax_sam.when.trend import LaggedNormTrendState, NormTrendState, norm_above_trend
 from optax_sam.when.warmup import AfterState, after
 
 __all__ = [

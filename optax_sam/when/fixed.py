@@ -73,7 +73,6 @@ def every_k(k: int, phase: int = 0) -> When:
         raise ValueError(f"phase must be below k = {k}; got {phase}.")
 
     def init(params: Any) -> EveryKState:
-        del params
         return EveryKState(
             ascends=jnp.array(phase == 0),
             position=jnp.array(phase, jnp.int32),
@@ -81,7 +80,6 @@ def every_k(k: int, phase: int = 0) -> When:
         )
 
     def advance(state: EveryKState, ascended: jax.Array) -> EveryKState:
-        del ascended
         position = (state.position + 1) % k
         # The period of the rule as it is now, also in a state of another period.
         return EveryKState(position == 0, position, jnp.array(k, jnp.int32))
@@ -157,7 +155,6 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
         )
 
     def init(params: Any) -> BernoulliState:
-        del params
         return decide(
             BernoulliState(
                 ascends=jnp.array(False),
@@ -169,7 +166,6 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
         )
 
     def advance(state: BernoulliState, ascended: jax.Array) -> BernoulliState:
-        del ascended
         return decide(state._replace(count=optax.safe_increment(state.count)))
 
     return When(init, advance=advance, call=f"when.bernoulli({shown(p)})")

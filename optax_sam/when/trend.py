@@ -114,7 +114,6 @@ def norm_above_trend(
         )
 
     def start(params: Any) -> NormTrendState:
-        del params
         return NormTrendState(
             jnp.zeros((), float), jnp.zeros((), float), jnp.array(False)
         )
@@ -122,16 +121,12 @@ def norm_above_trend(
     def measured(state: NormTrendState, g: Any, step: Step) -> jax.Array:
         return step.mean(jnp.square(norm(g)).astype(state.mean.dtype))
 
-    def now(
-        state: NormTrendState, g: Any, step: Step
-    ) -> tuple[jax.Array, NormTrendState]:
+    def now(state: Any, g: Any, step: Step) -> tuple[jax.Array, Any]:
         x = measured(state, g, step)
         state = state.recorded(x, decay)
         return state.exceeded(x, at(threshold, step.count)), state
 
-    def now_lagged(
-        state: LaggedNormTrendState, g: Any, step: Step
-    ) -> tuple[jax.Array, LaggedNormTrendState]:
+    def now_lagged(state: Any, g: Any, step: Step) -> tuple[jax.Array, Any]:
         following = step._replace(count=optax.safe_increment(step.count))
         return state.ascends, LaggedNormTrendState(*now(state.trend, g, following))
 
