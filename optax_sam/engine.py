@@ -83,7 +83,7 @@ class SharpnessAwareState(NamedTuple):
         } | metrics_of(self.ascent, self.when, self.blend)
 
 
-class _Method(NamedTuple):
+class Method(NamedTuple):
     """What :func:`sharpness_aware` was given."""
 
     ascent: optax.GradientTransformationExtraArgs
@@ -94,11 +94,14 @@ class _Method(NamedTuple):
     axis_name: Any
     ascent_dtype: DTypeLike | None
     name: str
+    state_shapes: Callable[[Any], Any]
 
     def mean(self, tree: Any) -> Any:
+        """The mean over the devices of ``axis_name``."""
         return tree if self.axis_name is None else jax.lax.pmean(tree, self.axis_name)
 
     def rounded(self, point: Any) -> Any:
+        """A point as ``grad_fn`` gets it."""
         # float32 offsets make float32 points of half-precision parameters.
         dtype = self.ascent_dtype
         return point if dtype is None else optax.tree.cast(point, dtype)
@@ -202,7 +205,6 @@ def sharpness_aware(
         )
     check_float_dtype("ascent_dtype", ascent_dtype)
     ascent = masks.restrict(ascent, mask)
-    method = _Method(ascent, when, blend, descent, mask, axis_name, ascent_dtype, name)
 
     def init(params: Any) -> SharpnessAwareState:
         check_not_masked(name, params)
@@ -221,7 +223,8 @@ def sharpness_aware(
             blend=blend.init(params),
         )
 
-    state_shapes = _shapes_of(init)
+    given = when, blend, descent, mask, axis_name, ascent_dtype, name
+    method = Method(ascent, *given, _shapes_of(init))
 
     def update(
         updates: Any,
@@ -232,10 +235,12 @@ def sharpness_aware(
         ascend: bool | None = None,
         **extra: Any,
     ) -> tuple[Any, SharpnessAwareState]:
-        call = check(method, updates, state, params, grad_fn, extra, state_shapes)
-        decision, state = decide(method, call, state, ascend)
-        perturb = functools.partial(_perturbed, method, call)
-        skip = functools.partial(_skipped, method, call)
+        shards = _shards.get()
+        here = method if shards is None else shards.inside(method)
+        call = check(here, updates, state, params, grad_fn, extra)
+        decision, state = decide(here, call, state, ascend)
+        perturb = functools.partial(_perturbed, here, call)
+        skip = functools.partial(_skipped, here, call)
         if isinstance(decision, jax.core.Tracer):
             d, state = jax.lax.cond(decision, perturb, skip, state)
         else:  # known while tracing, or nothing is traced: a cond would be compiled
@@ -251,13 +256,7 @@ def sharpness_aware(
 
 
 def check(
-    method: _Method,
-    updates: Any,
-    state: Any,
-    params: Any,
-    grad_fn: Any,
-    extra: dict[str, Any],
-    state_shapes: Callable[[Any], Any],
+    method: Method, updates: Any, state: Any, params: Any, grad_fn: Any, extra: Any
 ) -> Call:
     """Stage 1: what ``update`` got is what it needs; what later stages look at."""
     name, axis_name = method.name, method.axis_name
@@ -265,25 +264,29 @@ def check(
     checks.check_params(name, params)
     method.descent.check(name, grad_fn, extra)
     checks.check_gradients(name, checks.INCOMING, updates, params)
-    check_state(name, SharpnessAwareState, state, state_shapes(params))
+    check_state(name, SharpnessAwareState, state, method.state_shapes(params))
     masks.resolve_nonempty_mask(method.mask, params, name="mask")
-    if axis_name is not None:
+    g, mean, shards = updates, method.mean, _shards.get()
+    if shards is not None:
+        mean = shards.mean
+    else:
         check_varies(name, checks.INCOMING, updates, axis_name)
-    # Python and NumPy numbers among the leaves become arrays, as in Optax.
-    g, params = gradients(updates), jax.tree.map(jnp.asarray, params)
-    params = vary(params, axis_name)
+        # Python and NumPy numbers among the leaves become arrays, as in Optax.
+        g = gradients(updates)
+    params = vary(jax.tree.map(jnp.asarray, params), axis_name)
 
     def taken(function: Callable[[Any], Any], point: Any) -> Any:
         grads = function(method.rounded(point))
         check_returned(name, grads, params, axis_name)
         return gradients(grads)
 
-    step = Step(state.count, method.mean, axis_name)
+    device = None if axis_name is None else jax.lax.axis_index(axis_name)
+    step = Step(state.count, mean, device)
     return Call(g, params, whole, step, taken, grad_fn, extra)
 
 
 def decide(
-    method: _Method, call: Call, state: SharpnessAwareState, ascend: Any
+    method: Method, call: Call, state: SharpnessAwareState, ascend: Any
 ) -> tuple[bool | jax.Array, SharpnessAwareState]:
     """Stage 2: whether this step is perturbed, and the state of the rule after it."""
     forced = _static(ascend)
@@ -294,104 +297,119 @@ def decide(
     return decision if forced is None else forced, state._replace(when=moved)
 
 
-class Climbed(NamedTuple):
-    """What :func:`climb` found.
+class Found(NamedTuple):
+    """What :func:`climb` found, or a skipped step, on the batch or on a shard of it.
 
     Attributes:
-      first: the gradient at the weights, or an ascent's own.
-      g_s: the perturbed gradient.
-      ascent: state of the ascent after it.
-      survival: the share of the offset that rounding left over.
+      averaged: what is averaged over the shards of a batch.
+      states: those of the rules, which are the same for all shards, since what a rule
+        stores of a gradient goes through ``step.mean``.
     """
 
-    first: Any
-    g_s: Any
-    ascent: Any
-    survival: jax.Array
+    averaged: Any
+    states: Any
 
 
-def climb(method: _Method, call: Call, state: SharpnessAwareState) -> Climbed:
-    """Stage 3: the offset, the perturbed weights (rounded here), the gradient there."""
-    e, ascent_state = method.ascent.update(
-        call.g,
+def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
+    """Stage 3: the offset, the perturbed weights (rounded here), the gradient there.
+
+    Also what both gradients make together, and what is emitted after a rejection.
+    """
+    g, step = call.g, call.step
+    e, ascent = method.ascent.update(
+        g,
         state.ascent,
         call.params,
         grad_fn=call.grad_fn and call.gradient,
-        step=call.step,
+        step=step,
         count=state.count,
         **call.extra,
     )
     # A rule that looked elsewhere (R-SAM) stands on its own gradient, also where it
     # falls back: XLA drops the incoming one if nothing uses it.
-    e, first = e if isinstance(e, OwnGradient) else (e, call.g)
+    e, first = e if isinstance(e, OwnGradient) else (e, g)
     w_e = method.rounded(add(call.params, e))
     g_s = method.descent.gradient(w_e, call)
-    return Climbed(first, g_s, ascent_state, _survival(call.params, w_e, e))
-
-
-def judge(
-    method: _Method, call: Call, state: SharpnessAwareState, climbed: Climbed
-) -> tuple[jax.Array, jax.Array]:
-    """Stage 4: both norms and the survival, (3,), and whether to use the gradients."""
+    d, blend = method.blend.fresh(first, g_s, state.blend, step)
+    fallback, stale_blend = method.blend.stale(first, state.blend, step)
+    when = method.when.observe(state.when, first, g_s, step)
     # Judged in the dtype that is emitted: float16 may not hold what grad_fn returned
     # for a float32 point.
-    emitted = lambda tree: optax.tree.cast_like(tree, call.g)
-    measures = (
-        norm(emitted(climbed.first)),
-        norm(emitted(climbed.g_s)),
-        climbed.survival,
-    )
+    emitted = lambda tree: optax.tree.cast_like(tree, g)
+    measures = norm(emitted(first)), norm(emitted(g_s)), _survival(call.params, w_e, e)
+    measured = jnp.stack([x.astype(state.gradient_norm.dtype) for x in measures])
+    return Found((d, fallback, measured), ((ascent, when, blend), stale_blend))
+
+
+def judge(method: Method, found: Found) -> tuple[jax.Array, jax.Array]:
+    """Stage 4: both norms and the survival, (3,), and whether to use the gradients."""
     # One device's failure is everybody's, so that all stay equal: the mean of the norms
     # is finite where each of them is.
-    measured = method.mean(
-        jnp.stack([x.astype(state.gradient_norm.dtype) for x in measures])
-    )
+    measured = method.mean(found.averaged[2])
     return measured, jnp.all(jnp.isfinite(measured[:2]))
 
 
 def keep(
-    method: _Method,
-    call: Call,
-    state: SharpnessAwareState,
-    climbed: Climbed,
-    measured: jax.Array,
-    accepted: jax.Array,
+    method: Method, call: Call, state: SharpnessAwareState, found: Found
 ) -> tuple[Any, SharpnessAwareState]:
     """Stage 5: what is emitted and what enters the state; a rejection changes both."""
-    first, g_s, step = climbed.first, climbed.g_s, call.step
-    d, fresh_blend = method.blend.fresh(first, g_s, state.blend, step)
-    fallback, stale_blend = method.blend.stale(first, state.blend, step)
-    observed = method.when.observe(state.when, first, g_s, step)
+    measured, accepted = judge(method, found)
     choose = functools.partial(optax.tree.where, accepted)
     gradient_norm, ascended_norm, survival = choose(
         tuple(measured), (state.gradient_norm, state.ascended_norm, state.survival)
     )
-    d = choose(*(optax.tree.cast_like(x, call.g) for x in (d, fallback)))
+    perturbed, stale_blend = found.states
+    ascent, when, blend = choose(perturbed, (state.ascent, state.when, stale_blend))
+    d = optax.tree.cast_like(choose(*found.averaged[:2]), call.g)
     return method.mean(d), state._replace(
         num_ascents=optax.safe_increment(state.num_ascents),
         num_rejected=state.num_rejected + (~accepted).astype(jnp.int32),
         gradient_norm=gradient_norm,
         ascended_norm=ascended_norm,
         survival=survival,
-        ascent=choose(climbed.ascent, state.ascent),
-        when=choose(observed, state.when),
-        blend=choose(fresh_blend, stale_blend),
+        ascent=ascent,
+        when=when,
+        blend=blend,
     )
 
 
 def _perturbed(
-    method: _Method, call: Call, state: SharpnessAwareState
+    method: Method, call: Call, state: SharpnessAwareState
 ) -> tuple[Any, SharpnessAwareState]:
-    climbed = climb(method, call, state)
-    return keep(method, call, state, climbed, *judge(method, call, state, climbed))
+    found = _over_shards(lambda call: climb(method, call, state), method, call)
+    return keep(method, call, state, found)
 
 
 def _skipped(
-    method: _Method, call: Call, state: SharpnessAwareState
+    method: Method, call: Call, state: SharpnessAwareState
 ) -> tuple[Any, SharpnessAwareState]:
-    d, blend_state = method.blend.stale(call.g, state.blend, call.step)
-    d = optax.tree.cast_like(d, call.g)
-    return method.mean(d), state._replace(blend=blend_state)
+    find = lambda call: Found(*method.blend.stale(call.g, state.blend, call.step))
+    d, blend = _over_shards(find, method, call)
+    return method.mean(optax.tree.cast_like(d, call.g)), state._replace(blend=blend)
+
+
+_shards: ContextVar[Any] = ContextVar("_shards", default=None)
+
+
+@contextlib.contextmanager
+def in_shards(shards: Any) -> Iterator[None]:
+    """Every step that is traced inside takes its batch in these shards.
+
+    The incoming gradient of such a step is abstract, shapes and dtypes. The shards have
+    three methods: ``inside(method)`` is the :class:`Method` without the axis of the
+    shards; ``mean(tree)`` stands for ``step.mean``, which has no gradient of another
+    shard; ``average(find, method, call)`` is what ``find(call)`` finds, averaged.
+    """
+    token = _shards.set(shards)
+    try:
+        yield
+    finally:
+        _shards.reset(token)
+
+
+def _over_shards(find: Callable[[Call], Found], method: Method, call: Call) -> Found:
+    shards = _shards.get()
+    return find(call) if shards is None else shards.average(find, method, call)
 
 
 def _shapes_of(init: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_sam import checks, schedules
+from optax_sam.axes import vary
+from optax_sam.engine import Found, Method, in_shards
+from optax_sam.parts import Call
+from optax_sam.trees import wide
 
 _CALL = (
     "tx.update(None, opt_state, params,"
@@ -60,19 +64,23 @@ def micro_sharpness(
       method: how the shards' gradients are taken. The numbers agree to rounding.
 
         - ``"unroll"``: one after another, each written out in the program; as fast
-          as SAM on a CPU. When activations are freed is the compiler's choice.
-        - ``"scan"``: one after another in a loop, which compiles once and keeps the
-          activations of one shard. On CPU, XLA runs backward convolutions in a loop
-          20 to 80 times slower.
+          as SAM on a CPU. When gradients and activations are freed is the compiler's
+          choice; on CPU it keeps the gradients of all shards.
+        - ``"scan"``: one after another in a loop, which compiles once and keeps what
+          one shard needs. On CPU, XLA runs backward convolutions in a loop 20 to 80
+          times slower.
         - ``"vmap"``: at once, with the activations of the whole batch, as SAM has
-          them. Convolutions with a kernel for each shard are grouped ones, on CPU
-          two to three times slower. For small shards on an accelerator.
+          them, and the gradients of every shard. Convolutions with a kernel for each
+          shard are grouped ones, on CPU two to three times slower. For small shards
+          on an accelerator.
         - ``None``: ``"unroll"`` up to 8 shards, else ``"scan"``.
 
-        All of them keep two to three trees like the parameters for each shard, its
-        gradients and perturbed weights, where SAM keeps one for all: whether an ascent
-        is rejected, and what is decided and cached, depends on means over all shards,
-        before which no shard can finish its step.
+        A member that stores no gradient and decides by none (``sam``, ``asam``,
+        ``gsam``, ``gnp``, ``random_sam``, ..., on every step or every k-th) adds its
+        shards up: a loop then keeps two sums and the gradients of one shard. Others
+        (``vsam``, ``looksam``, ``ae_sam``, ``friendly_sam``, ``wsam``) need means
+        over all shards before they go on, and keep two to three trees like the
+        parameters for each shard.
       axis_name: the name that ``member`` was built with.
 
     Returns:
@@ -122,16 +130,6 @@ def micro_sharpness(
         )
     member = optax.with_extra_args_support(member)
 
-    def of_all(gradient: Callable[[Any], Any]) -> Any:
-        """``gradient(i)`` of all shards, stacked."""
-        if method == "unroll":
-            found = map(gradient, range(num_shards))
-            return jax.tree.map(lambda *x: jnp.stack(x), *found)
-        shards = jnp.arange(num_shards)
-        if method == "scan":
-            return jax.lax.map(gradient, shards)
-        return jax.vmap(gradient)(shards)
-
     def update(
         updates: Any,
         state: Any,
@@ -142,42 +140,139 @@ def micro_sharpness(
     ) -> tuple[Any, Any]:
         del updates
         _check_call(params, grad_fn, extra)
+        shards = _Shards(num_shards, method, axis_name, grad_fn)
+        first = lambda p: grad_fn(p, 0)
+        try:
+            with in_shards(shards):
+                abstract = jax.eval_shape(lambda: first(params))
+                return member.update(abstract, state, params, grad_fn=first, **extra)
+        except (_NotSummed, AttributeError, TypeError, ValueError):
+            # A rule looks at the gradients of all shards before its next line, or the
+            # call is wrong, which this way says in the member's own words.
+            return shards.stacked(member, state, params, extra)
+
+    return optax.GradientTransformationExtraArgs(member.init, update)
+
+
+class _NotSummed(Exception):
+    """The member cannot take its step on a sum over shards."""
+
+
+class _Shards(NamedTuple):
+    """The shards of a batch, in which the engine takes a step."""
+
+    number: int
+    form: str
+    axis_name: str
+    grad_fn: Callable[[Any, Any], Any]
+
+    def inside(self, method: Method) -> Method:
+        names = method.axis_name
+        names = tuple(names) if isinstance(names, (tuple, list)) else (names,)
+        if self.axis_name not in names:
+            raise _NotSummed
+        others = tuple(name for name in names if name != self.axis_name)
+        return method._replace(axis_name=others or None)
+
+    def mean(self, tree: Any) -> Any:
+        raise _NotSummed(tree)
+
+    def average(
+        self, find: Callable[[Call], Found], method: Method, call: Call
+    ) -> Found:
+        if not all(
+            isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(call.g)
+        ):
+            raise _NotSummed  # a second method in a chain, after the shards' mean
+
+        def of_shard(i: Any) -> Found:
+            own = lambda p: self.grad_fn(p, i)
+            device = call.step.device
+            device = i if device is None else device * self.number + i
+            # At the parameters themselves, which ascent_dtype does not round.
+            g = call.taken(lambda _: own(call.whole(call.params)), call.params)
+            step = call.step._replace(device=device)
+            averaged, states = find(call._replace(g=g, grad_fn=own, step=step))
+            return Found(jax.tree.map(wide, averaged), states)
+
+        total, states = self._summed(of_shard, method)
+        return Found(jax.tree.map(lambda x: x / self.number, total), states)
+
+    def _summed(self, of_shard: Callable[[Any], Found], method: Method) -> Found:
+        add = lambda total, x: jax.tree.map(jnp.add, total, x)
+        if self.form == "unroll":
+            found = of_shard(0)
+            for i in range(1, self.number):
+                total, (x, states) = found.averaged, of_shard(i)
+                found = Found(add(total, x), states)
+            return found
+        numbers = jnp.arange(self.number)
+        if self.form == "vmap":
+            stacks, states = jax.vmap(of_shard)(numbers)
+            return Found(jax.tree.map(lambda x: x.sum(0), stacks), _at(states, 0))
+
+        def one_more(total: Any, i: jax.Array) -> tuple[Any, Any]:
+            x, states = of_shard(i)
+            return add(total, x), states
+
+        shapes = jax.eval_shape(of_shard, 0).averaged
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        start = vary(zeros, method.axis_name)
+        total, states = jax.lax.scan(one_more, start, numbers)
+        return Found(total, _at(states, -1))
+
+    def stacked(
+        self, member: Any, state: Any, params: Any, extra: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """The member's step on all shards side by side, on a mapped axis."""
+
+        def of_all(gradient: Callable[[Any], Any]) -> Any:
+            """``gradient(i)`` of all shards, stacked."""
+            if self.form == "unroll":
+                found = map(gradient, range(self.number))
+                return jax.tree.map(lambda *x: jnp.stack(x), *found)
+            mapped = jax.lax.map if self.form == "scan" else _vmapped
+            return mapped(gradient, jnp.arange(self.number))
 
         def of_shard(i: jax.Array, g: Any) -> tuple[Any, Any]:
             try:
-                jax.lax.psum(i, axis_name)
+                jax.lax.psum(i, self.axis_name)
             except AssertionError as error:  # all that JAX says about it
                 raise ValueError(
-                    "Inside shard_map, micro_sharpness needs jax.shard_map(...,"
-                    " check_vma=False): else JAX has no means over vmap's axis."
+                    "Inside shard_map, micro_sharpness of this member needs"
+                    " jax.shard_map(..., check_vma=False): else JAX has no means over"
+                    " vmap's axis."
                 ) from error
 
             def own_grad_fn(point: Any) -> Any:
-                if method == "vmap":
-                    return grad_fn(point, i)
+                if self.form == "vmap":
+                    return self.grad_fn(point, i)
                 # All shards meet here, and each takes its own of what is found. Only
                 # the gradients leave the vmap: what else a member does is cheap, and
                 # needs the means over all shards before its next line.
-                points = jax.lax.all_gather(point, axis_name)
-                return _at(of_all(lambda k: grad_fn(_at(points, k), k)), i)
+                points = jax.lax.all_gather(point, self.axis_name)
+                return _at(of_all(lambda k: self.grad_fn(_at(points, k), k)), i)
 
             return member.update(g, state, params, grad_fn=own_grad_fn, **extra)
 
-        shards = jnp.arange(num_shards), of_all(lambda i: grad_fn(params, i))
+        first = of_all(lambda i: self.grad_fn(params, i))
+        on_axis = jax.vmap(of_shard, axis_name=self.axis_name, out_axes=None)
         try:
-            return jax.vmap(of_shard, axis_name=axis_name, out_axes=None)(*shards)
+            return on_axis(jnp.arange(self.number), first)
         except (NameError, ValueError) as error:
             # JAX's words for an unknown axis, and for a result that is not a mean.
             if not ("unbound axis" in str(error) or "out_axes" in str(error)):
                 raise
             raise ValueError(
-                f"micro_sharpness: the member does not average over {axis_name!r}, or"
-                " over another axis too. Build it with this name:"
-                f" optax_sam.sam(0.05, axis_name={axis_name!r}). A method without"
+                f"micro_sharpness: the member does not average over {self.axis_name!r},"
+                " or over another axis too. Build it with this name:"
+                f" optax_sam.sam(0.05, axis_name={self.axis_name!r}). A method without"
                 " axis_name (sampa, msam, mesa) has no m-sharpness."
             ) from error
 
-    return optax.GradientTransformationExtraArgs(member.init, update)
+
+def _vmapped(gradient: Callable[[Any], Any], numbers: jax.Array) -> Any:
+    return jax.vmap(gradient)(numbers)
 
 
 def _at(tree: Any, i: Any) -> Any:

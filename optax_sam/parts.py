@@ -46,12 +46,13 @@ class Step(NamedTuple):
       mean: averages a pytree over the devices of ``axis_name``; else the identity. What
         a part stores of a gradient must go through it, so that all devices store the
         same.
-      axis_name: the mapped axis of the devices, or ``None``.
+      device: the number of this device, () int32, or ``None`` if there is one only. A
+        shard of :func:`optax_sam.micro_sharpness` counts as a device.
     """
 
     count: Any = None  # type: ignore[assignment]  # shadows tuple.count, as in Optax
     mean: Callable[[Any], Any] = lambda tree: tree
-    axis_name: Any = None
+    device: Any = None
 
     def key(self, raw: jax.Array) -> jax.Array:
         """The generator of this step, equal on all devices: a function, not a state.
@@ -71,12 +72,10 @@ class Step(NamedTuple):
           raw: raw key data, (2,) uint32.
 
         Returns:
-          A typed key; without ``axis_name`` that of :meth:`key`.
+          A typed key; without several devices that of :meth:`key`.
         """
         key = self.key(raw)
-        if self.axis_name is None:
-            return key
-        return jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+        return key if self.device is None else jax.random.fold_in(key, self.device)
 
 
 class OwnGradient(NamedTuple):

@@ -216,18 +216,14 @@ def sampa(
         length = lambda x: norm(optax.tree.cast_like(x, w))
         perturbed_norm = length(p)
         accepted = jnp.isfinite(perturbed_norm)
+        size = perturbed_norm.astype(state.perturbed_norm.dtype)
         d = optax.tree.where(accepted, weighted(1 - lam, p, lam, g_y), g_y)
-        u, inner_state = inner.update(
-            optax.tree.cast_like(d, w), state.inner, w, **extra
-        )
+        d = optax.tree.cast_like(d, w)
+        u, inner_state = inner.update(d, state.inner, w, **extra)
         return u, SAMPaState(
             count=optax.safe_increment(count),
             num_rejected=state.num_rejected + (~accepted).astype(jnp.int32),
-            perturbed_norm=jnp.where(
-                accepted,
-                perturbed_norm.astype(state.perturbed_norm.dtype),
-                state.perturbed_norm,
-            ),
+            perturbed_norm=jnp.where(accepted, size, state.perturbed_norm),
             gradient=optax.tree.where(jnp.isfinite(length(g_y)), g_y, state.gradient),
             inner=inner_state,
         )

@@ -256,19 +256,24 @@ def test_cost_is_that_of_sam(form, incoming):
     assert ratio == pytest.approx(2 / SHARDS if form == "scan" else 2, abs=0.08)
 
 
-@pytest.mark.parametrize("form", ["scan", "vmap"])
-def test_all_forms_keep_trees_for_each_shard(form):
+SUMMED = (optax_sam.sam, optax_sam.gsam, optax_sam.random_sam)
+
+
+@pytest.mark.parametrize("build", SUMMED, ids=lambda build: build.__name__)
+def test_a_loop_keeps_the_same_for_any_number_of_shards(build):
+    """Sums of the gradients and what one shard needs; with a cache a tree per shard."""
     sizes = (256, 256, 256, 10)
     small = functools.partial(problems.mlp, sizes, batch_size=16)
     params = problems.mlp(sizes).params(jnp.float32)
-    trees = 8 * sum(x.nbytes for x in jax.tree.leaves(params))
-    assert 1.9 < temporary(form, small) / trees < 3.3
+    tree = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert all(temporary("scan", small, build, n) < 5 * tree for n in (4, 16))
+    assert temporary("scan", small, optax_sam.vsam, 16) > 16 * tree
 
 
-def temporary(form, problem):
-    """Bytes of a step of SAM with eight shards."""
-    member = optax_sam.sam(axis_name="shards")
-    program = compiled(member, form, problem=problem, num_shards=8)
+def temporary(form, problem, build=optax_sam.sam, num_shards=8):
+    """Bytes of a step with shards."""
+    member = build(axis_name="shards")
+    program = compiled(member, form, problem=problem, num_shards=num_shards)
     return program.memory_analysis().temp_size_in_bytes
 
 
@@ -347,20 +352,39 @@ def test_refused_arguments_and_calls():
             tx.update(None, state, w, **extra)
 
 
-def test_tracked_axes_are_refused():
-    """JAX has no collectives over an axis of vmap where it follows those of a mesh."""
+@pytest.mark.parametrize("form", FORMS)
+def test_where_jax_tracks_what_varies(form, x64):
+    """Sums over shards work inside shard_map as it is; stacks are refused there."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    tx = micro_sharpness(optax_sam.sam(axis_name=("shards", "data")), 2)
-    params = harness.tree()
+    params, shards = PROBLEM.params(), cut(PROBLEM.batch(0))
 
-    def on_device(params):
-        local = jax.lax.pcast(params, "data", to="varying")
-        state = tx.init(params)
-        return tx.update(None, state, local, grad_fn=lambda p, i: p)
+    def emitted(member, check_vma):
+        tx = micro_sharpness(member(axis_name=("shards", "data")), 2, method=form)
 
-    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=P(), out_specs=P())
+        def on_device(params, shards):
+            local = jax.lax.pcast(params, "data", to="varying") if check_vma else params
+            grad_fn = of_shards(shards)
+            return tx.update(None, tx.init(params), local, grad_fn=grad_fn)[0]
+
+        specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+        mapped = jax.shard_map(on_device, mesh=mesh, check_vma=check_vma, **specs)
+        return jax.jit(mapped)(params, shards)
+
+    tracked, whole = (emitted(optax_sam.sam, x) for x in (True, False))
+    harness.assert_close(tracked, whole, 1e-10)
     with pytest.raises(ValueError, match="shard_map.*check_vma=False"):
-        jax.eval_shape(mapped, params)
+        emitted(optax_sam.friendly_sam, True)
+
+
+def test_a_second_method_in_the_member_gets_the_mean(x64):
+    """It has the mean of the first, as on devices, and not the shards again."""
+    parts = [build(0.1, axis_name="shards") for build in (optax_sam.sam, optax_sam.gnp)]
+    member, sgd = optax.chain(*parts), optax.sgd(0.1)
+    tx, ours = (
+        optax.chain(member, sgd),
+        optax.chain(micro_sharpness(member, SHARDS), sgd),
+    )
+    harness.assert_close(run(step_of(ours), ours), run(mapped_step_of(tx), tx), 1e-10)
 
 
 def raising(p, i):
