@@ -14,13 +14,14 @@ from optax_sam import checks, schedules
 from optax_sam.axes import vary
 from optax_sam.engine import Found, Method, in_shards
 from optax_sam.parts import Call
+from optax_sam.summary import programs_in
 from optax_sam.trees import wide
 
 _CALL = (
     "tx.update(None, opt_state, params,"
     " grad_fn=lambda p, i: jax.grad(loss_fn)(p, jax.tree.map(lambda x: x[i], shards)))"
 )
-# As for ascents of several steps: beyond it compiling takes longer than it gains.
+# Beyond it compiling takes longer than it gains.
 _UNROLL_LIMIT = 8
 
 
@@ -63,9 +64,9 @@ def micro_sharpness(
         number of examples in one.
       method: how the shards' gradients are taken. The numbers agree to rounding.
 
-        - ``"unroll"``: one after another, each written out in the program; as fast
-          as SAM on a CPU. When gradients and activations are freed is the compiler's
-          choice; on CPU it keeps the gradients of all shards.
+        - ``"unroll"``: one after another, each written out in the program. When
+          gradients and activations are freed is the compiler's choice; on CPU it
+          keeps the gradients of all shards.
         - ``"scan"``: one after another in a loop, which compiles once and keeps what
           one shard needs. On CPU, XLA runs backward convolutions in a loop 20 to 80
           times slower.
@@ -73,7 +74,8 @@ def micro_sharpness(
           them, and the gradients of every shard. Convolutions with a kernel for each
           shard are grouped ones, on CPU two to three times slower. For small shards
           on an accelerator.
-        - ``None``: ``"unroll"`` up to 8 shards, else ``"scan"``.
+        - ``None``: ``"scan"``; for a model with convolutions and up to 8 shards
+          ``"unroll"``.
 
         A member that stores no gradient and decides by none (``sam``, ``asam``,
         ``gsam``, ``gnp``, ``random_sam``, ..., on every step or every k-th) adds its
@@ -122,9 +124,7 @@ def micro_sharpness(
             "micro_sharpness needs a member, such as"
             f" optax_sam.sam(0.05, axis_name={axis_name!r}); got {member!r}."
         )
-    if method is None:
-        method = "unroll" if num_shards <= _UNROLL_LIMIT else "scan"
-    if method not in ("unroll", "scan", "vmap"):
+    if method not in ("unroll", "scan", "vmap", None):
         raise ValueError(
             f'method must be "unroll", "scan", "vmap" or None; got {method!r}.'
         )
@@ -140,11 +140,13 @@ def micro_sharpness(
     ) -> tuple[Any, Any]:
         del updates
         _check_call(params, grad_fn, extra)
-        shards = _Shards(num_shards, method, axis_name, grad_fn)
         first = lambda p: grad_fn(p, 0)
+        program, abstract = jax.make_jaxpr(lambda: first(params), return_shape=True)()
+        written_out = num_shards <= _UNROLL_LIMIT and _convolves(program.jaxpr)
+        form = method or ("unroll" if written_out else "scan")
+        shards = _Shards(num_shards, form, axis_name, grad_fn)
         try:
             with in_shards(shards):
-                abstract = jax.eval_shape(lambda: first(params))
                 return member.update(abstract, state, params, grad_fn=first, **extra)
         except (_NotSummed, AttributeError, TypeError, ValueError):
             # A rule looks at the gradients of all shards before its next line, or the
@@ -277,6 +279,15 @@ def _vmapped(gradient: Callable[[Any], Any], numbers: jax.Array) -> Any:
 
 def _at(tree: Any, i: Any) -> Any:
     return jax.tree.map(lambda x: x[i], tree)
+
+
+def _convolves(program: Any) -> bool:
+    """Whether a convolution is in a program, or in one that it runs."""
+    return any(
+        x.primitive.name == "conv_general_dilated"
+        or any(map(_convolves, programs_in(x)))
+        for x in program.eqns
+    )
 
 
 def _check_call(params: Any, grad_fn: Any, extra: dict[str, Any]) -> None:

@@ -259,6 +259,13 @@ def _stand_ins(state: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+def programs_in(equation: Any) -> list[Any]:
+    """The programs that an equation of a jaxpr runs, such as a loop's."""
+    is_program = lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
+    found = jax.tree.leaves(list(equation.params.values()), is_leaf=is_program)
+    return [getattr(x, "jaxpr", x) for x in found if is_program(x)]
+
+
 def _calls(update: Callable[..., Any], params: Any, state: Any) -> Counter[str]:
     """How often a step takes gradients and forward passes of a batch."""
     program = jax.make_jaxpr(update)(params, state, params).jaxpr
@@ -287,9 +294,7 @@ def _calls_in(equation: Any) -> Counter[str]:
     if called in ("_forward", "_forward_and_gradient"):
         kind = called.split("_")[-1]
         return Counter({kind: equation.outvars[0].aval.size / _BATCH})  # type: ignore[dict-item]
-    is_program = lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
-    found = jax.tree.leaves(list(equation.params.values()), is_leaf=is_program)
-    inside = [_live(getattr(x, "jaxpr", x))[0] for x in found if is_program(x)]
+    inside = [_live(program)[0] for program in programs_in(equation)]
     if equation.primitive.name == "cond":  # one of them runs, the dearest at worst
         return functools.reduce(operator.or_, inside)
     repeats = equation.params["length"] if equation.primitive.name == "scan" else 1

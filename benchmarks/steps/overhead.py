@@ -50,13 +50,20 @@ def no_choice() -> Any:
     return mock.patch.object(optax.tree, "where", take_first)
 
 
-def no_branch() -> Any:
-    """R-SAM's normal numbers are computed where XLA likes."""
-    draws = lambda key, like, count: optax.tree.random_like(
-        key, like, jax.random.normal
-    )
+def normals(draw: Any) -> Any:
+    """R-SAM draws its normals in another way."""
     module = importlib.import_module("optax_sam.methods.random_sam")
-    return mock.patch.object(module, "_normal", draws)
+    return mock.patch.object(module, "normal_like", draw)
+
+
+def by_generator(key: jax.Array, like: Any) -> Any:
+    """Each normal from bits of the generator."""
+    return optax.tree.random_like(key, like, jax.random.normal)
+
+
+def anywhere() -> Any:
+    """A branch that is always taken is none: R-SAM's normals are drawn where used."""
+    return mock.patch.object(jax.lax, "cond", lambda condition, draw, other: draw())
 
 
 def shards(method: str) -> Any:
@@ -82,7 +89,8 @@ VARIANTS = {  # name: row of step_cost.py, and what is changed
     "SAM, a barrier at each gradient": ("sam", barrier),
     "SAM, no choice": ("sam", no_choice),
     "R-SAM": ("random_sam", ALIKE),
-    "R-SAM, normals not in a branch": ("random_sam", no_branch),
+    "R-SAM, bits of the generator": ("random_sam", lambda: normals(by_generator)),
+    "R-SAM, normals not in a branch": ("random_sam", anywhere),
     "m-SAM, unrolled": ("m-sam, 4 shards", ALIKE),
     "m-SAM, in a loop": ("m-sam, 4 shards", lambda: shards("scan")),
     "m-SAM, vmapped": ("m-sam, 4 shards", lambda: shards("vmap")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.keys import check_key, raw_key
+from optax_sam.keys import check_key, normal_like, raw_key
 from optax_sam.masks import Mask, resolve_nonempty_mask
 from optax_sam.method import WithoutMask, method, on_engine
 from optax_sam.parts import OwnGradient, Step, ascent_rule
@@ -91,7 +90,7 @@ def smoothed(
     def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
         if (noise := extra.get("noise")) is None:
             generator = step.device_key(state.key)
-            noise = _normal(generator, jax.tree.map(wide, params), step.count)
+            noise = normal_like(generator, params)
         elif jax.tree.map(jnp.shape, noise) != jax.tree.map(jnp.shape, params):
             raise ValueError(
                 "noise must be a tree of standard normals, of the structure and the"
@@ -118,26 +117,6 @@ def smoothed(
         return SmoothedState(raw_key(key))
 
     return ascent_rule(update, init, needs=("params", "grad_fn"))
-
-
-def _normal(key: jax.Array, like: Any, count: ArrayLike) -> Any:
-    """A tree of standard normals, each computed once.
-
-    On a CPU XLA computes them again wherever they are used, for a bias with every
-    example, unless they come out of a branch. This one is always taken.
-    """
-    draws = lambda sampler: optax.tree.random_like(key, like, sampler)
-    normal = functools.partial(draws, jax.random.normal)
-    if not isinstance(key, jax.core.Tracer):
-        return normal()
-
-    def constant(key: jax.Array, shape: Any, dtype: Any, *, out_sharding: Any) -> Any:
-        value = jax.random.key_data(key)[0].astype(dtype)  # of the draws' type
-        return jax.lax.broadcast(value, shape, out_sharding=out_sharding)
-
-    otherwise = functools.partial(draws, constant)
-    branch = lambda: jax.lax.cond(jnp.asarray(count) >= 0, normal, otherwise)
-    return jax.lax.platform_dependent(cpu=branch, default=normal)
 
 
 def _sizes(w: jax.Array, role: Role) -> jax.Array:

@@ -22,6 +22,7 @@ from reference import ae_sam, base, esam, looksam, m_sharpness, random_sam, sam
 from registry import BY_NAME, METHODS, OTHERS, each
 
 import optax_sam
+from optax_sam.keys import normal_like
 
 DEVICES, STEPS, COMPARED = 8, 200, 40
 W, BATCHES = side_by_side.problem(0, STEPS * DEVICES)
@@ -122,7 +123,7 @@ def random_sam_by_hand(settings):
     @jax.jit
     def drawn(t, device):
         own = jax.random.fold_in(side_by_side.generator(0, t), device)
-        return optax.tree.random_like(own, W, jax.random.normal)
+        return normal_like(own, W)
 
     def direction(t, w, grads):
         normals = [jax.device_get(drawn(t, i)) for i in range(DEVICES)]

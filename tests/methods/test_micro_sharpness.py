@@ -314,16 +314,18 @@ def test_arguments_that_inject_hyperparams_must_not_trace():
     assert names == ("member", "num_shards", "method", "axis_name")
 
 
-def test_sixteen_shards_go_through_a_loop():
-    """By default more than eight shards are not written out."""
+def test_convolutions_are_written_out():
+    """By default, up to eight shards; all else goes through a loop."""
     member = optax_sam.sam(0.1, axis_name="shards")
-    grad_fn = lambda p, i: jax.tree.map(lambda x: x * (1.0 + i), p)
-    params = harness.tree()
-    for num_shards in (8, 9):
-        tx = micro_sharpness(member, num_shards)
-        update = functools.partial(tx.update, None, grad_fn=grad_fn)
-        text = str(jax.make_jaxpr(update)(member.init(params), params))
-        assert ("scan[" in text) == (num_shards == 9)
+    image, kernel = jnp.ones((1, 1, 5, 5)), jnp.ones((1, 1, 3, 3))
+    inside = jax.jit(lambda w: jax.lax.conv(image, w, (1, 1), "SAME"))
+    for layer, limit in ((lambda w: w @ w, 0), (inside, 8)):
+        gradient = jax.grad(lambda w, i: jnp.sum(layer(w)) * i)  # noqa: B023
+        for num_shards in (limit, limit + 1):
+            tx = micro_sharpness(member, max(num_shards, 1))
+            update = functools.partial(tx.update, None, grad_fn=gradient)
+            text = str(jax.make_jaxpr(update)(member.init(kernel), kernel))
+            assert ("scan[" in text) == (num_shards > limit or limit == 0)
 
 
 def test_refused_arguments_and_calls():
@@ -346,7 +348,7 @@ def test_refused_arguments_and_calls():
         ("into shards", params, {"per_example_loss_fn": lambda p, i=None: 0}),
         (r"sam: the incoming gradient.*structure", params, {"grad_fn": less}),
         # An error of the caller's own stays as it is.
-        ("^mine$", params, {"grad_fn": raising}),
+        ("^mine", params, {"grad_fn": raising}),
     ):
         with pytest.raises(ValueError, match=message):
             tx.update(None, state, w, **extra)
