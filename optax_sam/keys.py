@@ -67,39 +67,44 @@ _DENOMINATOR = (2.14987e8, 1.42343e8, 5.47954e6, 1.18524e4, 1.0)
 def normal_like(key: jax.Array, tree: Any) -> Any:
     """Standard normals like a pytree of floats, at least in float32, of 16 bits each.
 
-    The generator draws two words for each leaf. The bits of an element are a hash of
-    these and of the element's number, since bits of the generator would take as long as
-    a gradient. Each element is computed by itself, so that XLA draws a sharded leaf
-    where its parts lie. The largest normals are 4.3 in size.
+    The bits of an element are a hash of the key's words, of the leaf's number and of
+    the element's, since bits of a generator would take as long as a gradient. Each
+    element is computed by itself, so that XLA draws a sharded leaf where its parts lie.
+    The largest normals are 4.3 in size.
 
     Args:
-      key: a typed key of any generator.
+      key: a typed key.
       tree: arrays.
     """
     leaves, structure = jax.tree.flatten(tree)
-    words = jax.random.bits(key, (len(leaves), 2), jnp.uint32)
-    draw = lambda: jax.tree.unflatten(structure, map(_normals, words, leaves))
-    if not leaves or not isinstance(words, jax.core.Tracer):
+    words = jax.random.key_data(key).ravel()[:2]
+
+    def draw() -> Any:
+        drawn = [_normals(words, i, leaf) for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(structure, drawn)
+
+    if not isinstance(words, jax.core.Tracer):
         return draw()
 
     # On a CPU, XLA would draw a bias again for every example that it is added to. What
     # comes out of a branch it does not, and this one is always taken.
     def otherwise() -> Any:
-        full = lambda x: jnp.full(x.shape, words[0, 0], widest(x))
+        full = lambda x: jnp.full(x.shape, words[0], widest(x))
         return jax.tree.map(full, tree)
 
-    always = jnp.isfinite(words[0, 0].astype(jnp.float32))
+    always = jnp.isfinite(words[0].astype(jnp.float32))
     once = lambda: jax.lax.cond(always, draw, otherwise)
     return jax.lax.platform_dependent(cpu=once, default=draw)
 
 
-def _normals(words: jax.Array, like: Any) -> jax.Array:
+def _normals(words: jax.Array, leaf: int, like: Any) -> jax.Array:
+    start = _mixed(words[0] + np.uint32(leaf))
     number, stride = jnp.zeros(like.shape, jnp.uint32), 1
     for axis in reversed(range(len(like.shape))):
         along = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis)
         number += along * np.uint32(stride % 2**32)
         stride *= like.shape[axis]
-    bits = _mixed(_mixed(number + words[0]) ^ words[1]) >> 16
+    bits = _mixed(_mixed(number + start) ^ _mixed(words[1] ^ start)) >> 16
     dtype = widest(like)
     u = (bits.astype(dtype) + 0.5) / 2**15 - 1
     x = (1 - u) * (1 + u)

@@ -69,7 +69,11 @@ def cases():
         if method.variant:  # it differs in its rule or numbers, not in what is averaged
             continue
         for form in FORMS if method.name in decide else ("unroll",):
-            marks = [] if method.name in ("sam", "vsam") else [pytest.mark.slow]
+            marks = (
+                []
+                if method.name in ("sam", "vsam", "random_sam")
+                else [pytest.mark.slow]
+            )
             yield pytest.param(method, form, marks=marks, id=f"{method.name}-{form}")
 
 
