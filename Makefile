@@ -6,8 +6,6 @@
 # benchmark, as in `make test ARGS="-k vsam"`), DATA (Fashion-MNIST for `make bench`),
 # CACHE (compiled programs, kept between runs; may be deleted at any time).
 
-comma := ,
-
 WORKERS ?= 2
 ARGS ?=
 DATA ?=
@@ -114,10 +112,8 @@ docs: $(DOCS_ENV)/.stamp  ## Build the documentation in docs/_build
 tables: .venv/main/.stamp  ## Write the tables of the pages from the committed results
 	@JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/pages.py
 
-# An allocator that keeps the memory of XLA's programs: see benchmarks/README.md.
-JEMALLOC := $(firstword $(wildcard /usr/lib/*/libjemalloc.so.2))
-STEADY := $(if $(JEMALLOC),LD_PRELOAD=$(JEMALLOC) \
-	MALLOC_CONF=oversize_threshold:0$(comma)dirty_decay_ms:-1$(comma)muzzy_decay_ms:-1)
+# glibc then keeps the memory of XLA's programs: see benchmarks/README.md.
+STEADY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
 bench: .venv/main/.stamp  ## Make all results of a CPU anew, in out/bench (half an hour)
 	@$(STEADY) JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/bench.py \

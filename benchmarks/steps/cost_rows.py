@@ -6,7 +6,6 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,9 +27,13 @@ def compiled(function: Callable[..., Any], *args: Any, **jit_options: Any) -> An
     return program, time.perf_counter() - start
 
 
+AS_IT_IS = "glibc"
+
+
 def allocator() -> str:
-    """Of the memory: what was loaded in place of the C library's, if anything."""
-    return Path(os.environ.get("LD_PRELOAD") or "the C library's").name
+    """Of the memory, and how the environment sets it."""
+    given = (f"{x}={y}" for x, y in sorted(os.environ.items()) if "MALLOC" in x)
+    return " ".join((AS_IT_IS, *given))
 
 
 def size(tree: Any) -> int:
