@@ -31,7 +31,7 @@ PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(CACHED) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-all sweep faults test-oldest test-newest test-pods test-dist dist lint \
-	format docs tables bench bench-pods bench-quality clean
+	format docs tables bench bench-gpu bench-pods bench-quality clean
 .DEFAULT_GOAL := help
 # Two environments at a time would only fight for the same cores and network.
 .NOTPARALLEL:
@@ -118,6 +118,13 @@ STEADY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000
 bench: .venv/main/.stamp  ## Make all results of a CPU anew, in out/bench (half an hour)
 	@$(STEADY) JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/bench.py \
 		$(if $(DATA),--data $(DATA)) $(ARGS)
+
+# In the environment that has JAX for the GPU. After each round the file is written.
+bench-gpu:  ## Time steps on a GPU for ten minutes (PYTHON has JAX with CUDA)
+	@$(or $(PYTHON),.venv/main/bin/python) benchmarks/steps/step_cost.py --workers 16 \
+		--models ResNet-18 MLP CNN transformer --compute bfloat16 float32 --minutes 8 \
+		--methods "optax.contrib.sam, opaque" sam sam_5 vsam msam "m-sam, 4 shards" \
+		random_sam $(ARGS)
 
 bench-pods: .venv/tpu/.stamp  ## Count what large models cost on 8 to 256 chips
 	@JAX_PLATFORMS=cpu $(ON_PODS) .venv/tpu/bin/python benchmarks/pods/pods.py $(ARGS)

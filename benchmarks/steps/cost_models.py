@@ -1,4 +1,4 @@
-"""What the step costs are measured on: an MLP, a CNN and a decoder, by backend.
+"""What the step costs are measured on, by backend: an MLP, a CNN, a decoder, a ResNet.
 
 Sizes are such that a step takes milliseconds to a tenth of a second, from a million
 parameters on. The small ones are for tests.
@@ -16,6 +16,7 @@ from benchmarks.lib import networks
 from benchmarks.lib.models import Decoder
 
 MODELS = "MLP", "CNN", "transformer"
+ALL = *MODELS, "ResNet-18"  # the last one is for accelerators
 
 
 class MLP(nn.Module):
@@ -47,6 +48,33 @@ class CNN(nn.Module):
             size = factor * self.width
             x = nn.Conv(size, (3, 3), stride, use_bias=False, dtype=self.dtype)(x)
             x = nn.relu(nn.GroupNorm(num_groups=8, dtype=self.dtype)(x))
+        x = nn.Dense(10, dtype=self.dtype)(x.mean((1, 2)))
+        return x.astype(jnp.float32)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with the stem for 32 x 32 images, and group norms."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits, (batch, 10)."""
+
+        def conv(x: jax.Array, features: int, size: int = 3, stride: int = 1) -> Any:
+            shape = {"kernel_size": (size, size), "strides": stride, "use_bias": False}
+            x = nn.Conv(features, **shape, dtype=self.dtype)(x)
+            return nn.GroupNorm(num_groups=8, dtype=self.dtype)(x)
+
+        x = nn.relu(conv(x, self.width))
+        for stage in range(4):
+            for stride in (2 if stage else 1, 1):
+                features = self.width * 2**stage
+                y = conv(nn.relu(conv(x, features, stride=stride)), features)
+                if x.shape != y.shape:
+                    x = conv(x, features, 1, stride)
+                x = nn.relu(x + y)
         x = nn.Dense(10, dtype=self.dtype)(x.mean((1, 2)))
         return x.astype(jnp.float32)
 
@@ -123,6 +151,13 @@ def subject(name: str, backend: str, half: bool, tiny: bool = False) -> Subject:
             "accelerator": (256, (1, 2, 2, 1), 512, 20),
         }[size]
         return Subject(CNN(width, strides, dtype), image, 10, batch, steps)
+    if name == "ResNet-18":
+        width, batch, steps = {
+            "tiny": (8, 4, 10),
+            "cpu": (16, 16, 5),
+            "accelerator": (64, 512, 20),
+        }[size]
+        return Subject(ResNet18(width, dtype), image, 10, batch, steps)
     blocks, width, heads, words, length, batch, steps = {
         "tiny": (1, 16, 2, 32, 8, 4, 10),
         "cpu": (4, 128, 4, 2048, 64, 4, 5),

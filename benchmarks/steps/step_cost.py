@@ -6,19 +6,23 @@ gradient (forward pass) that a method needs one program of that and nothing else
 in the same rounds. Compile times are ratios to SGD's, compiled just before.
 
     python benchmarks/steps/step_cost.py [--models MLP CNN transformer]
-        [--methods sam vsam] [--rounds 9] [--half] [--workers 1] [--quick] [--out FILE]
+        [--methods sam vsam] [--rounds 9] [--compute float32 bfloat16] [--workers 1]
+        [--minutes 9] [--quick] [--out FILE]
     python benchmarks/steps/step_cost.py --report [FILE]
 
 On an accelerator ``--workers 16`` compiles that many programs at a time, and times the
-compiling of a few only.
+compiling of a few only. ``make bench-gpu`` is the command for ten minutes of a GPU: the
+file is written after each round, and no model begins after ``--minutes``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib import study
 from benchmarks.steps import cost_methods, cost_report
 from benchmarks.steps.cost_methods import METHODS, NUM_BATCHES
-from benchmarks.steps.cost_models import MODELS, subject
+from benchmarks.steps.cost_models import ALL, MODELS, subject
 from benchmarks.steps.cost_rows import Row, allocator, timer
 
 BETWEEN = 2  # rows between two blocks of what they are compared with
@@ -122,11 +126,11 @@ def costs(row: Row) -> dict[str, float]:
 
 
 def rows_of(
-    name: str, options: argparse.Namespace, progress: Progress
+    name: str, compute: str, options: argparse.Namespace, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """All rows of one model, after each round."""
     backend = jax.default_backend()
-    model = subject(name, backend, options.half, options.quick)
+    model = subject(name, backend, compute == "bfloat16", options.quick)
     start, batches = model.init(), model.batches(NUM_BATCHES)
     wanted = cost_methods.rows(name, backend, options.methods)
     rows = [Row(*names, model, start, batches) for names in wanted]
@@ -143,7 +147,7 @@ def rows_of(
         "batch_size": model.batch_size,
         "steps_per_block": model.steps,
         "compiles": options.compiles,
-        "compute": "bfloat16" if options.half else "float32",
+        "compute": compute,
         # Of all rows together; a peak cannot be set back within a process.
         "bytes_in_use": live.get("bytes_in_use"),
     }
@@ -161,10 +165,14 @@ def run(options: argparse.Namespace) -> None:
         "machine": platform.machine(),
         "allocator": allocator(),
     }
+    start = time.monotonic()
     with study.progress() as progress:
-        for name in options.models:
-            for made in rows_of(name, options, progress):
-                cost_report.merge(results, name, made)
+        for compute, name in itertools.product(options.compute, options.models):
+            if time.monotonic() - start > 60 * options.minutes:
+                break
+            called = name if compute == "float32" else f"{name}, {compute}"
+            for made in rows_of(name, compute, options, progress):
+                cost_report.merge(results, called, made)
                 study.write(results, options.out)
             # The next model's programs want the memory, and no pauses.
             jax.clear_caches()
@@ -175,12 +183,14 @@ def main() -> None:
     name = f"step_cost_{jax.default_backend()}.json"
     quick = "tiny models, few methods"
     parser = study.parser(__doc__, name, out=study.RESULTS / name, quick=quick)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=ALL, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compiles", type=int, default=1, help="of each program")
     parser.add_argument("--workers", type=int, default=1, help="that compile")
-    parser.add_argument("--half", action="store_true", help="compute in bfloat16")
+    types = ["float32", "bfloat16"]
+    parser.add_argument("--compute", nargs="+", choices=types, default=types[:1])
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     options = parser.parse_args()
     if options.quick:
         options.rounds = 2
