@@ -1,6 +1,6 @@
 """The engine with parts that are not the library's own."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import harness
 import jax
@@ -128,18 +128,6 @@ def test_nothing_bad_enters_own_parts(which, bad):
         np.testing.assert_allclose(emitted[2], expected, rtol=1e-6)
 
 
-def test_a_static_decision_wins_and_is_recorded():
-    tx, w = method(), jnp.ones(2)
-    grad_fn: Any = lambda at: 2 * at
-    state = tx.init(w)
-    _, skipped = tx.update(grad_fn(w), state, w, grad_fn=grad_fn, ascend=False)
-    assert int(skipped.num_ascents) == 0
-    assert bool(skipped.when.ascends)
-    _, taken = tx.update(grad_fn(w), skipped, w, grad_fn=grad_fn, ascend=True)
-    assert int(taken.num_ascents) == 1
-    assert not bool(taken.when.ascends)
-
-
 def test_no_conditional_is_compiled_outside_jit(monkeypatch):
     def no_cond(*args):
         raise AssertionError("a conditional was compiled")
@@ -233,19 +221,3 @@ def test_split_real_and_imaginary_drops_it_too():
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match="split_real_and_imaginary"):
         tx.update(G, state, PARAMS, grad_fn=lambda p: G_S)
-
-
-def test_three_meanings_of_adaptive():
-    """Each has a name; a radius of one is none for another."""
-    w, g = {"kernel": jnp.array([[1.0, -2.0]])}, {"kernel": jnp.array([[3.0, 2.0]])}
-    x, y = np.array([[1.0, 2.0]]), np.array([[3.0, 2.0]])  # sizes and gradient
-    for rule, expected in (
-        (optax_sam.ascent.adaptive(1.0, eta=0.0), x**2 * y / np.linalg.norm(x * y)),
-        (
-            optax_sam.ascent.adaptive(1.0, eta=0.5),
-            (x + 0.5) ** 2 * y / np.linalg.norm((x + 0.5) * y),
-        ),
-        (optax_sam.ascent.weight_scaled(1.0), x * y / np.linalg.norm(y)),
-    ):
-        e, _ = rule.update(g, rule.init(w), w)
-        np.testing.assert_allclose(e["kernel"], expected, rtol=1e-6)

@@ -5,6 +5,7 @@ import functools
 import harness
 import jax
 import jax.numpy as jnp
+import methods_lib as lib
 import optax
 import problems
 import pytest
@@ -90,55 +91,46 @@ def test_around_a_whole_optimizer(x64):
     harness.assert_close(run(step_of(tx), tx), run(mapped_step_of(whole), whole), 1e-10)
 
 
-def test_sam_by_hand(x64):
+@pytest.mark.parametrize("num_shards", [1, SHARDS])
+def test_sam_by_hand(num_shards, x64):
     """The mean of the shards' ascended gradients; one shard is the whole batch."""
     params = PROBLEM.params()
-    member = optax_sam.sam(0.3, axis_name="shards")
-    for num_shards in (1, SHARDS):
-        grad = jax.jit(of_shards(cut(PROBLEM.batch(0), num_shards)))
+    grad = of_shards(cut(PROBLEM.batch(0), num_shards))
 
-        def ascended(i, grad=grad):
-            g = grad(params, i)
-            e = optax.tree.scale(0.3 / optax.tree.norm(g), g)
-            return grad(optax.tree.add(params, e), i)
+    @jax.jit
+    def ascended(i):
+        g = grad(params, i)
+        e = optax.tree.scale(0.3 / optax.tree.norm(g), g)
+        return grad(optax.tree.add(params, e), i)
 
-        tx = micro_sharpness(member, num_shards)
-        d, _ = tx.update(None, tx.init(params), params, grad_fn=lambda p, i: grad(p, i))  # noqa: B023
-        found = [ascended(i) for i in range(num_shards)]
-        mean = jax.tree.map(lambda *x: sum(x) / len(x), *found)
-        harness.assert_close_in_size(d, mean, 1e-12)
+    tx = micro_sharpness(optax_sam.sam(0.3, axis_name="shards"), num_shards)
+    emitted = lambda params: tx.update(None, tx.init(params), params, grad_fn=grad)
+    d, _ = jax.jit(emitted)(params)
+    found = [ascended(i) for i in range(num_shards)]
+    mean = jax.tree.map(lambda *x: sum(x) / num_shards, *found)
+    harness.assert_close_in_size(d, mean, 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("devices", "form"),
-    [(8, None), *(pytest.param(2, form, marks=pytest.mark.slow) for form in FORMS)],
-)
-def test_shards_on_devices_are_shards_in_one_program(devices, form, x64):
-    """``shard_map`` of a member with one on each of eight, and two on each of two."""
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("form", ["scan", *map(lib.later, ("unroll", "vmap"))])
+def test_shards_on_devices_are_shards_in_one_program(form, x64):
+    """Two on each of two devices, under ``shard_map``, are four."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     build = functools.partial(optax_sam.vsam, 0.1, window=4, num_slices=2)
-    build = build if form else functools.partial(optax_sam.sam, 0.1)
-    member = build(axis_name="data")
     some = micro_sharpness(build(axis_name=("shards", "data")), 2, method=form)
-    all_shards = 2 * devices if form else devices
-    alone = micro_sharpness(build(axis_name="shards"), all_shards)
+    alone = micro_sharpness(build(axis_name="shards"), SHARDS)
 
     def step_of(tx, num_shards):
         def step(params, state, batch):
             grad_fn = of_shards(cut(batch, num_shards))
-            g = None
-            if tx is member:
-                g, grad_fn = grad_fn(params, 0), functools.partial(grad_fn, i=0)
-            d, state = tx.update(g, state, params, grad_fn=grad_fn)
+            d, state = tx.update(None, state, params, grad_fn=grad_fn)
             return jax.tree.map(lambda w, x: w - 0.2 * x, params, d), state
 
         return step
 
     specs = {"in_specs": (P(), P(), P("data")), "out_specs": P(), "check_vma": False}
-    step = step_of(some, 2) if form else step_of(member, 1)
-    on_devices = jax.shard_map(step, mesh=mesh, **specs)
+    on_devices = jax.shard_map(step_of(some, 2), mesh=mesh, **specs)
     found = run(on_devices, alone, 16)
-    harness.assert_close(found, run(step_of(alone, all_shards), alone, 16), 1e-7)
+    harness.assert_close(found, run(step_of(alone, SHARDS), alone, 16), 1e-7)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -224,26 +216,16 @@ def test_cost_is_that_of_sam(form, incoming):
     assert ratio == pytest.approx(2 / SHARDS if form == "scan" else 2, abs=0.08)
 
 
-@pytest.mark.parametrize("form", ["scan", "vmap"])
-def test_all_forms_keep_trees_for_each_shard(form):
-    sizes = (256, 256, 256, 10)
-    small = functools.partial(problems.mlp, sizes, batch_size=16)
-    params = problems.mlp(sizes).params(jnp.float32)
-    trees = 8 * sum(x.nbytes for x in jax.tree.leaves(params))
-    assert 1.9 < temporary(form, small) / trees < 3.3
-
-
-def temporary(form, problem):
-    """Bytes of a step of SAM with eight shards."""
-    member = optax_sam.sam(axis_name="shards")
-    program = compiled(member, form, problem=problem, num_shards=8)
-    return program.memory_analysis().temp_size_in_bytes
-
-
 def test_a_loop_keeps_the_activations_of_one_shard():
     sizes = (32, *[64] * 4, 10)
     large = functools.partial(problems.mlp, sizes, batch_size=4096, num_batches=1)
-    assert temporary("scan", large) < temporary("vmap", large) / 2
+    member = optax_sam.sam(axis_name="shards")
+
+    def temporary(form):
+        program = compiled(member, form, problem=large, num_shards=8)
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary("scan") < temporary("vmap") / 2
 
 
 @pytest.mark.parametrize("form", FORMS)

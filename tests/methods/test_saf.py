@@ -12,7 +12,6 @@ import problems
 import pytest
 import recorded
 import trajectory_runs as runs
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import trajectory
@@ -211,7 +210,7 @@ def test_arguments_that_inject_hyperparams_must_not_trace():
 
 
 def test_readers_look_everywhere():
-    """Into wrappers, containers and the variables of NNX."""
+    """Into wrappers and containers."""
     w = {"w": jnp.ones(2)}
     inner = optax.chain(table(delay=1), optax.sgd(0.1), optax_sam.mesa(0.0))
     indices, batch = jnp.array([0, 1]), jnp.asarray(rows(0))
@@ -222,16 +221,6 @@ def test_readers_look_everywhere():
         past, known = optax_sam.saf_past_logits((state, 3), indices)
         assert known.tolist() == [True, True]
         harness.assert_equal(past, batch)
-    model = nnx.Linear(2, C, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, inner, wrt=nnx.Param)
-    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
-    optimizer.update(model, grads, logits=batch, indices=indices)
-    past, known = optax_sam.saf_past_logits(optimizer.opt_state, indices)
-    harness.assert_equal((past, known.tolist()), (batch, [True, True]))
-    averaged = nnx.merge(
-        nnx.graphdef(model), optax_sam.mesa_params(optimizer.opt_state)
-    )
-    np.testing.assert_allclose(averaged.kernel[...], model.kernel[...], rtol=1e-6)
 
 
 def test_gradient_accumulation():
