@@ -142,25 +142,6 @@ def test_losses_at_indices():
             tx.update(w + 1, tx.init(w), w, per_example_loss_fn=losses)
 
 
-def test_shards_of_micro_sharpness():
-    """A batch in the place of the shard is refused; a shard with a default is not."""
-    w, x = jnp.zeros(()), jnp.arange(8.0)
-    gradient = jax.grad(lambda w, x: jnp.mean((w - x) ** 2))
-    tx = optax_sam.micro_sharpness(optax_sam.sam(0.1, axis_name="shards"), 2)
-    for grad_fn in (
-        lambda w, x=x: gradient(w, x),
-        lambda w, batch=(x, x), i=0: w,
-        functools.partial(lambda w, x: w, x=x),
-    ):
-        with pytest.raises(ValueError, match="shard"):
-            tx.update(None, tx.init(w), w, grad_fn=grad_fn)
-    for grad_fn in (
-        lambda w, i=0: gradient(w, x.reshape(2, 4)[i]),
-        lambda w, i=None: gradient(w, x.reshape(2, 4)[i]),
-    ):
-        assert jnp.isfinite(tx.update(None, tx.init(w), w, grad_fn=grad_fn)[0])
-
-
 # A state belongs to the method, the rule and the parameters that it was made for.
 
 

@@ -1,7 +1,5 @@
 """The rules that decide: how often they ascend, and what they plan."""
 
-import functools
-
 import harness
 import jax
 import jax.numpy as jnp
@@ -99,25 +97,14 @@ def test_a_norm_that_is_not_finite_is_not_recorded(bad, x64):
 # The rule of vSAM.
 
 
-STATIC = ("window", "num_slices", "warmup", "force_quota")
-
-
-@functools.partial(jax.jit, static_argnames=STATIC)
-def driven(norms, x, a, key, window=50, num_slices=5, warmup=100, force_quota=True):
+@jax.jit
+def driven(norms, x, a, key):
     """The rule on series of ||g|| and x = ||PSF||: its decisions and rates."""
-    rule = when.variance_controlled(
-        window,
-        num_slices,
-        sensitivity=a,
-        max_rate=0.8,
-        warmup_steps=warmup,
-        force_quota=force_quota,
-        key=key,
-    )
-    return scan(rule, norms, x)[:2]
+    numbers = {"sensitivity": a, "max_rate": 0.8, "warmup_steps": WARM_UP, "key": key}
+    return scan(when.variance_controlled(50, 5, **numbers), norms, x)[:2]
 
 
-T = 78200  # 200 epochs of 391 steps, the first three of them warm-up
+T, WARM_UP = 78200, 1173  # 200 epochs of 391 steps, the first three warm-up
 
 
 def training(growth):
@@ -144,8 +131,8 @@ def test_samples_of_a_whole_training(a, least, most):
     norms, x = training(0.035)
     counts = []
     for key in range(4):
-        sampled, s = driven(norms, x, a, key, warmup=1173)
-        expected = vsam.simulate(norms, x, draws(key, T), a=a, warmup=1173)
+        sampled, s = driven(norms, x, a, key)
+        expected = vsam.simulate(norms, x, draws(key, T), a=a, warmup=WARM_UP)
         np.testing.assert_array_equal(sampled, expected[0])
         np.testing.assert_allclose(s, expected[1], rtol=1e-10)
         counts.append(np.sum(sampled))

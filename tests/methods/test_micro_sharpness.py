@@ -274,10 +274,11 @@ def test_refused_arguments_and_calls():
         with pytest.raises(ValueError, match=message):
             micro_sharpness(**{"member": member, "num_shards": 2, **changes})
     tx = micro_sharpness(member, 2)
-    less, own = lambda p, i: p["layer"], "a shard's number"
+    less, of_batch = lambda p, i: p["layer"], lambda p, batch=(1, 1), i=0: p
+    no_shard = (None, lambda p: p, lambda: 1, 3, of_batch)
     for message, w, extra in (
         (r"needs the parameters: tx\.update", None, {"grad_fn": lambda p, i: p}),
-        *((own, params, {"grad_fn": f}) for f in (None, lambda p: p, lambda: 1, 3)),
+        *(("a shard's number", params, {"grad_fn": f}) for f in no_shard),
         ("into shards", params, {"per_example_loss_fn": lambda p, i=None: 0}),
         (r"sam: the incoming gradient.*structure", params, {"grad_fn": less}),
         # An error of the caller's own stays as it is.
@@ -285,6 +286,9 @@ def test_refused_arguments_and_calls():
     ):
         with pytest.raises(ValueError, match=message):
             tx.update(None, tx.init(params), w, **extra)
+    # A default is no reason.
+    d, _ = tx.update(None, tx.init(params), params, grad_fn=lambda p, i=None: params)
+    harness.assert_equal(d, params)
 
 
 def test_tracked_axes_are_refused():

@@ -190,29 +190,6 @@ def test_noise_is_a_function_of_the_key_and_the_step(x64):
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.1
 
 
-def test_noise_differs_between_devices(x64):
-    """Each device smooths by itself; what is emitted is one mean for all."""
-    params, grad_fn = harness.tree(), lambda p: jax.tree.map(jnp.sin, p)
-
-    def step(noise=None, **settings):
-        member = optax_sam.random_sam(lib.RHO, sigma=0.5, key=3, **settings)
-        extra = {} if noise is None else {"noise": noise}
-        state = member.init(params)
-        return member.update(params, state, params, grad_fn=grad_fn, **extra)[0]
-
-    together = lambda _: step(axis_name="d")
-    found = jax.vmap(together, axis_name="d")(jnp.arange(3))
-    first = jax.random.fold_in(jax.random.key(3, impl="threefry2x32"), 0)
-    keys = (jax.random.fold_in(first, device) for device in range(3))
-    draw = lambda key: optax.tree.random_like(key, params, jax.random.normal)
-    alone = [step(draw(key)) for key in keys]
-    mean = jax.tree.map(lambda *xs: sum(xs) / 3, *alone)
-    for device in range(3):
-        row = jax.tree.map(lambda x: x[device], found)  # noqa: B023
-        harness.assert_close(row, mean, 1e-12)
-    lib.assert_apart(alone[0], alone[1])
-
-
 def test_smoothed_under_the_engines_mask_is_refused():
     rule = ascent.smoothed(lib.RHO)
     member = optax_sam.sharpness_aware(rule, mask={"layer": True, "gain": False})
