@@ -221,3 +221,19 @@ def test_split_real_and_imaginary_drops_it_too():
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match="split_real_and_imaginary"):
         tx.update(G, state, PARAMS, grad_fn=lambda p: G_S)
+
+
+def test_three_meanings_of_adaptive():
+    """Each has a name; a radius of one is none for another."""
+    w, g = {"kernel": jnp.array([[1.0, -2.0]])}, {"kernel": jnp.array([[3.0, 2.0]])}
+    x, y = np.array([[1.0, 2.0]]), np.array([[3.0, 2.0]])  # sizes and gradient
+    for rule, expected in (
+        (optax_sam.ascent.adaptive(1.0, eta=0.0), x**2 * y / np.linalg.norm(x * y)),
+        (
+            optax_sam.ascent.adaptive(1.0, eta=0.5),
+            (x + 0.5) ** 2 * y / np.linalg.norm((x + 0.5) * y),
+        ),
+        (optax_sam.ascent.weight_scaled(1.0), x * y / np.linalg.norm(y)),
+    ):
+        e, _ = rule.update(g, rule.init(w), w)
+        np.testing.assert_allclose(e["kernel"], expected, rtol=1e-6)
