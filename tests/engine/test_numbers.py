@@ -149,7 +149,7 @@ def after_a_step(method):
     return loss
 
 
-asking = [BY_NAME["sampa"]]
+asking = [BY_NAME["wsam"], BY_NAME["sampa"]]
 
 
 @each_part(quick="gsam", more=asking)
