@@ -5,7 +5,6 @@ import hypothesis
 import jax
 import methods_lib as lib
 import numpy as np
-import problems
 import pytest
 from hypothesis import strategies as st
 
@@ -100,21 +99,3 @@ def test_raw_steps_lie_in_their_balls(projection, description, seed, epsilon):
         wanted = 0.3 * (lib.flattened(g) + lib.flattened(other))
         atol = lib.ROUNDING * np.linalg.norm(wanted)
         np.testing.assert_allclose(lib.flattened(offset(1e9)), wanted, atol=atol)
-
-
-def test_many_steps_run_in_a_loop_and_agree(x64):
-    """Nine steps are a loop, eight are unrolled: the ninth must not differ in kind."""
-    problem = problems.quadratic()
-    params, gradient = problem.params(), jax.jit(jax.grad(problem.loss_fn))
-    grad_fn = lambda p: gradient(p, problem.batch(0))
-    run = lambda n: ascent.n_step(lib.RHO, n, step_size=0.02).update(
-        grad_fn(params), (), params, grad_fn=grad_fn
-    )[0]
-    w, h = lib.flat(params), problems.hessian()
-    wanted = np.zeros(5)
-    for n in range(1, 12):
-        g = h @ (w + wanted)
-        wanted = wanted + 0.02 * g / np.linalg.norm(g)
-        wanted *= min(1, lib.RHO / np.linalg.norm(wanted))
-        if n in (8, 9, 11):
-            np.testing.assert_allclose(lib.flat(run(n)), wanted, rtol=1e-9)

@@ -60,30 +60,13 @@ def trained(update, state, extra_args):
 
 
 @each(
-    *METHODS, *(m for m in OTHERS if m.place == "first"), slow=lambda m: m.name != "sam"
+    *METHODS,
+    *(m for m in OTHERS if m.name in ("wsam", "sampa", "saf")),
+    slow=lambda m: m.name not in ("sam", "wsam"),
 )
 @some_bases
-def test_a_method_before_it(method, base):
-    """As if what the method emits were given to the optimizer by hand."""
-    member, optimizer = method.build(), optax.with_extra_args_support(base())
-
-    def by_hand(grads, state, params, **extra):
-        emitted, first = member.update(grads, state[0], params, **extra)
-        updates, second = optimizer.update(emitted, state[1], params)
-        return updates, (first, second)
-
-    tx, start = method.optimizer(base()), problems.mlp().params()
-    chained = trained(tx.update, tx.init(start), method.extra_args)
-    state = member.init(start), optimizer.init(start)
-    harness.assert_close_in_size(
-        chained, trained(by_hand, state, method.extra_args), 1e-5
-    )
-
-
-@some_bases
-@each(*(m for m in OTHERS if m.name in ("wsam", "sampa")))
-def test_a_method_around_it_trains(method, base):
-    """Step by step it is what it is around others, in the tests of the method."""
+def test_a_method_before_or_around_it_trains(method, base):
+    """Step by step it is what it is with others, in the tests of the method."""
     tx = method.optimizer(base())
     trained(tx.update, tx.init(problems.mlp().params()), method.extra_args)
 

@@ -52,7 +52,7 @@ def test_the_model_is_large_enough():
 TOLERANCE = 0.01
 
 
-@each_part(more=[method for method in OTHERS if method.calls])
+@each_part(more=[method for method in OTHERS if method.place == "around"])
 def test_ascended_step(method):
     ratio = flops(method.optimizer(base()), ascend=True) / flops_of_base()
     if method.factory is optax_sam.random_sam:

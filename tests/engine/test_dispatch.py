@@ -15,8 +15,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from wrapped import (
     RULES,
     WRAPPERS,
@@ -61,7 +59,6 @@ def without_keyword(step):
 
 
 FORMS = {"keyword": lambda step: step, "no_keyword": without_keyword}
-every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def inputs(steps, bad=()):
@@ -140,21 +137,6 @@ def test_a_plan_is_what_happens_and_is_waited_for_once(rule, reads):
     assert reads == {"ascends_next": 1, "ascent_plan": min(plans, 199)}
     # Each variant is traced once.
     assert sorted(calls) == [True] if rule == "always" else [False, True]
-
-
-def test_a_forced_decision_is_recorded():
-    tx = optax_sam.vsam(0.1, window=4, num_slices=2, warmup_steps=5)
-    state = tx.init(W)
-    update = jax.jit(
-        lambda state, ascend: tx.update(W, state, W, grad_fn=jnp.sin, ascend=ascend),
-        static_argnums=1,
-    )
-    for _ in range(5 + 3):  # the warm-up, and the first window, whose quota is spent
-        _, state = update(state, True)
-    for ascend, ascents_so_far in ((True, 9), (False, 9)):
-        _, state = update(state, ascend)
-        assert int(state.when.used) == 1  # a new window, in which one ascent was taken
-        assert int(state.num_ascents) == ascents_so_far
 
 
 def test_the_programs_are_those_with_the_keyword():
@@ -259,8 +241,7 @@ def test_a_step_that_rolls_back(rule, finish, bad):
     check(make_step(tx, finish), tx.init(W), inputs(24, bad))
 
 
-@every_form
-def test_lookahead(form):
+def test_lookahead():
     """It drops extra arguments, so the fast optimizer is bound to them in the step."""
 
     def bound(**extra):
@@ -275,7 +256,7 @@ def test_lookahead(form):
         return optax.apply_updates(w, updates), state
 
     w = optax.LookaheadParams.init_synced(W)
-    assert check(FORMS[form](step), bound().init(w), inputs(24), w) == 8
+    assert check(step, bound().init(w), inputs(24), w) == 8
 
 
 def test_several_steps_in_one_call():
@@ -313,14 +294,6 @@ def test_a_population():
     np.testing.assert_array_equal(plan[1], optax_sam.ascent_plan(alone))
 
 
-def test_the_readers_take_a_population_of_vsam():
-    tx = optax_sam.vsam(0.1, window=4, num_slices=2, warmup_steps=4)
-    states = jax.vmap(lambda k: tx.init(W))(jnp.arange(3))
-    assert {x.shape for x in optax_sam.metrics(states).values()} == {(3,)}
-    assert optax_sam.ascends_next(states).shape == (3,)
-    assert optax_sam.ascent_plan(states).shape[0] == 3
-
-
 # Other states than the one that the call before returned.
 
 
@@ -330,16 +303,13 @@ def falling():
 
 CHANGED = {
     "every_k": (when.every_k(5), when.every_k(3)),
-    "every_k_shorter": (when.every_k(2), when.every_k(7, phase=3)),
-    "bernoulli": (when.bernoulli(0.9), when.bernoulli(0.1)),
     "bernoulli_scheduled": (when.bernoulli(0.9), falling()),
     "bernoulli_constant": (falling(), when.bernoulli(0.3)),
     "variance": (
         when.variance_controlled(4, 2, warmup_steps=2, force_quota=False),
         when.variance_controlled(4, 2, warmup_steps=9, sensitivity=0.9),
     ),
-    "after": (when.after(9, when.every_k(2)), when.after(2, when.every_k(3))),
-    "after_long": (when.after(80, when.every_k(2)), when.after(80, when.every_k(5))),
+    "after": (when.after(80, when.every_k(2)), when.after(2, when.every_k(3))),
     "after_twice": (
         when.after(9, when.after(3, when.bernoulli(0.9))),
         when.after(9, when.after(3, when.bernoulli(0.2))),
@@ -394,12 +364,6 @@ def test_a_call_that_raises_uses_no_decision():
 # Running ahead, and other compilers.
 
 
-def chained(behind):
-    return optax.chain(
-        optax_sam.sam(0.1, when=when.every_k(3)), behind, optax.sgd(0.05)
-    )
-
-
 def injected():
     static = optax_sam.static_args(optax_sam.sam)
     member = optax.inject_hyperparams(optax_sam.sam, static_args=static)
@@ -407,9 +371,10 @@ def injected():
 
 
 AHEAD = {
-    "alone": lambda: chained(optax.identity()),
-    "clip": lambda: chained(optax.clip_by_global_norm(1.0)),
-    "guard": lambda: chained(optax.apply_if_finite(optax.adam(1e-3), 3)),
+    "guard": lambda: optax.chain(
+        optax_sam.sam(0.1, when=when.every_k(3)),
+        optax.apply_if_finite(optax.adam(1e-3), 3),
+    ),
     "injected": injected,
     "wsam": lambda: optax_sam.wsam(
         optax.sgd(0.05), learning_rate=0.05, when=when.every_k(3)
@@ -425,7 +390,7 @@ def test_it_runs_ahead_where_no_step_is_rolled_back(case, reads):
     tx, options = AHEAD[case](), {"donate_argnums": (0, 1)}
     if case == "filter_jit":
         options = {"jit": eqx.filter_jit, "donate": "all-except-first"}
-    form = "no_keyword" if case in ("clip", "guard") else "keyword"
+    form = "no_keyword" if case == "guard" else "keyword"
     step = optax_sam.dispatch(FORMS[form](make_step(tx)), **options)
     w, state = W + 0, tx.init(W)
     for x in inputs(130):
@@ -435,6 +400,7 @@ def test_it_runs_ahead_where_no_step_is_rolled_back(case, reads):
     assert reads.total() == (130 if case == "rolled back" else 4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_pmap(reads):
     replicate = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)
@@ -455,6 +421,7 @@ def test_pmap(reads):
     assert reads.total() == 4
 
 
+@pytest.mark.slow
 def test_an_equinox_model_with_functions():
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
     tx = sam(when.every_k(2))
@@ -513,7 +480,11 @@ def nnx_run(compiled, returns=False):
 nnx_run_of_jit = functools.cache(lambda: nnx_run(nnx.jit))
 
 
-@pytest.mark.parametrize("jit", [nnx.jit, jax.jit], ids=["in place", "returned"])
+@pytest.mark.parametrize(
+    "jit",
+    [nnx.jit, pytest.param(jax.jit, marks=pytest.mark.slow)],
+    ids=["in place", "returned"],
+)
 def test_nnx_objects_that_are_changed(jit, reads):
     """In place by ``nnx.jit``; returned, any compiler will do."""
     found = nnx_run(functools.partial(optax_sam.dispatch, jit=jit), jit is jax.jit)
@@ -543,24 +514,3 @@ def test_one_lost_nnx_object_is_refused(lost):
     with pytest.raises(ValueError, match=r"changes the (Rngs|Average)"):
         optax_sam.dispatch(step)(*args)
     optax_sam.dispatch(step, jit=nnx.jit)(*args)
-
-
-# All of it at random.
-
-
-@settings(max_examples=6)
-@given(
-    rule=st.sampled_from(sorted(RULES)),
-    wrapper=st.sampled_from(sorted(WRAPPERS)),
-    finish=st.sampled_from([kept, rolled_back]),
-    form=st.sampled_from(sorted(FORMS)),
-    bad=st.sets(st.integers(0, 29), max_size=4),
-    restored=st.sets(st.integers(0, 29), max_size=3),
-    raising=st.sets(st.integers(0, 29), max_size=3),
-)
-def test_any_program(rule, wrapper, finish, form, bad, restored, raising):
-    """Chains, wrappers, rules, faults and restores drawn at random."""
-    tx = wrap(wrapper, sam(RULES[rule]()))
-    step = FORMS[form](make_step(tx, finish))
-    faults = {"restored": restored, "raising": raising}
-    check(step, tx.init(W), inputs(30, bad), **faults)

@@ -1,6 +1,6 @@
 """The engine with parts that are not the library's own."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import harness
 import jax
@@ -126,18 +126,6 @@ def test_nothing_bad_enters_own_parts(which, bad):
         w = np.array([1.0, -2.0]) - 0.1 * sum(good_emitted)
         expected = (2 * w + np.asarray(good.blend)) / 2
         np.testing.assert_allclose(emitted[2], expected, rtol=1e-6)
-
-
-def test_a_static_decision_wins_and_is_recorded():
-    tx, w = method(), jnp.ones(2)
-    grad_fn: Any = lambda at: 2 * at
-    state = tx.init(w)
-    _, skipped = tx.update(grad_fn(w), state, w, grad_fn=grad_fn, ascend=False)
-    assert int(skipped.num_ascents) == 0
-    assert bool(skipped.when.ascends)
-    _, taken = tx.update(grad_fn(w), skipped, w, grad_fn=grad_fn, ascend=True)
-    assert int(taken.num_ascents) == 1
-    assert not bool(taken.when.ascends)
 
 
 def test_no_conditional_is_compiled_outside_jit(monkeypatch):

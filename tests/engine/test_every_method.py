@@ -20,7 +20,7 @@ WITHOUT_COMPILER = 3
 RATE = 0.05
 
 
-@each(*METHODS, *OTHERS, slow=lambda method: False)
+@every_one
 def test_it_trains_as_promised(method):
     """In one program, donated, that asks as often as it decides; and without jit."""
     problem, executed, traced = problems.quadratic(), harness.Counter(), []
@@ -121,8 +121,6 @@ def test_a_new_state(method):
 
 TARGETS = {
     "rosenbrock": (problems.rosenbrock, 0.02, 400),
-    "quadratic": (problems.quadratic, 0.1, 300),
-    "logistic": (problems.logistic, 0.5, 300),
     "mlp": (problems.mlp, 0.1, 300),
 }
 

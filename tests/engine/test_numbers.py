@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from harness import each_part
-from registry import BY_NAME, OTHERS, every_one
+from registry import BY_NAME, every_one
 
 import optax_sam
 from optax_sam.ascent import norm
@@ -51,19 +51,6 @@ def test_a_gradient_gives_what_it_gives_at_any_scale(method):
             expected = [expected[0], *plain]
         for one, other in zip(emitted(method, factor), expected, strict=True):
             harness.assert_close(one, other, 1e-5)
-
-
-@each_part()
-def test_a_whole_gradient_overflows(method):
-    """1e30 everywhere is finite in float32, its squared norm is not."""
-    tx, update = harness.compiled_update(method)
-    params = harness.tree()
-    big, g = harness.tree(1, scale=1e30), harness.tree(1)
-    for pair in ((big, big), (g, big), (big, g))[: 3 if method.uses_incoming else 2]:
-        d, state, points = update(*pair, tx.init(params), params, ascend=True)
-        harness.assert_equal(d, pair[0 if method.uses_incoming else 1])
-        assert harness.is_finite((state, points))
-        assert optax_sam.metrics(state)["rejected_ascents"] == 1
 
 
 @each_part()
@@ -162,10 +149,10 @@ def after_a_step(method):
     return loss
 
 
-asking = [method for method in OTHERS if method.calls]
+asking = [BY_NAME["wsam"], BY_NAME["sampa"]]
 
 
-@each_part(quick="vsam gsam random_sam", more=asking)
+@each_part(quick="gsam", more=asking)
 def test_derivatives_equal_finite_differences(method, x64):
     w = harness.tree(1)
     loss = after_a_step(method)

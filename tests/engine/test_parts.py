@@ -117,7 +117,7 @@ def test_vmap_traces(method):
 @each(
     *(BY_NAME[name] for name in ("sam", "vsam", "esam", "ae_sam", "random_sam")),
     *OTHERS,
-    slow=lambda m: m.name != "vsam",
+    slow=lambda m: True,
 )
 def test_vmap_over_seeds(method, x64):
     together, many, init = over_seeds(method)

@@ -70,6 +70,7 @@ def assert_kinds_stay(tx, tree, grad_fn):
         assert harness.kinds(after) == harness.kinds(state)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=ABSTRACT)
 @hypothesis.given(names_of(METHODS + OTHERS), trees)
 def test_structure_and_dtypes_stay(name, tree):

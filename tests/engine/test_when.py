@@ -1,7 +1,5 @@
 """The rules that decide: how often they ascend, and what they plan."""
 
-import functools
-
 import harness
 import jax
 import jax.numpy as jnp
@@ -56,10 +54,6 @@ LENGTH = 20_000
     [
         (1.0, 1.0, 0.16, None),
         (2.0, 0.0, 0.196, 0.145),
-        later(-1.0, -1.0, 0.84, None),
-        later(0.0, 0.0, 0.50, None),
-        later(2.0, 2.0, 0.01, None),
-        later(1.0, -1.0, 0.50, 0.43),
     ],
 )
 def test_norm_above_trend_ascends_as_often_as_the_threshold_says(
@@ -103,49 +97,14 @@ def test_a_norm_that_is_not_finite_is_not_recorded(bad, x64):
 # The rule of vSAM.
 
 
-STATIC = ("window", "num_slices", "warmup", "force_quota")
-
-
-@functools.partial(jax.jit, static_argnames=STATIC)
-def driven(norms, x, a, key, window=50, num_slices=5, warmup=100, force_quota=True):
+@jax.jit
+def driven(norms, x, a, key):
     """The rule on series of ||g|| and x = ||PSF||: its decisions and rates."""
-    rule = when.variance_controlled(
-        window,
-        num_slices,
-        sensitivity=a,
-        max_rate=0.8,
-        warmup_steps=warmup,
-        force_quota=force_quota,
-        key=key,
-    )
-    return scan(rule, norms, x)[:2]
+    numbers = {"sensitivity": a, "max_rate": 0.8, "warmup_steps": WARM_UP, "key": key}
+    return scan(when.variance_controlled(50, 5, **numbers), norms, x)[:2]
 
 
-def windows(series, window, warmup):
-    """The full windows: the clock starts inside one, whose quota counts as spent."""
-    start = warmup + window - 1
-    full = (len(series) - start) // window
-    return np.asarray(series)[start : start + full * window].reshape(full, window)
-
-
-@pytest.mark.parametrize(
-    ("window", "seed"), [(10, 0), *(later(25, seed) for seed in range(3))]
-)
-def test_a_full_window_has_floor_of_s_samples(window, seed):
-    r, warmup = np.random.RandomState(seed), 2 * window + 3
-    norms, x = np.exp(0.2 * r.randn(2, 400 * window))
-    sampled, s = driven(norms, x, 0.3, seed, window, 5, warmup)
-    rates, counts = windows(s, window, warmup), windows(sampled, window, warmup).sum(1)
-    assert np.all(rates == rates[:, :1])
-    np.testing.assert_array_equal(counts, np.floor(rates[:, 0]))
-    assert counts.min() == 1
-    assert counts.max() == 0.8 * window
-    assert len(np.unique(counts)) > 4
-    assert np.all(sampled[:warmup])
-    assert not np.any(sampled[warmup : warmup + window - 1])
-
-
-T = 78200  # 200 epochs of 391 steps, the first three of them warm-up
+T, WARM_UP = 78200, 1173  # 200 epochs of 391 steps, the first three warm-up
 
 
 def training(growth):
@@ -166,20 +125,14 @@ def training(growth):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("a", "least", "most"),
-    [
-        (0.05, 4975, 5417),
-        (0.1, 16973, 18143),
-        (0.13, 24931, 25881),
-        (0.15, 30116, 30372),
-        (0.2, 37494, 42046),
-    ],
+    [(0.05, 4975, 5417), (0.13, 24931, 25881), (0.2, 37494, 42046)],
 )
 def test_samples_of_a_whole_training(a, least, most):
     norms, x = training(0.035)
     counts = []
     for key in range(4):
-        sampled, s = driven(norms, x, a, key, warmup=1173)
-        expected = vsam.simulate(norms, x, draws(key, T), a=a, warmup=1173)
+        sampled, s = driven(norms, x, a, key)
+        expected = vsam.simulate(norms, x, draws(key, T), a=a, warmup=WARM_UP)
         np.testing.assert_array_equal(sampled, expected[0])
         np.testing.assert_allclose(s, expected[1], rtol=1e-10)
         counts.append(np.sum(sampled))
@@ -188,7 +141,7 @@ def test_samples_of_a_whole_training(a, least, most):
     assert 0.95 * least <= np.mean(counts) <= 1.05 * most
 
 
-@pytest.mark.parametrize("share", [0.0, -0.1, 0.9, 1.1, "0.3", True])
+@pytest.mark.parametrize("share", [0.0, 0.9, "0.3", True])
 def test_a_share_that_cannot_be(share):
     with pytest.raises(ValueError, match="initial_rate must be"):
         when.variance_controlled(10, 5, initial_rate=share)

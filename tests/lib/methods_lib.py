@@ -44,20 +44,24 @@ def _network():
 
 
 def trained(member, steps=STEPS):
-    """Parameters after some steps of SGD with momentum behind the member.
+    """Parameters after some steps of SGD with momentum behind the member."""
+    return trained_with(optax.chain(member, optax.sgd(0.1, momentum=0.9)), steps)[0]
+
+
+def trained_with(tx, steps=STEPS):
+    """Parameters and state after some steps of a whole optimizer.
 
     The gradient alone is compiled; a method in a compiled step is a matter of the tests
     of the engine and of the recorded runs.
     """
     problem, gradient = _network()
-    tx = optax.chain(member, optax.sgd(0.1, momentum=0.9))
     params = problem.params()
     state = tx.init(params)
     for t in range(steps):
         grad_fn = functools.partial(gradient, batch=problem.batch(t))
         updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
         params = optax.apply_updates(params, updates)
-    return params
+    return params, state
 
 
 @functools.cache

@@ -555,9 +555,5 @@ def each(*methods, slow=lambda method: method.variant or method.seldom):
 
 
 every_method = each(*METHODS)
-# Where a variant shows nothing that the first entry of its method does not.
-every_named = each(*(method for method in METHODS if not method.variant))
 every_one = each(*METHODS, *OTHERS)
-every_one_that_asks = each(*(m for m in METHODS + OTHERS if m.calls))
 every_skipping = each(*(method for method in METHODS if method.skips))
-every_foreseen = each(*(method for method in METHODS if method.lookahead))

@@ -41,7 +41,7 @@ def test_fisher_sam_in_the_euclidean_metric_is_sam(x64):
 
 
 @pytest.mark.parametrize("eta", [1.0, 1e8])
-@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-12, 1e12, 1e18, 1e25])
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e18, 1e25])
 def test_fisher_of_huge_and_tiny_gradients_in_float32(scale, eta):
     g, g_s = lib.pair(scale)
     d, state = lib.emitted(optax_sam.fisher_sam(lib.RHO, eta=eta), g, g_s)

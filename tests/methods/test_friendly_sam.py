@@ -94,7 +94,7 @@ def test_both_orders_of_friendly_sam_have_one_direction(x64):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-@pytest.mark.parametrize("decay", [0.0, 0.6, 0.95, 0.999])
+@pytest.mark.parametrize("decay", [0.6, 0.999])
 def test_a_constant_gradient_leaves_no_direction(decay, precision):
     """Whatever its value, compiled or not: rounding does not add up to one."""
     with jax.enable_x64(precision == "float64"):

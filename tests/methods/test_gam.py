@@ -1,16 +1,11 @@
 """GAM: flatness of first order, from four gradients."""
 
-import functools
-import re
-
 import harness
 import jax
 import jax.numpy as jnp
 import methods_lib as lib
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from reference import gam
 from trajectories import (
     biases,
@@ -129,60 +124,3 @@ def test_gam_of_zero_gradients(x64):
     d, state = member.update(zero, member.init(g), g, grad_fn=grad_fn)
     harness.assert_equal((d, points), (zero, 3 * [g]))
     assert int(state.num_rejected) == 0
-
-
-HALF = ("bfloat16", None, "float32"), ("bfloat16", "bfloat16", "bfloat16")
-
-
-@pytest.mark.parametrize(
-    ("kept", "asked", "handed"), [*HALF, ("float32", "bfloat16", "bfloat16")]
-)
-def test_the_points_of_gam_have_the_dtype_that_was_asked_for(kept, asked, handed):
-    w, *gradients = (harness.tree(seed, dtype=kept) for seed in range(5))
-    member = optax_sam.gam(lib.RHO, ascent_dtype=asked)
-    grad_fn, points = lib.answering(*gradients[1:])
-    state = member.init(w)
-    d, after = member.update(gradients[0], state, w, grad_fn=grad_fn)
-    assert harness.kinds(d) == harness.kinds(w)
-    assert harness.kinds(after) == harness.kinds(state)
-    assert len(points) == 3
-    for x in jax.tree.leaves(points):
-        assert x.dtype == jnp.dtype(handed)
-
-
-def test_gam_refuses_gradients_that_are_summed_already():
-    """At every one of its points, as ``jax.grad`` returns them under shard_map."""
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    member = optax_sam.gam(lib.RHO, axis_name="d")
-
-    def step(params, x, summed_from):
-        local = jax.lax.pcast(params, "d", to="varying")
-        g = jax.grad(lambda p: jnp.sum(p * x[0]))
-        calls = iter(range(9))
-
-        def grad_fn(p):
-            grads = g(p)
-            return jax.lax.psum(grads, "d") if next(calls) >= summed_from else grads
-
-        first = local if summed_from else params
-        return member.update(g(first), member.init(params), local, grad_fn=grad_fn)[0]
-
-    def run(summed_from):
-        step_ = functools.partial(step, summed_from=summed_from)
-        mapped = jax.shard_map(step_, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
-        return jax.eval_shape(mapped, jnp.ones(3), jnp.ones((8, 3)))
-
-    assert run(9).shape == (3,)
-    for summed_from in range(3):
-        with pytest.raises(ValueError, match=re.escape("gam: axis_name='d' asks for")):
-            run(summed_from)
-
-
-def test_gam_says_what_its_gradients_lack():
-    w, g = harness.tree(), harness.tree(1)
-    less = {"gain": g["gain"]}
-    member = optax_sam.gam(lib.RHO)
-    for answers in ((less,), (g, less), (g, g, less), ((1.0, g),)):
-        grad_fn, _ = lib.answering(*answers)
-        with pytest.raises(ValueError, match="gam: what grad_fn returned.*structure"):
-            member.update(g, member.init(w), w, grad_fn=grad_fn)

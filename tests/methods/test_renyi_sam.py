@@ -68,10 +68,7 @@ def renyi_offset(g, rho=0.3, alpha=1.2, **settings):
     return rule.update(g, rule.init(g), count=0)[0]
 
 
-ORDERS = pytest.mark.parametrize("alpha", [0.3, 0.5, 1.2, 2.0, 5.0])
-
-
-@ORDERS
+@pytest.mark.parametrize("alpha", [0.3, 1.2, 5.0])
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_renyi_length_direction_and_scale(alpha, layerwise, x64):
     g = harness.tree(1)
@@ -90,8 +87,8 @@ def test_renyi_length_direction_and_scale(alpha, layerwise, x64):
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
-@pytest.mark.parametrize("alpha", [0.5, 1.2, 2.0])
-@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e15])
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e15])
 def test_renyi_in_float32_at_extreme_scales(scale, alpha, layerwise):
     """``||g||^(2 a)`` alone does not fit into float32."""
     g = harness.tree(1, scale)
@@ -130,5 +127,3 @@ def test_renyi_sam_warms_up_as_the_base_optimizer(x64):
     harness.assert_close(trained(member), trained_by("sgd"), 1e-12)
     one_left = optax_sam.renyi_sam(RHO, warmup_steps=STEPS - 1)
     assert_apart(trained(one_left), trained_by("sgd"), 1e-6)
-    none = trained(optax_sam.renyi_sam(RHO, warmup_steps=0))
-    harness.assert_close(none, trained(optax_sam.renyi_sam(RHO)), 1e-12)

@@ -85,24 +85,3 @@ def test_the_radius_of_a_very_long_run(peak_at):
     )
     counts = [0, peak_at // 20, peak_at // 2, peak_at, 2 * peak_at, total // 2, total]
     follow(schedule, counts, 0.04, 0.4, tolerance=2e-3)
-
-
-def test_the_radius_under_inject_hyperparams():
-    schedule = DECAYS["linear"]
-    rho = optax_sam.rho_from_lr(schedule, rho_min=0.05, rho_max=0.6)
-    static = optax_sam.static_args(optax_sam.gsam)
-    tx = optax.inject_hyperparams(optax_sam.gsam, static_args=static)(
-        rho=rho, alpha=0.0
-    )
-    w = jnp.array([3.0, 4.0])
-
-    @jax.jit
-    def update(state):
-        return tx.update(w, state, w, grad_fn=lambda p: p - w)
-
-    state = tx.init(w)
-    for t in range(6):
-        d, state = update(state)  # the offset itself
-        wanted = line(float(schedule(t)), 0.04, 0.4, 0.05, 0.6)
-        np.testing.assert_allclose(np.linalg.norm(d), wanted, rtol=1e-5)
-        np.testing.assert_allclose(state.hyperparams["rho"], wanted, rtol=1e-5)

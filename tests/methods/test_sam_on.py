@@ -120,7 +120,6 @@ def test_all_but_the_norms(x64):
     [
         {"Dense_0": {"kernel": 1.0, "bias": 2.0}},
         {"scaled": {"kernel": 1.0}, "norm": 2.0},  # a leaf, no layer
-        [1.0, (2.0, 3.0)],
         1.0,
         {},
     ],

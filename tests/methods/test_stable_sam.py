@@ -49,12 +49,6 @@ def test_stable_sam_has_the_length_of_one_and_the_direction_of_the_other(
     assert np.linalg.norm(d) == pytest.approx(np.linalg.norm(a), rel=tolerance)
 
 
-def test_stable_sam_without_radius_is_the_base_optimizer(x64):
-    member = optax_sam.stable_sam(0.0)
-    harness.assert_close(lib.trained(member), lib.trained_by("sgd"), 1e-12)
-    lib.assert_apart(lib.trained(optax_sam.stable_sam(lib.RHO)), lib.trained_by("sam"))
-
-
 def test_stable_sam_of_a_zero_gradient(x64):
     g, g_s = lib.pair()
     zero = harness.like(g, 0.0)
