@@ -7,7 +7,6 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import over_devices
 import pytest
 from jax.sharding import AxisType
@@ -77,38 +76,6 @@ def test_means_over_devices_are_those_of_all_rows(kind, x64):
     wanted = value, grads, jax.grad(loss_fn)(moved(PARAMS), X, Y)
     found = over_devices.run(kind, step, PARAMS, (X, Y))
     harness.assert_close(found, [wanted, wanted], 1e-12)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        kind if kind == "shard_map" else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in over_devices.KINDS
-    ],
-)
-def test_a_training_run_is_that_of_one_device(kind, x64):
-    methods = optax_sam.sam(0.3), optax_sam.vsam(0.3, window=4, num_slices=2, key=1)
-
-    def run(params, x, y, axis_name="data"):
-        both = optax_sam.value_and_grad(loss_fn, axis_name=axis_name)
-
-        def body(tx, carry, _):
-            params, opt_state = carry
-            loss, grads, grad_fn = both(params, x, y)
-            updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
-            return (optax.apply_updates(params, updates), opt_state), loss
-
-        found = []
-        for method in methods:
-            tx = optax.chain(method, optax.sgd(0.1, momentum=0.9))
-            start = params, tx.init(params)
-            found.append(jax.lax.scan(functools.partial(body, tx), start, length=20))
-        return found
-
-    found = over_devices.run(kind, run, PARAMS, (X, Y))
-    wanted = jax.jit(functools.partial(run, axis_name=None))(PARAMS, X, Y)
-    harness.assert_close(found, wanted, 1e-9)
-    assert all(optax_sam.metrics(state)["ascents"] > 8 for (_, state), _ in wanted)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
