@@ -60,14 +60,8 @@ def _let_programs_go():
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _after_each_module():
-    yield
-    _let_programs_go()
-
-
 @pytest.fixture(autouse=True)
-def _where_a_module_compiles_much():
+def _before_a_process_grows_large():
     yield
     statm = Path("/proc/self/statm")
     pages = int(statm.read_text().split()[1]) if statm.exists() else 0
