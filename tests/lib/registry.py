@@ -5,6 +5,7 @@ A method of the package is in it by itself. An entry says what is special about 
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 import optax_sam
 from optax_sam.method import METHODS as PUBLIC
+from optax_sam.when import bernoulli, every_k
 
 
 def grad_fn_only(loss_fn, batch):
@@ -188,7 +190,8 @@ class Method:
         it out.
       seldom: whether its parts are so simple, or so like another's, that only CI runs
         the battery on it.
-      static: the arguments that ``inject_hyperparams`` must not trace.
+      misleading: the arguments of whose values ``static`` says the contrary: None where
+        a number may be, or a number that sets a size.
       trees: how many trees like the parameters its state holds.
       small_bytes: the most that the rest of its state takes in float32.
     """
@@ -210,9 +213,19 @@ class Method:
     place: str = "first"
     variant: bool = False
     seldom: bool = False
-    static: tuple[str, ...] = ()
+    misleading: tuple[str, ...] = ()
     trees: int = 0
     small_bytes: int = 200
+
+    @property
+    def static(self):
+        """The arguments that ``inject_hyperparams`` must not trace: no real numbers."""
+        value = lambda p: self.settings.get(p.name, p.default)
+        return tuple(
+            p.name
+            for p in inspect.signature(self.factory).parameters.values()
+            if isinstance(value(p), float) == (p.name in self.misleading)
+        )
 
     def build(self, **changes):
         """The method alone; one that wraps an optimizer, around SGD with momentum."""
@@ -244,113 +257,66 @@ def product(
     """A method that has no name: a raw product of the three axes."""
     return optax_sam.sharpness_aware(
         optax_sam.ascent.l2(rho),
-        optax_sam.when.every_k(3, phase=1),
+        every_k(3, phase=1),
         optax_sam.blend.reuse_difference(0.7, max_reuse=1),
         mask=mask,
         ascent_dtype=ascent_dtype,
     )
 
 
-_COMMON = ("mask", "axis_name", "ascent_dtype")
-_SAM = {
-    "factory": optax_sam.sam,
-    "static": ("num_ascent_steps", "when", *_COMMON),
-}
-_ASAM = {"factory": optax_sam.asam, "static": ("adapt", "roles", "when", *_COMMON)}
 _WINDOW = {"window": 4, "num_slices": 2, "warmup_steps": 7}
+# Three windows, a dozen scalars beside two bools, and a key.
 _VSAM = {
-    "factory": optax_sam.vsam,
     "skips": True,
-    "static": (
-        "window",
-        "num_slices",
-        "warmup_steps",
-        "max_reuse",
-        "norm_mask",
-        "force_quota",
-        "key",
-        *_COMMON,
-    ),
-    # Three windows, a dozen scalars beside two bools, and a key.
     "small_bytes": 3 * 4 * 6 + 4 * 14 + 8,
+    "misleading": ("initial_rate",),
 }
-_GSAM = {"factory": optax_sam.gsam, "static": ("when", *_COMMON)}
-_LOOK = {"skips": True, "trees": 1, "static": ("k", *_COMMON)}
-_AE = {"skips": True, "static": ("lag", *_COMMON)}
-_ESAM = {
-    "factory": esam_by_grad_fn,
-    "needs": "per_example_loss_fn",
-    "norm": esam_norm,
-    "static": ("gamma", "key", "when", *_COMMON),
-}
-_RENYI = {
-    "factory": optax_sam.renyi_sam,
-    "norm": renyi_norm,
-    "static": ("layerwise", "warmup_steps", "roles", "when", *_COMMON),
-}
-_RANDOM = {
-    "factory": optax_sam.random_sam,
-    "calls": 2,
-    "uses_incoming": False,
-    "static": ("key", "roles", "when", *_COMMON),
-}
-
-_GNP = {"factory": optax_sam.gnp, "static": ("when", *_COMMON)}
-_FRIENDLY = {
-    "factory": optax_sam.friendly_sam,
-    "static": ("when", *_COMMON),
-    "trees": 1,
-}
-_AMP = {
-    "factory": optax_sam.amp,
-    "radius": "epsilon",
-    "norm": leaf_norm,
-    "static": ("inner_iter", "projection", "roles", "when", *_COMMON),
-}
+_RENYI = {"norm": renyi_norm, "misleading": ("max_offset_norm",)}
+_ESAM = {"needs": "per_example_loss_fn", "norm": esam_norm, "misleading": ("gamma",)}
+_RANDOM = {"calls": 2, "uses_incoming": False}
+_AMP = {"radius": "epsilon", "norm": leaf_norm}
 
 METHODS = (
-    Method("sam", settings={"rho": 0.1}, **_SAM),
+    Method("sam", optax_sam.sam, {"rho": 0.1}),
     Method(
         "sam_2_steps",
+        optax_sam.sam,
+        {"rho": 0.1, "num_ascent_steps": 2},
         seldom=True,
-        settings={"rho": 0.1, "num_ascent_steps": 2},
         calls=2,
-        **_SAM,
     ),
     Method(
         "sam_5",
+        optax_sam.sam,
+        {"rho": 0.1, "when": every_k(5)},
         seldom=True,
-        settings={"rho": 0.1, "when": optax_sam.when.every_k(5)},
         skips=True,
-        **_SAM,
     ),
     Method(
-        "ss_sam",
-        settings={"rho": 0.1, "when": optax_sam.when.bernoulli(0.5, key=3)},
-        skips=True,
-        **_SAM,
+        "ss_sam", optax_sam.sam, {"rho": 0.1, "when": bernoulli(0.5, key=3)}, skips=True
     ),
     Method(
-        "asam", seldom=True, settings={"rho": 0.3}, norm=ellipsoid_norm(0.01), **_ASAM
+        "asam", optax_sam.asam, {"rho": 0.3}, seldom=True, norm=ellipsoid_norm(0.01)
     ),
     Method(
         "asam_all_leaves",
+        optax_sam.asam,
+        {"rho": 0.3, "adapt": True, "eta": 0.0},
         variant=True,
-        settings={"rho": 0.3, "adapt": True, "eta": 0.0},
         norm=ellipsoid_norm(0.0, everywhere=True),
-        **_ASAM,
     ),
-    Method("vsam", settings={"rho": 0.1, **_WINDOW}, trees=1, **_VSAM),
+    Method("vsam", optax_sam.vsam, {"rho": 0.1, **_WINDOW}, trees=1, **_VSAM),
     Method(
         "vsam_a",
+        optax_sam.vsam,
+        {"rho": 0.1, "reuse_decay": 0.0, **_WINDOW},
         seldom=True,
-        settings={"rho": 0.1, "reuse_decay": 0.0, **_WINDOW},
         **_VSAM,
     ),
     Method(
         "vsam_without_catch_up",
-        variant=True,
-        settings={
+        optax_sam.vsam,
+        {
             "rho": 0.1,
             "window": 6,
             "num_slices": 3,
@@ -359,33 +325,41 @@ METHODS = (
             "force_quota": False,
             "key": 5,
         },
+        variant=True,
         trees=1,
         **_VSAM,
     ),
-    Method("gsam", settings={"rho": 0.1}, fresh=without_gap, **_GSAM),
+    Method("gsam", optax_sam.gsam, {"rho": 0.1}, fresh=without_gap),
     Method(
         "gsam_5",
+        optax_sam.gsam,
+        {"rho": 0.1, "when": every_k(5)},
         variant=True,
-        settings={"rho": 0.1, "when": optax_sam.when.every_k(5)},
         fresh=without_gap,
         skips=True,
-        **_GSAM,
     ),
-    Method("looksam", optax_sam.looksam, {"rho": 0.1, "k": 3, "alpha": 0.3}, **_LOOK),
+    Method(
+        "looksam",
+        optax_sam.looksam,
+        {"rho": 0.1, "k": 3, "alpha": 0.3},
+        skips=True,
+        trees=1,
+    ),
     Method(
         "look_layer_sam",
         optax_sam.look_layer_sam,
         {"rho": 0.05, "k": 4, "alpha": 0.2},
         seldom=True,
         norm=relative_norm,
-        **(_LOOK | {"static": ("k", "roles", *_COMMON)}),
+        skips=True,
+        trees=1,
     ),
     Method(
         "ae_sam",
         optax_sam.ae_sam,
         {"rho": 0.1, "decay": 0.6},
         lookahead=0,
-        **_AE,
+        skips=True,
     ),
     Method(
         "ae_sam_lagged",
@@ -393,7 +367,7 @@ METHODS = (
         {"rho": 0.1, "decay": 0.6, "lag": 1},
         variant=True,
         lookahead=1,
-        **_AE,
+        skips=True,
     ),
     Method(
         "ae_looksam",
@@ -401,76 +375,68 @@ METHODS = (
         {"rho": 0.1, "decay": 0.6, "alpha": 0.3},
         seldom=True,
         lookahead=0,
+        skips=True,
         trees=1,
-        **_AE,
     ),
-    Method("esam", settings={"rho": 0.1, "key": 11}, **_ESAM),
+    Method("esam", esam_by_grad_fn, {"rho": 0.1, "key": 11}, **_ESAM),
     Method(
         "esam_2",
+        esam_by_grad_fn,
+        {"rho": 0.1, "when": every_k(2), "key": 4},
         variant=True,
-        settings={"rho": 0.1, "when": optax_sam.when.every_k(2), "key": 4},
         skips=True,
         **_ESAM,
     ),
-    Method("renyi_sam", seldom=True, settings={"rho": 0.1}, **_RENYI),
+    Method("renyi_sam", optax_sam.renyi_sam, {"rho": 0.1}, seldom=True, **_RENYI),
     Method(
         "renyi_sam_after_warmup",
+        optax_sam.renyi_sam,
+        {"rho": 0.1, "warmup_steps": 6, "when": bernoulli(0.5, key=2)},
         variant=True,
-        settings={
-            "rho": 0.1,
-            "warmup_steps": 6,
-            "when": optax_sam.when.bernoulli(0.5, key=2),
-        },
         skips=True,
         **_RENYI,
     ),
-    Method("random_sam", settings={"rho": 0.1}, **_RANDOM),
+    Method("random_sam", optax_sam.random_sam, {"rho": 0.1}, **_RANDOM),
     Method(
         "random_sam_2",
+        optax_sam.random_sam,
+        {"rho": 0.1, "sigma": 0.05, "when": every_k(2)},
         variant=True,
-        settings={"rho": 0.1, "sigma": 0.05, "when": optax_sam.when.every_k(2)},
         skips=True,
         **_RANDOM,
     ),
-    Method("gnp", seldom=True, settings={"rho": 0.1}, fresh=interpolated(0.8), **_GNP),
+    Method("gnp", optax_sam.gnp, {"rho": 0.1}, seldom=True, fresh=interpolated(0.8)),
     Method(
         "g_rst",
+        optax_sam.gnp,
+        {"rho": 0.1, "alpha": 2.0, "when": bernoulli(key=7)},
         variant=True,
-        settings={"rho": 0.1, "alpha": 2.0, "when": optax_sam.when.bernoulli(key=7)},
         fresh=interpolated(2.0),
         skips=True,
-        **_GNP,
     ),
     # With a sigma of 1 nothing would be left of gradients that stay the same.
-    Method("friendly_sam", settings={"rho": 0.1, "sigma": 0.5}, **_FRIENDLY),
+    Method("friendly_sam", optax_sam.friendly_sam, {"rho": 0.1, "sigma": 0.5}, trees=1),
     Method(
         "friendly_sam_2",
+        optax_sam.friendly_sam,
+        {"rho": 0.1, "sigma": 0.5, "when": every_k(2)},
         variant=True,
-        settings={"rho": 0.1, "sigma": 0.5, "when": optax_sam.when.every_k(2)},
         skips=True,
-        **_FRIENDLY,
+        trees=1,
     ),
     # The default mask finds no normalization layers here.
+    Method("sam_on", optax_sam.sam_on, {"rho": 0.1, "mask": True}, seldom=True),
     Method(
-        "sam_on",
-        optax_sam.sam_on,
-        {"rho": 0.1, "mask": True},
-        seldom=True,
-        static=("adapt", "roles", "when", *_COMMON),
+        "fisher_sam", optax_sam.fisher_sam, {"rho": 0.1}, seldom=True, norm=fisher_norm
     ),
     Method(
-        "fisher_sam",
-        optax_sam.fisher_sam,
-        {"rho": 0.1},
-        seldom=True,
-        norm=fisher_norm,
-        static=("when", *_COMMON),
+        "amp", optax_sam.amp, {"epsilon": 0.1, "inner_lr": 100.0}, seldom=True, **_AMP
     ),
-    Method("amp", seldom=True, settings={"epsilon": 0.1, "inner_lr": 100.0}, **_AMP),
     Method(
         "amp_2_steps",
+        optax_sam.amp,
+        {"epsilon": 0.1, "inner_lr": 100.0, "inner_iter": 2},
         variant=True,
-        settings={"epsilon": 0.1, "inner_lr": 100.0, "inner_iter": 2},
         calls=2,
         **_AMP,
     ),
@@ -483,7 +449,6 @@ METHODS = (
         more_radii=("norm_rho",),
         fresh=gam_of_one,
         second=gam_of_one,
-        static=("h_minus", "when", *_COMMON),
     ),
     Method(
         "stable_sam",
@@ -491,23 +456,15 @@ METHODS = (
         {"rho": 0.1},
         seldom=True,
         fresh=renormalized,
-        static=("when", *_COMMON),
     ),
-    Method(
-        "product",
-        product,
-        {"rho": 0.1},
-        skips=True,
-        static=("mask", "ascent_dtype"),
-        trees=1,
-    ),
+    Method("product", product, {"rho": 0.1}, skips=True, trees=1),
 )
 
 # A method of the package without an entry here is run with its defaults.
 _NAMED = {method.factory.__name__ for method in METHODS}
 _APART = {"wsam", "sampa", "msam", "saf", "mesa"}
 METHODS += tuple(
-    Method(name, factory, {}, static=optax_sam.static_args(factory))
+    Method(name, factory, {})
     for name, factory in PUBLIC.items()
     if name not in _NAMED | _APART
 )
@@ -519,7 +476,7 @@ OTHERS = (
         optax_sam.wsam,
         {"rho": 0.1, "learning_rate": 0.1, "gamma": 0.5},
         place="around",
-        static=("inner", "when", *_COMMON),
+        misleading=("max_norm",),
     ),
     Method(
         "sampa",
@@ -529,17 +486,10 @@ OTHERS = (
         lookahead=0,
         uses_incoming=False,
         place="around",
-        static=("inner", "predict"),
         trees=1,
+        misleading=("learning_rate",),
     ),
-    Method(
-        "msam",
-        optax_sam.msam,
-        {"rho": 0.1},
-        calls=0,
-        place="around",
-        static=("inner",),
-    ),
+    Method("msam", optax_sam.msam, {"rho": 0.1}, calls=0, place="around"),
     Method("saf", saf_of_four, {"num_examples": 5, "num_classes": 2}, calls=0),
     Method("mesa", optax_sam.mesa, {"decay": 0.9}, calls=0, place="last", trees=1),
 )
@@ -555,9 +505,5 @@ def each(*methods, slow=lambda method: method.variant or method.seldom):
 
 
 every_method = each(*METHODS)
-# Where a variant shows nothing that the first entry of its method does not.
-every_named = each(*(method for method in METHODS if not method.variant))
 every_one = each(*METHODS, *OTHERS)
-every_one_that_asks = each(*(m for m in METHODS + OTHERS if m.calls))
 every_skipping = each(*(method for method in METHODS if method.skips))
-every_foreseen = each(*(method for method in METHODS if method.lookahead))
