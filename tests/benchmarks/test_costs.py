@@ -23,32 +23,21 @@ def test_those_of_the_steps_that_were_timed():
         assert (found.gradients, found.forwards) == (row["gradients"], row["forwards"])
 
 
-def each(names, quick):
-    marks = lambda name: () if name in quick else pytest.mark.slow
-    return [pytest.param(name, marks=marks(name)) for name in names]
-
-
-LABEL_NOISE = label_noise_methods.all_methods(44, 1437)
-QUICK = "SGD", "SAM 1/16", "SAM-5", "ESAM", "GAM", "SAMPa", "MESA"
-
-
-@pytest.mark.parametrize("name", each(LABEL_NOISE, QUICK))
-def test_those_of_the_study_of_wrong_labels(name):
+@pytest.mark.slow
+def test_those_of_the_study_of_wrong_labels():
     """Those that skip ascended on some of 2,200 steps; others cost the same on all."""
-    method = LABEL_NOISE[name]
-    row = study.read(study.RESULTS / "label_noise.json")["rows"][name]
-    for gradients in row["gradients_per_step"]:
-        if method.cost.skipped is None:
-            assert method.cost.mean(1.0) == pytest.approx(gradients, abs=1e-4)
-        else:
-            assert (method.cost.skipped, method.cost.whole) == (1, 2)
-            assert 1 < gradients < 2
+    rows = study.read(study.RESULTS / "label_noise.json")["rows"]
+    for name, method in label_noise_methods.all_methods(44, 1437).items():
+        for gradients in rows[name]["gradients_per_step"]:
+            if method.cost.skipped is None:
+                assert method.cost.mean(1.0) == pytest.approx(gradients, abs=1e-4)
+            else:
+                assert (method.cost.skipped, method.cost.whole) == (1, 2)
+                assert 1 < gradients < 2
 
 
-QUICK = "ESAM", "R-SAM", "RSAM", "quarter-batch SAM", "MSAM"
-
-
-@pytest.mark.parametrize("name", each(presets.METHODS, QUICK))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", presets.METHODS)
 def test_those_of_the_quality_benchmark(name):
     recipe = presets.recipe("digits", "mlp")
     values = presets.hyperparameters(name, recipe, 22)

@@ -26,26 +26,22 @@ def grad_fn_only(loss_fn, batch):
 
 def l2_norm(offset, params, g):
     """The norm in which an l2 ball is a ball."""
-    del params, g
     return optax.tree.norm(offset)
 
 
 def relative_norm(offset, params, g):
     """Relative to the weights; every leaf has the same."""
-    del g
     return optax.tree.norm(offset) / optax.tree.norm(params)
 
 
 def esam_norm(offset, params, g):
     """Without ESAM's factor ``1 / beta`` (0.6 here) and its large epsilon."""
-    del params
     n = optax.tree.norm(g)
     return 0.6 * optax.tree.norm(offset) * (n + 1e-7) / n
 
 
 def renyi_norm(offset, params, g):
     """``rho`` from the length ``rho S / ||g||``, for ``alpha = 1.2``."""
-    del params
     n = optax.tree.norm(g)
     s = sum(jnp.sum((jnp.abs(x) / n) ** 2.4) for x in jax.tree.leaves(g))
     return optax.tree.norm(offset) * n / s
@@ -55,7 +51,6 @@ def ellipsoid_norm(eta, everywhere=False):
     """ASAM's norm of an offset: ``||e / T||``."""
 
     def norm(offset, params, g):
-        del g
         sizes = jax.tree.map(
             lambda w: jnp.abs(w) + eta if everywhere or w.ndim >= 2 else 1, params
         )
@@ -66,7 +61,6 @@ def ellipsoid_norm(eta, everywhere=False):
 
 def ascended(g, g_s):
     """What most methods emit on an ascended step."""
-    del g
     return g_s
 
 
@@ -79,14 +73,12 @@ def without_gap(g, g_s, alpha=0.4):
 
 def fisher_norm(offset, params, g):
     """In the metric of the Fisher information, for ``eta = 1``."""
-    del params
     squares = jax.tree.map(lambda e, x: (1 + x**2) * e**2, offset, g)
     return jnp.sqrt(optax.tree.sum(squares))
 
 
 def leaf_norm(offset, params, g):
     """AMP's balls are around leaves."""
-    del params, g
     return jnp.max(jnp.stack([optax.tree.norm(x) for x in jax.tree.leaves(offset)]))
 
 

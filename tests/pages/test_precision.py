@@ -219,7 +219,7 @@ def test_scaled_gradients_take_the_same_steps():
 
 
 def test_loss_scaling():
-    """float16 trains as float32; each overflow is seen, and the scale gives way."""
+    """Each overflow of either gradient is seen, and the scale gives way."""
     page = harness.defined(PAGE, "scaled_step")
     # From a scale that overflows on the first step to one that does not.
     assert 2.0**8 < page["scale"] < 2.0**24
@@ -259,22 +259,7 @@ def test_loss_scaling():
     assert (state.total_notfinite, scale) == (1, high)
     assert harness.member_state(state).count == 1
 
-    # In float32; and what remains of a gradient that is too small.
-    def loss_fn(params, batch):
-        logits = jnp.tanh(batch[0] @ params["hidden"]) @ params["out"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-        return losses.mean()
-
-    sam = optax.chain(optax_sam.sam(RHO), optax.sgd(0.1))
-    wide_step = jax.jit(harness.make_step(sam, loss_fn))
-    params, state, wanted, wide_state = start, tx.init(start), start, sam.init(start)
-    for t in range(10):
-        params, state, _ = step(params, state, 2.0**10, t, batch)
-        wanted, wide_state = wide_step(wanted, wide_state, batch)
-    assert page["failures"](state) == 0
-    moved = np.linalg.norm(flat(wanted) - flat(start))
-    assert moved > 0.1
-    assert np.linalg.norm(flat(params) - flat(wanted)) < 0.01 * moved
+    # What remains of a gradient that is too small.
     assert not np.any(flat(both(start, 1e-7)[0]))
 
 

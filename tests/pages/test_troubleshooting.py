@@ -18,11 +18,12 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
-def errors():
-    """All that the package raises, as the page lists it."""
+def listed():
+    """All that the package raises, and how the page lists it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(DOCS)
-        return importlib.import_module("errors")
+        errors = importlib.import_module("errors")
+        return errors.errors(), errors.listing()
 
 
 # A remedy is an instruction, a range, or the call to write.
@@ -34,16 +35,17 @@ REMEDY = re.compile(
 )
 
 
-def test_every_raise_is_read(errors):
+def test_every_raise_is_read(listed):
     """Those with a message of ours; the rest hand on what was raised before."""
-    source = "".join(path.read_text() for path in errors.ROOT.rglob("*.py"))
+    package = Path(optax_sam.__file__).parent
+    source = "".join(path.read_text() for path in package.rglob("*.py"))
     raised = re.findall(r"\n\s+raise (?:\w+\.)*(\w+)\(", source)
-    assert len(errors.errors()) == len(raised) - raised.count("AttributeError") > 140
+    assert len(listed[0]) == len(raised) - raised.count("AttributeError") > 140
 
 
-def test_each_says_what_to_do(errors):
-    listing = errors.listing()
-    for error in errors.errors():
+def test_each_says_what_to_do(listed):
+    errors, listing = listed
+    for error in errors:
         assert error.kind in ("ValueError", "ImportError", "TypeError")
         words = re.findall(r"\w+", error.message)
         assert len(words) >= 5, error
@@ -52,20 +54,18 @@ def test_each_says_what_to_do(errors):
         assert f"- `{error.message}`" in listing
 
 
-def test_a_message_is_read_as_it_is_raised(errors):
+def test_a_message_is_read_as_it_is_raised(listed):
     """Nested texts, names of texts in other modules and filled in values."""
-    beginning = lambda words: [
-        x for x in errors.errors() if x.message.startswith(words)
-    ]
-    (listed,) = beginning("esam needs per_example")
+    beginning = lambda words: [x for x in listed[0] if x.message.startswith(words)]
+    (of_esam,) = beginning("esam needs per_example")
+    (of_summary,) = beginning("There is no method")
     method, params = optax_sam.esam(), harness.tree()
     with pytest.raises(ValueError, match="esam needs") as raised:
         method.update(params, method.init(params), params)
-    assert str(raised.value) == listed.message
+    assert str(raised.value) == of_esam.message
     with pytest.raises(ValueError, match="method called") as raised:
         optax_sam.summary("vsm", params)
-    (listed,) = beginning("There is no method")
-    shown = map(re.escape, re.split(r"\.\.\.|<\w+>", listed.message))
+    shown = map(re.escape, re.split(r"\.\.\.|<\w+>", of_summary.message))
     assert re.fullmatch(".*".join(shown), str(raised.value))
 
 
