@@ -256,181 +256,80 @@ def product(
     )
 
 
-_WINDOW = {"window": 4, "num_slices": 2, "warmup_steps": 7}
-# Three windows, a dozen scalars beside two bools, and a key.
-_VSAM = {
-    "skips": True,
-    "small_bytes": 3 * 4 * 6 + 4 * 14 + 8,
-    "misleading": ("initial_rate",),
-}
-_RENYI = {"norm": renyi_norm, "misleading": ("max_offset_norm",)}
-_ESAM = {"needs": "per_example_loss_fn", "norm": esam_norm, "misleading": ("gamma",)}
-_RANDOM = {"calls": 2, "uses_incoming": False}
-_AMP = {"radius": "epsilon", "norm": leaf_norm}
+def variant(name, settings, of, variant=True, **changes):
+    """An entry that is like another one but for some settings."""
+    (method,) = [x for x in METHODS if x.name == of]
+    settings = {**method.settings, **settings}
+    changes |= {"variant": variant, "skips": method.skips or "when" in settings}
+    return dataclasses.replace(method, name=name, settings=settings, **changes)
 
+
+_RHO = {"rho": 0.1}
+_LOOK = {"skips": True, "trees": 1}
 METHODS = (
-    Method("sam", optax_sam.sam, {"rho": 0.1}),
-    Method(
-        "sam_2_steps",
-        optax_sam.sam,
-        {"rho": 0.1, "num_ascent_steps": 2},
-        seldom=True,
-        calls=2,
-    ),
-    Method(
-        "sam_5",
-        optax_sam.sam,
-        {"rho": 0.1, "when": every_k(5)},
-        seldom=True,
-        skips=True,
-    ),
-    Method(
-        "ss_sam", optax_sam.sam, {"rho": 0.1, "when": bernoulli(0.5, key=3)}, skips=True
-    ),
+    Method("sam", optax_sam.sam, _RHO),
     Method(
         "asam", optax_sam.asam, {"rho": 0.3}, seldom=True, norm=ellipsoid_norm(0.01)
     ),
     Method(
-        "asam_all_leaves",
-        optax_sam.asam,
-        {"rho": 0.3, "adapt": True, "eta": 0.0},
-        variant=True,
-        norm=ellipsoid_norm(0.0, everywhere=True),
-    ),
-    Method("vsam", optax_sam.vsam, {"rho": 0.1, **_WINDOW}, trees=1, **_VSAM),
-    Method(
-        "vsam_a",
+        "vsam",
         optax_sam.vsam,
-        {"rho": 0.1, "reuse_decay": 0.0, **_WINDOW},
-        seldom=True,
-        **_VSAM,
-    ),
-    Method(
-        "vsam_without_catch_up",
-        optax_sam.vsam,
-        {
-            "rho": 0.1,
-            "window": 6,
-            "num_slices": 3,
-            "warmup_steps": 11,
-            "sensitivity": 0.5,
-            "force_quota": False,
-            "key": 5,
-        },
-        variant=True,
-        trees=1,
-        **_VSAM,
-    ),
-    Method("gsam", optax_sam.gsam, {"rho": 0.1}, fresh=without_gap),
-    Method(
-        "gsam_5",
-        optax_sam.gsam,
-        {"rho": 0.1, "when": every_k(5)},
-        variant=True,
-        fresh=without_gap,
-        skips=True,
-    ),
-    Method(
-        "looksam",
-        optax_sam.looksam,
-        {"rho": 0.1, "k": 3, "alpha": 0.3},
+        _RHO | {"window": 4, "num_slices": 2, "warmup_steps": 7},
         skips=True,
         trees=1,
+        # Three windows, a dozen scalars beside two bools, and a key.
+        small_bytes=3 * 4 * 6 + 4 * 14 + 8,
+        misleading=("initial_rate",),
     ),
+    Method("gsam", optax_sam.gsam, _RHO, fresh=without_gap),
+    Method("looksam", optax_sam.looksam, _RHO | {"k": 3, "alpha": 0.3}, **_LOOK),
     Method(
         "look_layer_sam",
         optax_sam.look_layer_sam,
         {"rho": 0.05, "k": 4, "alpha": 0.2},
         seldom=True,
         norm=relative_norm,
-        skips=True,
-        trees=1,
+        **_LOOK,
     ),
-    Method(
-        "ae_sam",
-        optax_sam.ae_sam,
-        {"rho": 0.1, "decay": 0.6},
-        lookahead=0,
-        skips=True,
-    ),
-    Method(
-        "ae_sam_lagged",
-        optax_sam.ae_sam,
-        {"rho": 0.1, "decay": 0.6, "lag": 1},
-        variant=True,
-        lookahead=1,
-        skips=True,
-    ),
+    Method("ae_sam", optax_sam.ae_sam, _RHO | {"decay": 0.6}, lookahead=0, skips=True),
     Method(
         "ae_looksam",
         optax_sam.ae_looksam,
-        {"rho": 0.1, "decay": 0.6, "alpha": 0.3},
+        _RHO | {"decay": 0.6, "alpha": 0.3},
         seldom=True,
         lookahead=0,
-        skips=True,
-        trees=1,
+        **_LOOK,
     ),
-    Method("esam", esam_by_grad_fn, {"rho": 0.1, "key": 11}, **_ESAM),
     Method(
-        "esam_2",
+        "esam",
         esam_by_grad_fn,
-        {"rho": 0.1, "when": every_k(2), "key": 4},
-        variant=True,
-        skips=True,
-        **_ESAM,
+        _RHO | {"key": 11},
+        needs="per_example_loss_fn",
+        norm=esam_norm,
+        misleading=("gamma",),
     ),
-    Method("renyi_sam", optax_sam.renyi_sam, {"rho": 0.1}, seldom=True, **_RENYI),
     Method(
-        "renyi_sam_after_warmup",
+        "renyi_sam",
         optax_sam.renyi_sam,
-        {"rho": 0.1, "warmup_steps": 6, "when": bernoulli(0.5, key=2)},
-        variant=True,
-        skips=True,
-        **_RENYI,
+        _RHO,
+        seldom=True,
+        norm=renyi_norm,
+        misleading=("max_offset_norm",),
     ),
-    Method("random_sam", optax_sam.random_sam, {"rho": 0.1}, **_RANDOM),
-    Method(
-        "random_sam_2",
-        optax_sam.random_sam,
-        {"rho": 0.1, "sigma": 0.05, "when": every_k(2)},
-        variant=True,
-        skips=True,
-        **_RANDOM,
-    ),
-    Method("gnp", optax_sam.gnp, {"rho": 0.1}, seldom=True, fresh=interpolated(0.8)),
-    Method(
-        "g_rst",
-        optax_sam.gnp,
-        {"rho": 0.1, "alpha": 2.0, "when": bernoulli(key=7)},
-        variant=True,
-        fresh=interpolated(2.0),
-        skips=True,
-    ),
+    Method("random_sam", optax_sam.random_sam, _RHO, calls=2, uses_incoming=False),
+    Method("gnp", optax_sam.gnp, _RHO, seldom=True, fresh=interpolated(0.8)),
     # With a sigma of 1 nothing would be left of gradients that stay the same.
-    Method("friendly_sam", optax_sam.friendly_sam, {"rho": 0.1, "sigma": 0.5}, trees=1),
-    Method(
-        "friendly_sam_2",
-        optax_sam.friendly_sam,
-        {"rho": 0.1, "sigma": 0.5, "when": every_k(2)},
-        variant=True,
-        skips=True,
-        trees=1,
-    ),
+    Method("friendly_sam", optax_sam.friendly_sam, _RHO | {"sigma": 0.5}, trees=1),
     # The default mask finds no normalization layers here.
-    Method("sam_on", optax_sam.sam_on, {"rho": 0.1, "mask": True}, seldom=True),
+    Method("sam_on", optax_sam.sam_on, _RHO | {"mask": True}, seldom=True),
+    Method("fisher_sam", optax_sam.fisher_sam, _RHO, seldom=True, norm=fisher_norm),
     Method(
-        "fisher_sam", optax_sam.fisher_sam, {"rho": 0.1}, seldom=True, norm=fisher_norm
-    ),
-    Method(
-        "amp", optax_sam.amp, {"epsilon": 0.1, "inner_lr": 100.0}, seldom=True, **_AMP
-    ),
-    Method(
-        "amp_2_steps",
+        "amp",
         optax_sam.amp,
-        {"epsilon": 0.1, "inner_lr": 100.0, "inner_iter": 2},
-        variant=True,
-        calls=2,
-        **_AMP,
+        {"epsilon": 0.1, "inner_lr": 100.0},
+        seldom=True,
+        radius="epsilon",
+        norm=leaf_norm,
     ),
     Method(
         "gam",
@@ -442,14 +341,49 @@ METHODS = (
         fresh=gam_of_one,
         second=gam_of_one,
     ),
-    Method(
-        "stable_sam",
-        optax_sam.stable_sam,
-        {"rho": 0.1},
-        seldom=True,
-        fresh=renormalized,
+    Method("stable_sam", optax_sam.stable_sam, _RHO, seldom=True, fresh=renormalized),
+    Method("product", product, _RHO, skips=True, trees=1),
+)
+METHODS += (
+    variant("sam_2_steps", {"num_ascent_steps": 2}, "sam", False, seldom=True, calls=2),
+    variant("sam_5", {"when": every_k(5)}, "sam", False, seldom=True),
+    variant("ss_sam", {"when": bernoulli(0.5, key=3)}, "sam", False),
+    variant("vsam_a", {"reuse_decay": 0.0}, "vsam", False, seldom=True, trees=0),
+    variant(
+        "vsam_without_catch_up",
+        {
+            "window": 6,
+            "num_slices": 3,
+            "warmup_steps": 11,
+            "sensitivity": 0.5,
+            "force_quota": False,
+            "key": 5,
+        },
+        "vsam",
     ),
-    Method("product", product, {"rho": 0.1}, skips=True, trees=1),
+    variant(
+        "asam_all_leaves",
+        {"adapt": True, "eta": 0.0},
+        "asam",
+        norm=ellipsoid_norm(0.0, everywhere=True),
+    ),
+    variant("gsam_5", {"when": every_k(5)}, "gsam"),
+    variant("ae_sam_lagged", {"lag": 1}, "ae_sam", lookahead=1),
+    variant("esam_2", {"when": every_k(2), "key": 4}, "esam"),
+    variant(
+        "renyi_sam_after_warmup",
+        {"warmup_steps": 6, "when": bernoulli(0.5, key=2)},
+        "renyi_sam",
+    ),
+    variant("random_sam_2", {"sigma": 0.05, "when": every_k(2)}, "random_sam"),
+    variant(
+        "g_rst",
+        {"alpha": 2.0, "when": bernoulli(key=7)},
+        "gnp",
+        fresh=interpolated(2.0),
+    ),
+    variant("friendly_sam_2", {"when": every_k(2)}, "friendly_sam"),
+    variant("amp_2_steps", {"inner_iter": 2}, "amp", calls=2),
 )
 
 # A method of the package without an entry here is run with its defaults.
