@@ -13,18 +13,13 @@ import numpy as np
 import optax
 import problems
 import pytest
+from methods_lib import flattened as flat
 from registry import METHODS, OTHERS
 
 import optax_sam
 
 RHO = 0.05
 PAGE = "precision.md"
-
-
-def flat(tree):
-    return np.concatenate(
-        [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
-    )
 
 
 def share(arrived, meant):

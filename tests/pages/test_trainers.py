@@ -24,26 +24,20 @@ PROGRAMS = {
 STEPS = 40
 
 
-def section(heading):
-    """The text below a heading."""
-    return re.split(rf"^## {re.escape(heading)}\n", harness.page(PAGE), flags=re.M)[
-        1
-    ].split("\n## ")[0]
-
-
 # The line of the method, which the page names once for all programs.
 METHOD = "optax_sam.vsam(0.05, window=10)", "optax_sam.sam(0.05)"
 
 
 def versions(heading):
     """A program before, with SAM, with vSAM, and with vSAM and ``dispatch``."""
-    (program,) = re.findall(r"```diff\n(.*?)```", section(heading), re.DOTALL)
+    text = harness.section(PAGE, heading)
+    (program,) = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
     lines = program.splitlines()
     assert {line[:1] for line in lines} <= {" ", "+", "-", ""}
     before, after = (
         "\n".join(line[1:] for line in lines if line[:1] != sign) for sign in "+-"
     )
-    (compiler,) = re.findall(r"With vSAM: `(.*)` in place of `(.*?)`", section(heading))
+    (compiler,) = re.findall(r"With vSAM: `(.*)` in place of `(.*?)`", text)
     vsam = replaced(after, *METHOD)
     return before, after, vsam, replaced(vsam, *compiler)
 
