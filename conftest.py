@@ -63,11 +63,12 @@ def _let_programs_go():
 
 
 @pytest.fixture(autouse=True)
-def _before_a_process_grows_large():
+def _where_much_was_compiled():
+    """Not more often: what the modules share would be compiled again for each."""
     yield
     statm = Path("/proc/self/statm")
     pages = int(statm.read_text().split()[1]) if statm.exists() else 0
-    if pages * resource.getpagesize() > 0.75 * MEMORY_LIMIT:
+    if pages * resource.getpagesize() > 0.6 * MEMORY_LIMIT:
         _let_programs_go()
 
 

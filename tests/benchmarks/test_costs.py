@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.lib import costs, study
-from benchmarks.quality import presets
 from benchmarks.steps import cost_methods
 from benchmarks.studies import cheap_ascent, label_noise_methods
-
-ESAM = 2 + 1 / 3 - 0.5 - 1 / 64  # half of a batch less one, and a forward pass
 
 
 def test_those_of_the_steps_that_were_timed():
@@ -34,21 +31,6 @@ def test_those_of_the_study_of_wrong_labels():
             else:
                 assert (method.cost.skipped, method.cost.whole) == (1, 2)
                 assert 1 < gradients < 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", presets.METHODS)
-def test_those_of_the_quality_benchmark(name):
-    recipe = presets.recipe("digits", "mlp")
-    values = presets.hyperparameters(name, recipe, 22)
-    size = {"steps": 44, "examples": 9, "classes": 2, "seed": 0}
-    found = presets.build(name, values, recipe, **size)
-    special = {"MESA": 4 / 3, "ESAM": ESAM, "R-SAM": 7 / 3, "quarter-batch SAM": 1.25}
-    plain = name in ("SGD", "MSAM", "SAF", "MESA")
-    assert found.cost.whole == pytest.approx(special.get(name, 1 if plain else 2))
-    assert found.ascends is not plain
-    skips = {"SAM-5", "SAM-10", "LookSAM-5", "AE-SAM", "vSAM", "vSAM-A", "RSAM"}
-    assert found.cost.skipped == (1 if name in skips else None)
 
 
 def test_those_of_the_study_of_cheap_ascents():

@@ -192,13 +192,6 @@ def test_the_table_has_differences_and_what_was_published(study):
     assert "ResNet-18 (%)" not in two["LSQ + SAM"]
 
 
-def test_refuses_one_bit(study, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lsq.py", "--bits", "1"])
-    with pytest.raises(SystemExit):
-        study.main()
-    assert "at least 2" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_the_example_prints_a_table(tmp_path):
     script = "examples/lsq_digits.py", "--quick"

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -18,30 +17,6 @@ def test_the_rows_of_the_results_are_those_that_are_timed(benchmark):
         found = {(row["method"], row["form"]) for row in study["rows"]}
         timed = set(methods.rows(name, "cpu", list(methods.METHODS)))
         assert found == timed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "every"), [("transformer", False), ("CNN", False), ("MLP", True)]
-)
-def test_every_step_is_one(benchmark, model, every):
-    """By tracing alone: parameters and state come out as they went in."""
-    methods, models = benchmark("cost_methods"), benchmark("cost_models")
-    subject = models.subject(model, "cpu", half=False, tiny=True)
-    params = jax.eval_shape(subject.init)
-    batch = jax.eval_shape(lambda: subject.batches(1)[0])
-    base = methods.METHODS["SGD"].build(methods.optax.sgd(0.1, momentum=0.9), None)
-    names = {name for name, _ in methods.rows(model, "cpu", list(methods.METHODS))}
-    assert len(names) > 25
-    # One model sees them all; of the others' what depends on the model.
-    some = {"SGD", "esam", "sam_on", "saf", "mesa", "m-sam, 4 shards"}
-    for name in names if every else names & some:
-        tx = methods.METHODS[name].build(base, subject)
-        state = jax.eval_shape(tx.init, params)
-        step = methods.train_step(name, subject, tx)
-        after = jax.eval_shape(step, params, state, batch, batch)
-        kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-        assert kinds(after) == kinds((params, state)), name
 
 
 @pytest.mark.slow

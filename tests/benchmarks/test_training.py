@@ -106,8 +106,7 @@ def test_the_published_table():
     assert presets.published("digits", "mlp") == {}
 
 
-# Of each kind of step one, with a gradient of a part, examples that are chosen, and
-# without ascents; test_costs.py has the costs of the others.
+# With skipped steps, a gradient of a part, and without ascents.
 TRAINED = "LookSAM-5", "quarter-batch SAM", "SAF"
 
 
