@@ -59,16 +59,11 @@ def drift(*copies, dtype=None):
     return float(found[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8"])
-def test_every_dtype(dtype):
-    x = np.arange(6).reshape(2, 3)
-    other = x.copy()
-    other[1, 2] += 2
-    assert drift(x, x, x, dtype=dtype) == 0
-    assert drift(x, x, other, dtype=dtype) == 2
-
-
-def test_the_largest_difference_of_a_sum():
+def test_the_largest_difference_of_a_sum_in_every_dtype():
+    x, other = np.arange(6), np.arange(6) + 2 * (np.arange(6) == 5)
+    for dtype in ("float32", "bfloat16", "float16", "int32", "uint8"):
+        assert drift(x, x, x, dtype=dtype) == 0
+        assert drift(x, x, other, dtype=dtype) == 2
     a = {"w": jnp.ones(3), "b": jnp.zeros(2)}
     b = {"w": jnp.ones(3) + 0.5, "b": jnp.zeros(2) + 0.125}
     assert drift(a, b, a) == 1.5
