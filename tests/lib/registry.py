@@ -182,8 +182,8 @@ class Method:
         it out.
       seldom: whether its parts are so simple, or so like another's, that only CI runs
         the battery on it.
-      misleading: the arguments of whose values ``static`` says the contrary: None where
-        a number may be, or a number that sets a size.
+      misleading: the arguments whose values mislead ``static``: None where a number may
+        be, or a number that sets a size.
       trees: how many trees like the parameters its state holds.
       small_bytes: the most that the rest of its state takes in float32.
     """
@@ -211,7 +211,7 @@ class Method:
 
     @property
     def static(self):
-        """The arguments that ``inject_hyperparams`` must not trace: no real numbers."""
+        """What ``inject_hyperparams`` must not trace: all that is no real number."""
         value = lambda p: self.settings.get(p.name, p.default)
         return tuple(
             p.name
