@@ -25,6 +25,8 @@ _FLAGS = {
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"  # later ones do not know it
 ROOT = Path(__file__).parent
+# In which nobody looks for doctests: it trains when it is imported.
+collect_ignore = ["tests/user_code.py"]
 for _flag, _value in _FLAGS.items():
     _given = os.environ.get("XLA_FLAGS", "")
     if _flag not in _given:

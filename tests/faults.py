@@ -20,13 +20,24 @@ ROOT = Path(__file__).parents[1]
 FAULTS = ROOT / "tests" / "data" / "faults.toml"
 COPIED = (
     *("optax_sam", "tests", "examples", "docs", "benchmarks"),
-    *("conftest.py", "pyproject.toml", "README.md", "CHANGELOG.md"),
+    *("conftest.py", "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"),
 )
 
 
 def faults():
     """The faults, each with ``old``, ``new`` and ``test``."""
     return tomllib.loads(FAULTS.read_text())["fault"]
+
+
+def copy_to(folder):
+    """Copies what the package and its quick tests need."""
+    folder.mkdir(exist_ok=True)
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("_build", "__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder / name)
 
 
 def place(fault, root=ROOT):
@@ -65,12 +76,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         copies = [Path(folder) / str(i) for i in range(given.workers)]
         for copy in copies:
-            for name in COPIED:
-                copy.mkdir(exist_ok=True)
-                if (ROOT / name).is_dir():
-                    shutil.copytree(ROOT / name, copy / name)
-                else:
-                    shutil.copy(ROOT / name, copy / name)
+            copy_to(copy)
 
         def try_one(fault):
             copy = copies.pop()

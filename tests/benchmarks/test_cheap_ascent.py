@@ -1,22 +1,18 @@
 """The study of cheap ascents runs, and so do the steps of its page."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import printed
 import pytest
 
 import optax_sam
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks/results/cheap_ascent.json"
+RESULTS = printed.ROOT / "benchmarks/results/cheap_ascent.json"
 
 
 @pytest.fixture
@@ -37,14 +33,10 @@ def test_a_radius_at_the_end_of_its_grid_is_flagged(study):
     assert study.radius(row) == "0.4"
 
 
-def test_differences_are_paired(study):
+def test_differences_are_paired_and_one_run_has_no_error(study):
     row, other = {"accuracy": [91.0, 93.0]}, {"accuracy": [90.0, 92.0]}
     assert study.difference(row, other) == (1, 0)
     assert study.mean_and_error([91.0, 93.0]) == pytest.approx((92, 1))
-
-
-def test_one_run_has_no_error(study):
-    """As in the tables of all methods: no number, and no number in print."""
     mean, error = study.mean_and_error([91.0])
     assert mean == 91
     assert np.isnan(error)
@@ -63,20 +55,11 @@ def test_quick_trains_tunes_and_draws(study, tmp_path):
     np.savez(tmp_path / "data.npz", **named)
     arguments = ["--quick", "--sets", "digits", "fashion", "--data", "data.npz"]
     arguments += ["--out", "new/study.json", "--figure", "new/study.png"]
-    run = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/studies/cheap_ascent.py", *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    output = printed.script(tmp_path, "benchmarks/studies/cheap_ascent.py", *arguments)
     results = json.loads((tmp_path / "new/study.json").read_text())
     assert list(results["rows"]) == ["digits", "fashion"]
-    assert all(table in run.stdout for table in study.markdown(results).values())
-    assert (tmp_path / "new/study.png").read_bytes().startswith(b"\x89PNG")
+    assert all(table in output for table in study.markdown(results).values())
+    printed.assert_is_picture(tmp_path / "new/study.png")
     for rows, steps in zip(results["rows"].values(), (44, 62), strict=True):
         costs = {study.variant(row): row["gradients_per_step"] for row in rows}
         cost = lambda *variant, costs=costs: costs[study.Variant(*variant)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import struct
 import sys
 
 import numpy as np
+import printed
 import pytest
 
 from benchmarks.lib.study import RESULTS, read
@@ -30,15 +30,7 @@ def gradients(rows):
     return {name: row["gradients_per_step"][0] for name, row in rows.items()}
 
 
-def check_picture(picture):
-    content = picture.read_bytes()
-    assert content.startswith(b"\x89PNG")
-    width, height = struct.unpack(">II", content[16:24])
-    assert width >= 1200
-    assert height >= 600
-    assert len(content) > 30_000
-
-
+@pytest.mark.slow
 def test_it_trains_and_draws(run, tmp_path):
     out, picture = tmp_path / "new/out.json", tmp_path / "drawn/out.png"
     rows = run(out, "--methods", "vsam", "--figure", picture)
@@ -48,7 +40,7 @@ def test_it_trains_and_draws(run, tmp_path):
     assert all(np.shape(row["accuracy"]) == (1, 2) for row in rows.values())
     assert np.shape(rows["vSAM"]["psf_norm"]) == (1, 2)
     assert rows["vSAM"]["sampling_rate"] == [[None, None]]
-    check_picture(picture)
+    printed.assert_is_picture(picture, 1200, 600, 30_000)
 
 
 def test_it_adds_in_the_order_of_the_list_and_keeps_what_is_there(
@@ -83,7 +75,7 @@ def test_it_knows_all_methods(run, tmp_path):
     assert list(found) == list(known)
     assert {k: found[k] for k in exact} == pytest.approx(exact, abs=1e-4)
     assert all(1 < found[k] < 2 for k in adaptive)
-    check_picture(tmp_path / "out.png")
+    printed.assert_is_picture(tmp_path / "out.png", 1200, 600, 30_000)
 
 
 def test_it_names_its_methods():

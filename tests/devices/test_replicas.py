@@ -173,9 +173,6 @@ def esam_by_hand(settings):
 
 # Name -> settings to a direction(t, w, grads), with a memory of its own.
 BY_HAND = {
-    "sam": lambda settings: m_sharpness.of_each(
-        lambda t, w, grad: sam.sam(w, grad, **settings)
-    ),
     "vsam": vsam_by_hand,
     "vsam_a": vsam_by_hand,
     "looksam": functools.partial(looking_by_hand, sam.ascend),

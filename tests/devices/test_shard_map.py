@@ -127,21 +127,3 @@ def test_communication_is_one_reduction_per_gradient(member, ascend, trees):
     sent = all_reduced_elements(step.lower(PARAMS, tx.init(PARAMS), BATCH).compile())
     size, scalars = sum(x.size for x in jax.tree.leaves(PARAMS)), 20
     assert trees * size <= sent <= trees * size + scalars
-
-
-def test_pmap():
-    """What is carried by each device is the same, and that of ``vmap`` on one."""
-    member = optax_sam.looksam(0.1, k=2, axis_name="data")
-    step = harness.make_step(member, PROBLEM.loss_fn)
-    on_one = jax.jit(jax.vmap(step, (None, None, 0), None, axis_name="data"))
-    on_each = jax.pmap(step, axis_name="data")
-    copies = lambda tree: jax.tree.map(lambda x: np.stack([x] * DEVICES), tree)
-    expected = (PARAMS, member.init(PARAMS))
-    found = copies(expected)
-    for t in range(4):
-        shards = [x.reshape(DEVICES, -1, *x.shape[1:]) for x in PROBLEM.batch(t)]
-        expected, found = on_one(*expected, shards), on_each(*found, shards)
-    found = jax.device_get(found)
-    harness.assert_equal(found, copies(jax.tree.map(lambda x: x[0], found)))
-    # Absolute: the normal that is kept is a difference of nearly equal gradients.
-    harness.assert_close(found, copies(expected), 0, atol=1e-5)

@@ -10,7 +10,6 @@ import hosts
 import jax
 import problems
 import pytest
-import transformer
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from registry import BY_NAME, METHODS, OTHERS, each
@@ -18,18 +17,10 @@ from registry import BY_NAME, METHODS, OTHERS, each
 import optax_sam
 
 STEPS = 12
-# Shapes of the mesh ("data", "model"), on each of which one and the same split of the
-# parameters over both axes is another layout.
-LAYOUTS = {
-    "data_parallel": (8, 1),  # without the split
-    "fsdp": (8, 1),
-    "tensor_parallel": (1, 8),
-    "fsdp_and_tensor_parallel": (2, 4),
-}
 SPECS = {"layer0": {"kernel": P("data", "model"), "bias": P("model")}}
 VSAM = BY_NAME["vsam"]
 replicated = functools.partial(jax.tree.map, lambda spec: P(*[None] * len(spec)))
-regression = functools.partial(problems.mlp, (8, 8), batch_size=16)
+PROBLEM = problems.mlp((8, 8), batch_size=16)
 
 
 def trees_like(params, tree, of_them, of_others):
@@ -40,25 +31,20 @@ def trees_like(params, tree, of_them, of_others):
     return jax.tree.map(choose, tree, is_leaf=is_like)
 
 
-def compiled(method, tx, problem, **options):
-    step = harness.make_step(tx, problem.loss_fn, method.extra_args)
-    return jax.jit(step, **options)
+def compiled(method, tx):
+    return jax.jit(harness.make_step(tx, PROBLEM.loss_fn, method.extra_args))
 
 
 @functools.cache
-def on_one_device(method, problem):
+def on_one_device(method):
     """Parameters and state, on the host."""
-    problem, tx = problem(), method.optimizer()
-    params, step = problem.params(), compiled(method, tx, problem)
-    trained = harness.run(step, params, tx.init(params), problem, STEPS)
+    params, tx = PROBLEM.params(), method.optimizer()
+    trained = harness.run(compiled(method, tx), params, tx.init(params), PROBLEM, STEPS)
     return jax.device_get(trained)
 
 
-def train(method, problem, mesh, specs, pinned=False):
-    """Parameters and state, on the host; their shardings stay.
-
-    ``pinned``: the step is told so. Else XLA may spread what was replicated.
-    """
+def train(method, mesh, specs):
+    """Parameters and state, on the host; their shardings stay."""
     tx = method.optimizer()
     on_mesh = lambda spec: NamedSharding(mesh, spec)
 
@@ -70,18 +56,17 @@ def train(method, problem, mesh, specs, pinned=False):
             assert x.sharding.is_equivalent_to(sharding, x.ndim), name
 
     with jax.set_mesh(mesh):
-        start = problem.params()
+        start = PROBLEM.params()
         params = jax.device_put(start, jax.tree.map(on_mesh, specs))
         trained = params, tx.init(params)
         # The parameters, the optimizer's momentum, and what the method keeps.
         like_them = trees_like(start, trained, True, False)
         assert sum(jax.tree.leaves(like_them)) == 2 + method.trees
         placed = jax.tree.map(on_mesh, trees_like(start, trained, specs, P()))
-        options = {"out_shardings": placed} if pinned else {}
-        step = compiled(method, tx, problem, **options)
+        step = compiled(method, tx)
         for t in range(STEPS):
             assert_placed()
-            batch = jax.device_put(problem.batch(t), on_mesh(P("data")))
+            batch = jax.device_put(PROBLEM.batch(t), on_mesh(P("data")))
             trained = step(*trained, batch)
         assert_placed()
     assert step._cache_size() == 1  # one program, from the first step on
@@ -99,45 +84,28 @@ def test_every_method(method, layout, x64):
     mesh, specs = mesh_of((2, 4)), SPECS
     if layout == "data_parallel":
         mesh, specs = mesh_of((8, 1), AxisType.Explicit), replicated(SPECS)
-    trained = train(method, regression(), mesh, specs)
-    harness.assert_close(trained, on_one_device(method, regression), 1e-10)
+    trained = train(method, mesh, specs)
+    harness.assert_close(trained, on_one_device(method), 1e-10)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [*LAYOUTS, "explicit_axes"])
-def test_a_transformer(layout, x64):
-    problem, specs = transformer.transformer, transformer.SPECS
-    expected = on_one_device(VSAM, problem)
-    if layout == "explicit_axes":
-        mesh, problem = mesh_of((2, 4), AxisType.Explicit), transformer.explicit
-    else:
-        mesh = mesh_of(LAYOUTS[layout])
-    if layout == "data_parallel":
-        specs = replicated(specs)
-    pinned = layout != "explicit_axes"
-    trained = train(VSAM, problem(), mesh, specs, pinned)
-    harness.assert_close_in_size(trained, expected, 1e-11)
-
-
-@pytest.mark.parametrize("name", ["conditional", "split"])
-def test_the_decisions_of_one_device(name, x64):
-    """Over 200 steps; parameters and state replicated, or split, vSAM's rings too."""
-    actual = hosts.train(name, jax.devices())
+def test_the_decisions_of_one_device(x64):
+    """Over 200 steps; parameters and state are split, vSAM's rings too."""
+    actual = hosts.train("split", jax.devices())
     hosts.assert_equal(actual, hosts.on_one_device("conditional"))
 
 
 def test_a_scan_of_sharded_steps(x64):
-    problem, tx, mesh = regression(), VSAM.optimizer(), mesh_of((2, 4))
-    step = harness.make_step(tx, problem.loss_fn)
+    tx, mesh = VSAM.optimizer(), mesh_of((2, 4))
+    step = harness.make_step(tx, PROBLEM.loss_fn)
 
     def body(carry, batch):
         return step(*carry, batch), optax_sam.ascends_next(carry[1])
 
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-    params = jax.tree.map(place, problem.params(), SPECS)
+    params = jax.tree.map(place, PROBLEM.params(), SPECS)
     start = params, tx.init(params)
-    batches = jax.tree.map(lambda x: place(x, P(None, "data")), problem.batches(STEPS))
+    batches = jax.tree.map(lambda x: place(x, P(None, "data")), PROBLEM.batches(STEPS))
     trained, decisions = jax.jit(lambda *xs: jax.lax.scan(body, *xs))(start, batches)
-    expected = on_one_device(VSAM, regression)
+    expected = on_one_device(VSAM)
     assert decisions.sum() == harness.ascents(expected) < STEPS
     harness.assert_close(jax.device_get(trained), expected, 1e-10)

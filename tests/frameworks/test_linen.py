@@ -91,9 +91,8 @@ def initial_variables():
 
 
 def started(tx):
-    variables = jax.tree.map(jnp.copy, initial_variables())  # may be donated
-    params = variables.pop("params")
-    return created(tx=tx, params=params, model_state=variables)
+    model_state = dict(initial_variables())
+    return created(tx=tx, params=model_state.pop("params"), model_state=model_state)
 
 
 def created(kind=TrainState, tx=None, **fields):

@@ -100,15 +100,12 @@ def test_it_is_sam_by_hand_with_one_mask_and_the_model_advances_once():
     assert model.calls[...] == 3
 
 
-def test_grad_fn_captures_the_moment():
-    """Why it has to be called before the clean pass: another mask, another count."""
-    model, loss = Module(), lambda model: loss_fn(model)[0]
-    params = nnx.state(model, nnx.Param)
-    before = optax_sam.nnx.grad_fn(loss, model)(params)
-    loss(model)
-    after = optax_sam.nnx.grad_fn(loss, model)(params)
-    apart = optax.tree.norm(jax.tree.map(jnp.subtract, after, before))
-    assert apart > 0.1 * optax.tree.norm(before)
+def test_readers_find_a_state_among_variables():
+    tx = optax.chain(optax_sam.vsam(0.1, key=1), sgd())
+    model, optimizer = optimized(tx)
+    plain = tx.init(arrays(model, nnx.Param))
+    for reader in (optax_sam.metrics, optax_sam.ascends_next, optax_sam.ascent_plan):
+        harness.assert_equal(reader(optimizer.opt_state), reader(plain))
 
 
 def test_a_part_of_the_model_trains():

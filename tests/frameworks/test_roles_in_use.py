@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
-from role_models import Stacked, equinox, filled, scanned
+from methods_lib import later
+from role_models import equinox, filled, scanned
 
 import optax_sam
 from optax_sam import Role, ascent, sharpness
@@ -25,13 +23,9 @@ SETTINGS = {
     "amp": {"epsilon": 0.1, "inner_lr": 0.03, "inner_iter": 3},
 }
 # The axes that count units, and layers, matter to these; the others take one of both.
-QUICK = ("asam", "look_layer_sam", "random_sam")
-every_method = pytest.mark.parametrize("method", SETTINGS)
-
-
+QUICK = ("look_layer_sam", "random_sam")
 some_methods = pytest.mark.parametrize(
-    "method",
-    [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in SETTINGS],
+    "method", [x if x in QUICK else later(x) for x in SETTINGS]
 )
 
 
@@ -62,7 +56,7 @@ def offset(tx, w, noise=None):
 # Roles that are given.
 
 
-@every_method
+@pytest.mark.parametrize("method", SETTINGS)
 def test_what_are_no_roles(method):
     w = {"norm": {"scale": jnp.ones((6, 4))}, "fc": {"kernel": jnp.ones((3, 8, 4))}}
     deep = {"norm": Role("gain", 1), "fc": Role("kernel", 4)}
@@ -123,47 +117,9 @@ def unscanned(params):
     return {"blocks": plain} | {x: params[x] for x in ("Embed_0", "Dense_0")}
 
 
-matrix = lambda x: x.reshape(-1, x.shape[-1])
 one_axis = lambda x: x.reshape(-1)
 # Kernels of Equinox come out first; in the plain model they come last.
 flipped = lambda w: w.reshape(len(w), -1).T
-
-
-def nnx_params():
-    _, params, _ = nnx.split(Stacked(nnx.Rngs(0)), nnx.Param, ...)
-    return filled(nnx.to_pure_dict(params))
-
-
-def plain_nnx(tree):
-    rest = {x: tree[x] for x in ("lora", "embed", "norm")}
-    attention = plain_attention(tree["attention"])
-    return rest | {"attention": attention, "layers": layers(tree["layers"], 3)}
-
-
-def haiku():
-    return filled(
-        {
-            "batch_norm": {"scale": (1, 1, 1, 8), "offset": (1, 1, 1, 8)},
-            "conv": {"w": (2, 2, 3, 8), "b": (8,)},
-            "first": {"w": (2, 2, 3, 8), "b": (8, 1, 1)},
-            "stack/bn": {"scale": (5, 1, 1, 1, 4), "offset": (5, 1, 1, 1, 4)},
-            "stack/linear": {"w": (5, 4, 4), "b": (5, 4)},
-            "embed": {"embeddings": (9, 4)},
-        }
-    )
-
-
-def plain_haiku(tree):
-    conv = lambda layer: {"w": matrix(layer["w"]), "b": one_axis(layer["b"])}
-    norm = lambda layer: jax.tree.map(one_axis, layer)
-    return {
-        "batch_norm": norm(tree["batch_norm"]),
-        "conv": conv(tree["conv"]),
-        "first": conv(tree["first"]),
-        "bn": [norm(x) for x in layers(tree["stack/bn"], 5)],
-        "linear": layers(tree["stack/linear"], 5),
-        "embed": tree["embed"],
-    }
 
 
 def plain_equinox(m):
@@ -195,20 +151,17 @@ def ensemble():
 # How each is made, and the same with plain layers.
 MODELS = {
     "scan": (scanned, unscanned),
-    "nnx": (nnx_params, plain_nnx),
-    "haiku": (haiku, plain_haiku),
     "equinox": (lambda: filled(equinox()), plain_equinox),
     "ensemble": (ensemble, lambda tree: layers(tree, 7)),
 }
 
 
 def cases():
-    """Each method on one model, and on each model one that asks for all of a role."""
+    """Each method on one model, and one where kernels come out first; in CI all."""
     for model in MODELS:
         for method in SETTINGS:
-            quick = model == "ensemble" or method == "random_sam"
-            marks = [] if quick else [pytest.mark.slow]
-            yield pytest.param(method, model, marks=marks, id=f"{method}-{model}")
+            quick = model == "ensemble" or (method, model) == ("asam", "equinox")
+            yield (method, model) if quick else later(method, model)
 
 
 @pytest.mark.parametrize(("method", "model"), [*cases()])
@@ -240,6 +193,7 @@ def test_a_stack_that_was_said(method, x64):
         assert not np.allclose(apart, got["up"]["kernel"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_global_projection_of_amp_knows_no_layers(x64):
     make, separate = MODELS["ensemble"]
     params = make()
@@ -251,10 +205,8 @@ def test_global_projection_of_amp_knows_no_layers(x64):
 @pytest.mark.parametrize(
     ("model", "not_adapted"),
     [
-        pytest.param("scan", r"bias$", marks=pytest.mark.slow),
-        pytest.param("nnx", r"bias$", marks=pytest.mark.slow),
+        later("scan", r"bias$"),
         ("equinox", r"bias(_n)?$|negative_slope"),
-        ("haiku", r"/b$|offset"),
     ],
 )
 def test_asam_by_hand(model, not_adapted, x64):
@@ -312,46 +264,22 @@ def test_a_filter_axis_of_a_stack_leaves_its_layers_apart(x64):
     np.testing.assert_allclose(lengths(d), lengths(params), rtol=1e-8)
 
 
-@pytest.fixture(scope="module")
-def entropies():
-    """Of a stack, of its layers one by one, and of the stack on two devices.
+def test_renyi_entropy_of_a_stack_is_that_of_its_layers(x64):
+    """Small enough that each spectrum is found exactly, whatever the key."""
+    w = jax.tree.map(lambda x: 0.7 * x, filled({"kernel": (2, 2, 2), "bias": (2, 2)}))
 
-    Small enough that each spectrum is found exactly, whatever the key.
-    """
-    with harness.x64():
-        w = jax.tree.map(
-            lambda x: 0.7 * x, filled({"kernel": (2, 2, 2), "bias": (2, 2)})
-        )
-        batches = filled((2, 6, 2))
+    def loss_fn(w, x):
+        for layer in w if isinstance(w, list) else layers(w, 2):
+            x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+        return jnp.mean((x - 0.5) ** 2)
 
-        def loss_fn(w, x):
-            for layer in w if isinstance(w, list) else layers(w, 2):
-                x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
-            return jnp.mean((x - 0.5) ** 2)
-
-        sizes = {"num_eigs": 4, "num_top_matvecs": 4, "num_lanczos": 4, "num_probes": 4}
-        measure = functools.partial(
-            sharpness.renyi_entropy, loss_fn, layerwise=True, alpha=(0.5, 2.0), **sizes
-        )
-        return measure, w, batches, measure(w, batches, 0)
-
-
-def test_renyi_entropy_of_a_stack_is_that_of_its_layers(entropies, x64):
-    measure, w, batches, got = entropies
-    wanted = measure(layers(w, 2), batches, 0)
+    sizes = dict.fromkeys(("num_eigs", "num_top_matvecs", "num_lanczos"), 4)
+    sizes |= {"num_probes": 4, "alpha": (0.5, 2.0), "layerwise": True}
+    measure = jax.jit(
+        lambda w: sharpness.renyi_entropy(loss_fn, w, filled((2, 6, 2)), 0, **sizes)
+    )
+    got, wanted = measure(w), measure(layers(w, 2))
     assert got["bias"] is None
     assert got["kernel"].value.shape == (2, 2)
     values = jnp.stack([x["kernel"].value for x in wanted])
     np.testing.assert_allclose(got["kernel"].value, values, rtol=1e-6)
-
-
-@pytest.mark.slow
-def test_renyi_entropy_of_a_stack_on_two_devices(entropies, x64):
-    measure, w, batches, wanted = entropies
-    spread = jax.shard_map(
-        lambda w, x: measure(w, x, 0, axis_name="d")["kernel"].value,
-        mesh=jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,)),
-        in_specs=(P(), P("d")),
-        out_specs=P(),
-    )
-    np.testing.assert_allclose(spread(w, batches), wanted["kernel"].value, rtol=1e-4)

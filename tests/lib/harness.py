@@ -248,11 +248,14 @@ def defined(name, function, **given):
     return names
 
 
+def section(name, heading):
+    """The text of a page below a heading."""
+    _, below = re.split(rf"^##+ {re.escape(heading)}\n", page(name), flags=re.M)
+    return re.split(r"^##+ ", below, flags=re.M)[0]
+
+
 def table(name, heading):
     """The rows of the table under a heading of a page, as lists of cells."""
-    section = re.split(rf"^##+ {re.escape(heading)}\n", page(name), flags=re.MULTILINE)[
-        1
-    ]
-    lines = re.split(r"^##+ ", section, flags=re.MULTILINE)[0].splitlines()
+    lines = section(name, heading).splitlines()
     rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]

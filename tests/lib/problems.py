@@ -54,7 +54,6 @@ def rosenbrock():
     """A curved valley in two scalars, with the minimum 0 at (1, 1)."""
 
     def loss_fn(w, batch):
-        del batch
         return (1 - w["x"]) ** 2 + 5 * (w["y"] - w["x"] ** 2) ** 2
 
     return Problem(loss_fn, {"x": np.array(-0.5), "y": np.array(0.8)}, np.zeros((1,)))

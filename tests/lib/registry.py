@@ -5,6 +5,7 @@ A method of the package is in it by itself. An entry says what is special about 
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 import optax_sam
 from optax_sam.method import METHODS as PUBLIC
+from optax_sam.when import bernoulli, every_k
 
 
 def grad_fn_only(loss_fn, batch):
@@ -24,26 +26,22 @@ def grad_fn_only(loss_fn, batch):
 
 def l2_norm(offset, params, g):
     """The norm in which an l2 ball is a ball."""
-    del params, g
     return optax.tree.norm(offset)
 
 
 def relative_norm(offset, params, g):
     """Relative to the weights; every leaf has the same."""
-    del g
     return optax.tree.norm(offset) / optax.tree.norm(params)
 
 
 def esam_norm(offset, params, g):
     """Without ESAM's factor ``1 / beta`` (0.6 here) and its large epsilon."""
-    del params
     n = optax.tree.norm(g)
     return 0.6 * optax.tree.norm(offset) * (n + 1e-7) / n
 
 
 def renyi_norm(offset, params, g):
     """``rho`` from the length ``rho S / ||g||``, for ``alpha = 1.2``."""
-    del params
     n = optax.tree.norm(g)
     s = sum(jnp.sum((jnp.abs(x) / n) ** 2.4) for x in jax.tree.leaves(g))
     return optax.tree.norm(offset) * n / s
@@ -53,7 +51,6 @@ def ellipsoid_norm(eta, everywhere=False):
     """ASAM's norm of an offset: ``||e / T||``."""
 
     def norm(offset, params, g):
-        del g
         sizes = jax.tree.map(
             lambda w: jnp.abs(w) + eta if everywhere or w.ndim >= 2 else 1, params
         )
@@ -64,7 +61,6 @@ def ellipsoid_norm(eta, everywhere=False):
 
 def ascended(g, g_s):
     """What most methods emit on an ascended step."""
-    del g
     return g_s
 
 
@@ -77,14 +73,12 @@ def without_gap(g, g_s, alpha=0.4):
 
 def fisher_norm(offset, params, g):
     """In the metric of the Fisher information, for ``eta = 1``."""
-    del params
     squares = jax.tree.map(lambda e, x: (1 + x**2) * e**2, offset, g)
     return jnp.sqrt(optax.tree.sum(squares))
 
 
 def leaf_norm(offset, params, g):
     """AMP's balls are around leaves."""
-    del params, g
     return jnp.max(jnp.stack([optax.tree.norm(x) for x in jax.tree.leaves(offset)]))
 
 
@@ -188,7 +182,8 @@ class Method:
         it out.
       seldom: whether its parts are so simple, or so like another's, that only CI runs
         the battery on it.
-      static: the arguments that ``inject_hyperparams`` must not trace.
+      misleading: the arguments whose values mislead ``static``: None where a number may
+        be, or a number that sets a size.
       trees: how many trees like the parameters its state holds.
       small_bytes: the most that the rest of its state takes in float32.
     """
@@ -210,9 +205,19 @@ class Method:
     place: str = "first"
     variant: bool = False
     seldom: bool = False
-    static: tuple[str, ...] = ()
+    misleading: tuple[str, ...] = ()
     trees: int = 0
     small_bytes: int = 200
+
+    @property
+    def static(self):
+        """What ``inject_hyperparams`` must not trace: all that is no real number."""
+        value = lambda p: self.settings.get(p.name, p.default)
+        return tuple(
+            p.name
+            for p in inspect.signature(self.factory).parameters.values()
+            if isinstance(value(p), float) == (p.name in self.misleading)
+        )
 
     def build(self, **changes):
         """The method alone; one that wraps an optimizer, around SGD with momentum."""
@@ -244,235 +249,87 @@ def product(
     """A method that has no name: a raw product of the three axes."""
     return optax_sam.sharpness_aware(
         optax_sam.ascent.l2(rho),
-        optax_sam.when.every_k(3, phase=1),
+        every_k(3, phase=1),
         optax_sam.blend.reuse_difference(0.7, max_reuse=1),
         mask=mask,
         ascent_dtype=ascent_dtype,
     )
 
 
-_COMMON = ("mask", "axis_name", "ascent_dtype")
-_SAM = {
-    "factory": optax_sam.sam,
-    "static": ("num_ascent_steps", "when", *_COMMON),
-}
-_ASAM = {"factory": optax_sam.asam, "static": ("adapt", "roles", "when", *_COMMON)}
-_WINDOW = {"window": 4, "num_slices": 2, "warmup_steps": 7}
-_VSAM = {
-    "factory": optax_sam.vsam,
-    "skips": True,
-    "static": (
-        "window",
-        "num_slices",
-        "warmup_steps",
-        "max_reuse",
-        "norm_mask",
-        "force_quota",
-        "key",
-        *_COMMON,
-    ),
-    # Three windows, a dozen scalars beside two bools, and a key.
-    "small_bytes": 3 * 4 * 6 + 4 * 14 + 8,
-}
-_GSAM = {"factory": optax_sam.gsam, "static": ("when", *_COMMON)}
-_LOOK = {"skips": True, "trees": 1, "static": ("k", *_COMMON)}
-_AE = {"skips": True, "static": ("lag", *_COMMON)}
-_ESAM = {
-    "factory": esam_by_grad_fn,
-    "needs": "per_example_loss_fn",
-    "norm": esam_norm,
-    "static": ("gamma", "key", "when", *_COMMON),
-}
-_RENYI = {
-    "factory": optax_sam.renyi_sam,
-    "norm": renyi_norm,
-    "static": ("layerwise", "warmup_steps", "roles", "when", *_COMMON),
-}
-_RANDOM = {
-    "factory": optax_sam.random_sam,
-    "calls": 2,
-    "uses_incoming": False,
-    "static": ("key", "roles", "when", *_COMMON),
-}
+def variant(name, settings, of, variant=True, **changes):
+    """An entry that is like another one but for some settings."""
+    (method,) = [x for x in METHODS if x.name == of]
+    settings = {**method.settings, **settings}
+    changes |= {"variant": variant, "skips": method.skips or "when" in settings}
+    return dataclasses.replace(method, name=name, settings=settings, **changes)
 
-_GNP = {"factory": optax_sam.gnp, "static": ("when", *_COMMON)}
-_FRIENDLY = {
-    "factory": optax_sam.friendly_sam,
-    "static": ("when", *_COMMON),
-    "trees": 1,
-}
-_AMP = {
-    "factory": optax_sam.amp,
-    "radius": "epsilon",
-    "norm": leaf_norm,
-    "static": ("inner_iter", "projection", "roles", "when", *_COMMON),
-}
 
+_RHO = {"rho": 0.1}
+_LOOK = {"skips": True, "trees": 1}
 METHODS = (
-    Method("sam", settings={"rho": 0.1}, **_SAM),
+    Method("sam", optax_sam.sam, _RHO),
     Method(
-        "sam_2_steps",
-        seldom=True,
-        settings={"rho": 0.1, "num_ascent_steps": 2},
-        calls=2,
-        **_SAM,
+        "asam", optax_sam.asam, {"rho": 0.3}, seldom=True, norm=ellipsoid_norm(0.01)
     ),
     Method(
-        "sam_5",
-        seldom=True,
-        settings={"rho": 0.1, "when": optax_sam.when.every_k(5)},
+        "vsam",
+        optax_sam.vsam,
+        _RHO | {"window": 4, "num_slices": 2, "warmup_steps": 7},
         skips=True,
-        **_SAM,
-    ),
-    Method(
-        "ss_sam",
-        settings={"rho": 0.1, "when": optax_sam.when.bernoulli(0.5, key=3)},
-        skips=True,
-        **_SAM,
-    ),
-    Method(
-        "asam", seldom=True, settings={"rho": 0.3}, norm=ellipsoid_norm(0.01), **_ASAM
-    ),
-    Method(
-        "asam_all_leaves",
-        variant=True,
-        settings={"rho": 0.3, "adapt": True, "eta": 0.0},
-        norm=ellipsoid_norm(0.0, everywhere=True),
-        **_ASAM,
-    ),
-    Method("vsam", settings={"rho": 0.1, **_WINDOW}, trees=1, **_VSAM),
-    Method(
-        "vsam_a",
-        seldom=True,
-        settings={"rho": 0.1, "reuse_decay": 0.0, **_WINDOW},
-        **_VSAM,
-    ),
-    Method(
-        "vsam_without_catch_up",
-        variant=True,
-        settings={
-            "rho": 0.1,
-            "window": 6,
-            "num_slices": 3,
-            "warmup_steps": 11,
-            "sensitivity": 0.5,
-            "force_quota": False,
-            "key": 5,
-        },
         trees=1,
-        **_VSAM,
+        # Three windows, a dozen scalars beside two bools, and a key.
+        small_bytes=3 * 4 * 6 + 4 * 14 + 8,
+        misleading=("initial_rate",),
     ),
-    Method("gsam", settings={"rho": 0.1}, fresh=without_gap, **_GSAM),
-    Method(
-        "gsam_5",
-        variant=True,
-        settings={"rho": 0.1, "when": optax_sam.when.every_k(5)},
-        fresh=without_gap,
-        skips=True,
-        **_GSAM,
-    ),
-    Method("looksam", optax_sam.looksam, {"rho": 0.1, "k": 3, "alpha": 0.3}, **_LOOK),
+    Method("gsam", optax_sam.gsam, _RHO, fresh=without_gap),
+    Method("looksam", optax_sam.looksam, _RHO | {"k": 3, "alpha": 0.3}, **_LOOK),
     Method(
         "look_layer_sam",
         optax_sam.look_layer_sam,
         {"rho": 0.05, "k": 4, "alpha": 0.2},
         seldom=True,
         norm=relative_norm,
-        **(_LOOK | {"static": ("k", "roles", *_COMMON)}),
+        **_LOOK,
     ),
-    Method(
-        "ae_sam",
-        optax_sam.ae_sam,
-        {"rho": 0.1, "decay": 0.6},
-        lookahead=0,
-        **_AE,
-    ),
-    Method(
-        "ae_sam_lagged",
-        optax_sam.ae_sam,
-        {"rho": 0.1, "decay": 0.6, "lag": 1},
-        variant=True,
-        lookahead=1,
-        **_AE,
-    ),
+    Method("ae_sam", optax_sam.ae_sam, _RHO | {"decay": 0.6}, lookahead=0, skips=True),
     Method(
         "ae_looksam",
         optax_sam.ae_looksam,
-        {"rho": 0.1, "decay": 0.6, "alpha": 0.3},
+        _RHO | {"decay": 0.6, "alpha": 0.3},
         seldom=True,
         lookahead=0,
-        trees=1,
-        **_AE,
+        **_LOOK,
     ),
-    Method("esam", settings={"rho": 0.1, "key": 11}, **_ESAM),
     Method(
-        "esam_2",
-        variant=True,
-        settings={"rho": 0.1, "when": optax_sam.when.every_k(2), "key": 4},
-        skips=True,
-        **_ESAM,
+        "esam",
+        esam_by_grad_fn,
+        _RHO | {"key": 11},
+        needs="per_example_loss_fn",
+        norm=esam_norm,
+        misleading=("gamma",),
     ),
-    Method("renyi_sam", seldom=True, settings={"rho": 0.1}, **_RENYI),
     Method(
-        "renyi_sam_after_warmup",
-        variant=True,
-        settings={
-            "rho": 0.1,
-            "warmup_steps": 6,
-            "when": optax_sam.when.bernoulli(0.5, key=2),
-        },
-        skips=True,
-        **_RENYI,
+        "renyi_sam",
+        optax_sam.renyi_sam,
+        _RHO,
+        seldom=True,
+        norm=renyi_norm,
+        misleading=("max_offset_norm",),
     ),
-    Method("random_sam", settings={"rho": 0.1}, **_RANDOM),
-    Method(
-        "random_sam_2",
-        variant=True,
-        settings={"rho": 0.1, "sigma": 0.05, "when": optax_sam.when.every_k(2)},
-        skips=True,
-        **_RANDOM,
-    ),
-    Method("gnp", seldom=True, settings={"rho": 0.1}, fresh=interpolated(0.8), **_GNP),
-    Method(
-        "g_rst",
-        variant=True,
-        settings={"rho": 0.1, "alpha": 2.0, "when": optax_sam.when.bernoulli(key=7)},
-        fresh=interpolated(2.0),
-        skips=True,
-        **_GNP,
-    ),
+    Method("random_sam", optax_sam.random_sam, _RHO, calls=2, uses_incoming=False),
+    Method("gnp", optax_sam.gnp, _RHO, seldom=True, fresh=interpolated(0.8)),
     # With a sigma of 1 nothing would be left of gradients that stay the same.
-    Method("friendly_sam", settings={"rho": 0.1, "sigma": 0.5}, **_FRIENDLY),
-    Method(
-        "friendly_sam_2",
-        variant=True,
-        settings={"rho": 0.1, "sigma": 0.5, "when": optax_sam.when.every_k(2)},
-        skips=True,
-        **_FRIENDLY,
-    ),
+    Method("friendly_sam", optax_sam.friendly_sam, _RHO | {"sigma": 0.5}, trees=1),
     # The default mask finds no normalization layers here.
+    Method("sam_on", optax_sam.sam_on, _RHO | {"mask": True}, seldom=True),
+    Method("fisher_sam", optax_sam.fisher_sam, _RHO, seldom=True, norm=fisher_norm),
     Method(
-        "sam_on",
-        optax_sam.sam_on,
-        {"rho": 0.1, "mask": True},
+        "amp",
+        optax_sam.amp,
+        {"epsilon": 0.1, "inner_lr": 100.0},
         seldom=True,
-        static=("adapt", "roles", "when", *_COMMON),
-    ),
-    Method(
-        "fisher_sam",
-        optax_sam.fisher_sam,
-        {"rho": 0.1},
-        seldom=True,
-        norm=fisher_norm,
-        static=("when", *_COMMON),
-    ),
-    Method("amp", seldom=True, settings={"epsilon": 0.1, "inner_lr": 100.0}, **_AMP),
-    Method(
-        "amp_2_steps",
-        variant=True,
-        settings={"epsilon": 0.1, "inner_lr": 100.0, "inner_iter": 2},
-        calls=2,
-        **_AMP,
+        radius="epsilon",
+        norm=leaf_norm,
     ),
     Method(
         "gam",
@@ -483,31 +340,57 @@ METHODS = (
         more_radii=("norm_rho",),
         fresh=gam_of_one,
         second=gam_of_one,
-        static=("h_minus", "when", *_COMMON),
     ),
-    Method(
-        "stable_sam",
-        optax_sam.stable_sam,
-        {"rho": 0.1},
-        seldom=True,
-        fresh=renormalized,
-        static=("when", *_COMMON),
+    Method("stable_sam", optax_sam.stable_sam, _RHO, seldom=True, fresh=renormalized),
+    Method("product", product, _RHO, skips=True, trees=1),
+)
+METHODS += (
+    variant("sam_2_steps", {"num_ascent_steps": 2}, "sam", False, seldom=True, calls=2),
+    variant("sam_5", {"when": every_k(5)}, "sam", False, seldom=True),
+    variant("ss_sam", {"when": bernoulli(0.5, key=3)}, "sam", False),
+    variant("vsam_a", {"reuse_decay": 0.0}, "vsam", False, seldom=True, trees=0),
+    variant(
+        "vsam_without_catch_up",
+        {
+            "window": 6,
+            "num_slices": 3,
+            "warmup_steps": 11,
+            "sensitivity": 0.5,
+            "force_quota": False,
+            "key": 5,
+        },
+        "vsam",
     ),
-    Method(
-        "product",
-        product,
-        {"rho": 0.1},
-        skips=True,
-        static=("mask", "ascent_dtype"),
-        trees=1,
+    variant(
+        "asam_all_leaves",
+        {"adapt": True, "eta": 0.0},
+        "asam",
+        norm=ellipsoid_norm(0.0, everywhere=True),
     ),
+    variant("gsam_5", {"when": every_k(5)}, "gsam"),
+    variant("ae_sam_lagged", {"lag": 1}, "ae_sam", lookahead=1),
+    variant("esam_2", {"when": every_k(2), "key": 4}, "esam"),
+    variant(
+        "renyi_sam_after_warmup",
+        {"warmup_steps": 6, "when": bernoulli(0.5, key=2)},
+        "renyi_sam",
+    ),
+    variant("random_sam_2", {"sigma": 0.05, "when": every_k(2)}, "random_sam"),
+    variant(
+        "g_rst",
+        {"alpha": 2.0, "when": bernoulli(key=7)},
+        "gnp",
+        fresh=interpolated(2.0),
+    ),
+    variant("friendly_sam_2", {"when": every_k(2)}, "friendly_sam"),
+    variant("amp_2_steps", {"inner_iter": 2}, "amp", calls=2),
 )
 
 # A method of the package without an entry here is run with its defaults.
 _NAMED = {method.factory.__name__ for method in METHODS}
 _APART = {"wsam", "sampa", "msam", "saf", "mesa"}
 METHODS += tuple(
-    Method(name, factory, {}, static=optax_sam.static_args(factory))
+    Method(name, factory, {})
     for name, factory in PUBLIC.items()
     if name not in _NAMED | _APART
 )
@@ -519,7 +402,7 @@ OTHERS = (
         optax_sam.wsam,
         {"rho": 0.1, "learning_rate": 0.1, "gamma": 0.5},
         place="around",
-        static=("inner", "when", *_COMMON),
+        misleading=("max_norm",),
     ),
     Method(
         "sampa",
@@ -529,17 +412,10 @@ OTHERS = (
         lookahead=0,
         uses_incoming=False,
         place="around",
-        static=("inner", "predict"),
         trees=1,
+        misleading=("learning_rate",),
     ),
-    Method(
-        "msam",
-        optax_sam.msam,
-        {"rho": 0.1},
-        calls=0,
-        place="around",
-        static=("inner",),
-    ),
+    Method("msam", optax_sam.msam, {"rho": 0.1}, calls=0, place="around"),
     Method("saf", saf_of_four, {"num_examples": 5, "num_classes": 2}, calls=0),
     Method("mesa", optax_sam.mesa, {"decay": 0.9}, calls=0, place="last", trees=1),
 )

@@ -1,5 +1,7 @@
 """Models whose leaves have roles: scanned, lifted, stacked, in four libraries."""
 
+import functools
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -42,8 +44,8 @@ class Scanned(nn.Module):
 
 def scanned():
     """Its parameters, none of them zero."""
-    params = Scanned().init(jax.random.key(0), jnp.zeros((2, 4), int))["params"]
-    return filled(params)
+    init = functools.partial(Scanned().init, jax.random.key(0))
+    return filled(jax.eval_shape(init, jnp.zeros((2, 4), int))["params"])
 
 
 class Layer(nnx.Module):
@@ -79,10 +81,10 @@ class Modules(eqx.Module):
     i: eqx.nn.PReLU
 
 
-def equinox():
+def _modules():
     keys = iter(jax.random.split(jax.random.key(0), 8))
     stack = eqx.filter_vmap(lambda key: eqx.nn.Conv2d(2, 3, 1, key=key))
-    model = Modules(
+    return Modules(
         eqx.nn.Embedding(5, 4, key=next(keys)),
         eqx.nn.Linear(4, 4, key=next(keys)),
         eqx.nn.Conv2d(2, 3, 1, key=next(keys)),
@@ -93,4 +95,9 @@ def equinox():
         [stack(jax.random.split(next(keys), 6)), eqx.nn.RMSNorm(4)],
         eqx.nn.PReLU(),
     )
-    return eqx.filter(model, eqx.is_inexact_array)
+
+
+def equinox():
+    """The shapes of its floats."""
+    is_float = lambda x: jnp.issubdtype(getattr(x, "dtype", bool), jnp.inexact)
+    return eqx.filter(eqx.filter_eval_shape(_modules), is_float)

@@ -49,24 +49,42 @@ def optimizer(member):
     return optax.chain(member, optax.sgd(SGD["lr"], momentum=SGD["momentum"]))
 
 
-def compiled(tx):
+def gradient(p, batch):
+    return jax.grad(recorded.mlp)(p, *batch)
+
+
+def losses(p, batch):
+    """Of each example."""
+    one = lambda x, y: recorded.mlp(p, x[None], y[None])
+    return jax.vmap(one)(*batch)
+
+
+def step_of(tx, gradient, losses):
     """A training step with the gradient of the small network."""
 
-    @jax.jit
     def step(w, state, batch, extra):
-        grad_fn = lambda p: jax.grad(recorded.mlp)(p, *batch)
+        def per_example_loss_fn(p, indices=None):
+            some = [x if indices is None else x[indices] for x in batch]
+            return losses(p, some)
 
-        def losses(p, indices=None):
-            x, y = (a if indices is None else a[indices] for a in batch)
-            one = lambda x, y: recorded.mlp(p, x[None], y[None])
-            return jax.vmap(one)(x, y)
-
-        updates, state = tx.update(
-            grad_fn(w), state, w, grad_fn=grad_fn, per_example_loss_fn=losses, **extra
-        )
+        grad_fn = lambda p: gradient(p, batch)
+        extra = {"per_example_loss_fn": per_example_loss_fn, **extra}
+        updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn, **extra)
         return optax.apply_updates(w, updates), state
 
     return step
+
+
+def compiled(tx):
+    return jax.jit(step_of(tx, gradient, losses))
+
+
+# Compiled once for all methods, which then are not.
+_COMPILED = jax.jit(gradient), jax.jit(losses)
+
+
+def uncompiled(tx):
+    return step_of(tx, *_COMPILED)
 
 
 def package(step, w, state, batches, extras=None):

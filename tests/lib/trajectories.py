@@ -4,7 +4,7 @@ A test file of a method hands its settings to :func:`ten_steps` and
 :func:`recorded_runs`, which make the tests.
 """
 
-import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -65,41 +65,6 @@ def direction_of(entry):
     return entry.make() if isinstance(entry, Fresh) else entry
 
 
-@functools.cache
-def _gradients():
-    """Of the small network; compiled once for all methods, which then are not."""
-
-    def losses(p, batch):
-        one = lambda x, y: recorded.mlp(p, x[None], y[None])
-        return jax.vmap(one)(*batch)
-
-    return jax.jit(lambda p, batch: jax.grad(recorded.mlp)(p, *batch)), jax.jit(losses)
-
-
-def uncompiled(tx):
-    """As ``side_by_side.compiled``, where the gradient alone is compiled."""
-    gradient, losses = _gradients()
-
-    def step(w, state, batch, extra):
-        grad_fn = lambda p: gradient(p, batch)
-
-        def per_example_loss_fn(p, indices=None):
-            some = (x if indices is None else x[indices] for x in batch)
-            return losses(p, tuple(some))
-
-        updates, state = tx.update(
-            grad_fn(w),
-            state,
-            w,
-            grad_fn=grad_fn,
-            per_example_loss_fn=per_example_loss_fn,
-            **extra,
-        )
-        return optax.apply_updates(w, updates), state
-
-    return step
-
-
 def each_way(cases):
     """Parametrizes a test by names of cases and whether to compile them.
 
@@ -115,7 +80,7 @@ def steps_and_seeds(tx, compiled):
     """A step, and the seeds of the problems to train; nothing is compiled for one."""
     if compiled:
         return side_by_side.compiled(tx), range(3)
-    return uncompiled(tx), range(1)
+    return side_by_side.uncompiled(tx), range(1)
 
 
 def ten_steps(cases, apart=("plain", "sam")):
@@ -146,12 +111,14 @@ def ten_steps(cases, apart=("plain", "sam")):
         }
         directions = [others[name] for name in apart]
         directions += [direction_of(entry) for _, entry in cases.values()]
-        ends = [reference(direction, w, batches)[-1] for direction in directions]
-        for i, a in enumerate(ends):
-            for b in ends[:i]:
-                assert recorded.deviation(a, b) > 1e-4
+        assert_apart(reference(direction, w, batches)[-1] for direction in directions)
 
     return equals, differ
+
+
+def assert_apart(ends):
+    for a, b in itertools.combinations(ends, 2):
+        assert recorded.deviation(a, b) > 1e-4
 
 
 # The trajectories that were recorded from the authors' code.

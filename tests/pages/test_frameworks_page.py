@@ -2,18 +2,18 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import harness
 import jax
 import numpy as np
 import optax
+import printed
 import pytest
 
 import optax_sam
 
+pytestmark = pytest.mark.slow
 PAGE = "frameworks.md"
 
 
@@ -66,29 +66,20 @@ print("ascents", ascents, "loss", float(names["keras_loss_value"]))
 """
 
 
-@pytest.mark.slow
 def test_keras(tmp_path):
     """In a process of its own: Keras reads its backend when it is imported."""
     if importlib.util.find_spec("keras") is None:
         pytest.skip("could not import 'keras'")
-    folders = Path(__file__).parents[2], Path(harness.__file__).parent
-    paths = os.pathsep.join((*map(str, folders), os.environ.get("PYTHONPATH", "")))
-    env = {"PYTHONPATH": paths, "KERAS_BACKEND": "jax", "KERAS_HOME": str(tmp_path)}
-    printed = subprocess.run(
-        [sys.executable, "-c", KERAS],
-        env=os.environ | env,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=600,
-        check=False,
-    )
-    assert printed.returncode == 0, printed.stderr
-    _, ascents, _, loss = printed.stdout.split()
+    (tmp_path / "keras_step.py").write_text(KERAS)
+    folders = printed.ROOT, Path(harness.__file__).parent
+    env = {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    env |= {"KERAS_BACKEND": "jax", "KERAS_HOME": str(tmp_path)}
+    output = printed.script(tmp_path, tmp_path / "keras_step.py", **env)
+    _, ascents, _, loss = output.split()
     assert ascents == "20"
     assert float(loss) < 1
 
 
-@pytest.mark.slow
 def test_flax():
     names = {}
     exec("\n".join(harness.code("flax.md")), names)

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import shutil
 import subprocess
 import sys
 import typing
@@ -36,17 +35,7 @@ def test_where_a_method_stands_in_the_package():
 @pytest.mark.slow
 def test_a_new_method_needs_its_file_a_line_and_a_page(tmp_path):
     """The page on what to read first says so. All batteries then run on it."""
-    for name in ("optax_sam", "tests", "docs", "benchmarks", "examples"):
-        ignored = shutil.ignore_patterns("_build", "__pycache__")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    for name in (
-        "pyproject.toml",
-        "conftest.py",
-        "README.md",
-        "CHANGELOG.md",
-        "CONTRIBUTING.md",
-    ):
-        shutil.copy(ROOT / name, tmp_path / name)
+    faults.copy_to(tmp_path)
     methods = tmp_path / "optax_sam" / "methods"
     text = (methods / "stable_sam.py").read_text()
     (methods / "other_sam.py").write_text(text.replace("stable_sam", "other_sam"))

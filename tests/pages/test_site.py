@@ -198,22 +198,6 @@ def test_commands_exist():
     assert {command: words for command, words in unknown.items() if words} == {}
 
 
-@pytest.mark.parametrize(
-    ("command", "wrong"),
-    [
-        ("make dmeo", "dmeo"),
-        ("make demo ARG=1", "ARG"),
-        ('make demo ARGS="--method all"', "--method"),
-        ("python examples/nothing.py", "examples/nothing.py"),
-        ("python benchmarks/quality/quality.py --raport x", "--raport"),
-        ("python benchmarks/pods/pods.py --report benchmarks/x", "benchmarks/x"),
-        ('pip install "optax_sam[plot]"', "plot"),
-    ],
-)
-def test_wrong_commands_are_seen(command, wrong):
-    assert unknown_words(shlex.split(command)) == {wrong}
-
-
 # Links.
 
 

@@ -22,14 +22,6 @@ PROGRAMS = {
     "A sharded transformer": ("state.params", "state"),
 }
 STEPS = 40
-SLOW = [name for name in PROGRAMS if name != "Plain JAX"]
-
-
-def section(heading):
-    """The text below a heading."""
-    return re.split(rf"^## {re.escape(heading)}\n", harness.page(PAGE), flags=re.M)[
-        1
-    ].split("\n## ")[0]
 
 
 # The line of the method, which the page names once for all programs.
@@ -38,13 +30,14 @@ METHOD = "optax_sam.vsam(0.05, window=10)", "optax_sam.sam(0.05)"
 
 def versions(heading):
     """A program before, with SAM, with vSAM, and with vSAM and ``dispatch``."""
-    (program,) = re.findall(r"```diff\n(.*?)```", section(heading), re.DOTALL)
+    text = harness.section(PAGE, heading)
+    (program,) = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
     lines = program.splitlines()
     assert {line[:1] for line in lines} <= {" ", "+", "-", ""}
     before, after = (
         "\n".join(line[1:] for line in lines if line[:1] != sign) for sign in "+-"
     )
-    (compiler,) = re.findall(r"With vSAM: `(.*)` in place of `(.*?)`", section(heading))
+    (compiler,) = re.findall(r"With vSAM: `(.*)` in place of `(.*?)`", text)
     vsam = replaced(after, *METHOD)
     return before, after, vsam, replaced(vsam, *compiler)
 
@@ -87,22 +80,20 @@ def test_at_most_five_lines_change(heading):
     assert count_changes(before, dispatched) == count_changes(before, sam) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
-@pytest.mark.parametrize(
-    "heading",
-    [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in PROGRAMS],
-)
+@pytest.mark.parametrize("heading", PROGRAMS)
 def test_a_program_before_and_after(heading):
     found = [run(program, heading) for program in versions(heading)]
     before, sam, vsam, dispatched = found
     first = np.log(16 if "transformer" in heading else 4)
     for names, *_ in found:
         assert np.mean(names["loss"]) < 0.98 * first
-    (sam_ascents, vsam_ascents, dispatched_ascents) = (
+    by_sam, by_vsam, by_dispatch = (
         int(optax_sam.metrics(state)["ascents"]) for _, _, state in found[1:]
     )
-    assert sam_ascents == STEPS
-    assert 0 < vsam_ascents == dispatched_ascents < STEPS
+    assert by_sam == STEPS
+    assert 0 < by_vsam == by_dispatch < STEPS
     leaves = lambda run: [np.asarray(x) for x in jax.tree.leaves(run[1])]
     for a, b in zip(leaves(vsam), leaves(dispatched), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

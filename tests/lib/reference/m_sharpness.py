@@ -21,11 +21,6 @@ def mean(trees):
     return {leaf: sum(tree[leaf] for tree in trees) / len(trees) for leaf in trees[0]}
 
 
-def of_each(direction):
-    """Of a method that keeps nothing of the gradients: direction(t, w, grad)."""
-    return lambda t, w, grads: mean([direction(t, w, grad) for grad in grads])
-
-
 class Looking:
     """LookSAM and AE-SAM: g_v is one for all, ||g|| each one's own.
 
