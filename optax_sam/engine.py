@@ -301,13 +301,15 @@ class Found(NamedTuple):
     """What :func:`climb` found, or a skipped step, on the batch or on a shard of it.
 
     Attributes:
-      averaged: what is averaged over the shards of a batch.
+      emitted: trees that may be emitted, each like the gradient.
       states: those of the rules, which are the same for all shards, since what a rule
         stores of a gradient goes through ``step.mean``.
+      measured: both norms and the survival, (3,).
     """
 
-    averaged: Any
+    emitted: tuple[Any, ...]
     states: Any
+    measured: jax.Array | None = None
 
 
 def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
@@ -338,19 +340,20 @@ def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
     emitted = lambda tree: optax.tree.cast_like(tree, g)
     measures = norm(emitted(first)), norm(emitted(g_s)), _survival(call.params, w_e, e)
     measured = jnp.stack([x.astype(state.gradient_norm.dtype) for x in measures])
-    return Found((d, fallback, measured), ((ascent, when, blend), stale_blend))
+    states = (ascent, when, blend), stale_blend
+    return Found((emitted(d), emitted(fallback)), states, measured)
 
 
 def judge(method: Method, found: Found) -> tuple[jax.Array, jax.Array]:
     """Stage 4: both norms and the survival, (3,), and whether to use the gradients."""
     # One device's failure is everybody's, so that all stay equal: the mean of the norms
     # is finite where each of them is.
-    measured = method.mean(found.averaged[2])
+    measured = method.mean(found.measured)
     return measured, jnp.all(jnp.isfinite(measured[:2]))
 
 
 def keep(
-    method: Method, call: Call, state: SharpnessAwareState, found: Found
+    method: Method, state: SharpnessAwareState, found: Found
 ) -> tuple[Any, SharpnessAwareState]:
     """Stage 5: what is emitted and what enters the state; a rejection changes both."""
     measured, accepted = judge(method, found)
@@ -360,8 +363,7 @@ def keep(
     )
     perturbed, stale_blend = found.states
     ascent, when, blend = choose(perturbed, (state.ascent, state.when, stale_blend))
-    d = optax.tree.cast_like(choose(*found.averaged[:2]), call.g)
-    return method.mean(d), state._replace(
+    return method.mean(choose(*found.emitted)), state._replace(
         num_ascents=optax.safe_increment(state.num_ascents),
         num_rejected=state.num_rejected + (~accepted).astype(jnp.int32),
         gradient_norm=gradient_norm,
@@ -377,15 +379,18 @@ def _perturbed(
     method: Method, call: Call, state: SharpnessAwareState
 ) -> tuple[Any, SharpnessAwareState]:
     found = _over_shards(lambda call: climb(method, call, state), method, call)
-    return keep(method, call, state, found)
+    return keep(method, state, found)
 
 
 def _skipped(
     method: Method, call: Call, state: SharpnessAwareState
 ) -> tuple[Any, SharpnessAwareState]:
-    find = lambda call: Found(*method.blend.stale(call.g, state.blend, call.step))
-    d, blend = _over_shards(find, method, call)
-    return method.mean(optax.tree.cast_like(d, call.g)), state._replace(blend=blend)
+    def find(call: Call) -> Found:
+        d, blend = method.blend.stale(call.g, state.blend, call.step)
+        return Found((optax.tree.cast_like(d, call.g),), blend)
+
+    (d,), blend, _ = _over_shards(find, method, call)
+    return method.mean(d), state._replace(blend=blend)
 
 
 _shards: ContextVar[Any] = ContextVar("_shards", default=None)

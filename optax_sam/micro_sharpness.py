@@ -176,52 +176,50 @@ class _Shards(NamedTuple):
         others = tuple(name for name in names if name != self.axis_name)
         return method._replace(axis_name=others or None)
 
-    def mean(self, tree: Any) -> Any:
-        raise _NotSummed(tree)
+    def mean(self, _: Any) -> Any:
+        raise _NotSummed
 
     def average(
         self, find: Callable[[Call], Found], method: Method, call: Call
     ) -> Found:
-        if not all(
-            isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(call.g)
-        ):
+        abstract = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+        if not all(map(abstract, jax.tree.leaves(call.g))):
             raise _NotSummed  # a second method in a chain, after the shards' mean
 
-        def of_shard(i: Any) -> Found:
+        def of_shard(i: Any) -> tuple[Any, Any]:
             own = lambda p: self.grad_fn(p, i)
             device = call.step.device
             device = i if device is None else device * self.number + i
             # At the parameters themselves, which ascent_dtype does not round.
             g = call.taken(lambda _: own(call.whole(call.params)), call.params)
             step = call.step._replace(device=device)
-            averaged, states = find(call._replace(g=g, grad_fn=own, step=step))
-            return Found(jax.tree.map(wide, averaged), states)
+            found = find(call._replace(g=g, grad_fn=own, step=step))
+            return jax.tree.map(wide, (found.emitted, found.measured)), found.states
 
         total, states = self._summed(of_shard, method)
-        return Found(jax.tree.map(lambda x: x / self.number, total), states)
+        emitted, measured = jax.tree.map(lambda x: x / self.number, total)
+        emitted = tuple(optax.tree.cast_like(x, call.g) for x in emitted)
+        return Found(emitted, states, measured)
 
-    def _summed(self, of_shard: Callable[[Any], Found], method: Method) -> Found:
-        add = lambda total, x: jax.tree.map(jnp.add, total, x)
-        if self.form == "unroll":
-            found = of_shard(0)
-            for i in range(1, self.number):
-                total, (x, states) = found.averaged, of_shard(i)
-                found = Found(add(total, x), states)
-            return found
+    def _summed(self, of_shard: Callable[[Any], Any], method: Method) -> Any:
+        def one_more(total: Any, i: Any) -> tuple[Any, Any]:
+            x, states = of_shard(i)
+            return jax.tree.map(jnp.add, total, x), states
+
         numbers = jnp.arange(self.number)
+        if self.form == "unroll":
+            total, states = of_shard(0)
+            for i in range(1, self.number):
+                total, states = one_more(total, i)
+            return total, states
         if self.form == "vmap":
             stacks, states = jax.vmap(of_shard)(numbers)
-            return Found(jax.tree.map(lambda x: x.sum(0), stacks), _at(states, 0))
-
-        def one_more(total: Any, i: jax.Array) -> tuple[Any, Any]:
-            x, states = of_shard(i)
-            return add(total, x), states
-
-        shapes = jax.eval_shape(of_shard, 0).averaged
+            return jax.tree.map(lambda x: x.sum(0), stacks), _at(states, 0)
+        shapes = jax.eval_shape(of_shard, 0)[0]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         start = vary(zeros, method.axis_name)
         total, states = jax.lax.scan(one_more, start, numbers)
-        return Found(total, _at(states, -1))
+        return total, _at(states, -1)
 
     def stacked(
         self, member: Any, state: Any, params: Any, extra: dict[str, Any]

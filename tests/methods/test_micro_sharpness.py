@@ -302,10 +302,11 @@ def test_refused_arguments_and_calls():
             micro_sharpness(**{"member": member, "num_shards": 2, **changes})
     tx = micro_sharpness(member, 2)
     less, of_batch = lambda p, i: p["layer"], lambda p, batch=(1, 1), i=0: p
-    no_shard = (None, lambda p: p, lambda: 1, 3, of_batch)
+    no_shard = (None, lambda p: p, lambda: 1, 3)
     for message, w, extra in (
         (r"needs the parameters: tx\.update", None, {"grad_fn": lambda p, i: p}),
         *(("a shard's number", params, {"grad_fn": f}) for f in no_shard),
+        ("the number of the shard", params, {"grad_fn": of_batch}),
         ("into shards", params, {"per_example_loss_fn": lambda p, i=None: 0}),
         (r"sam: the incoming gradient.*structure", params, {"grad_fn": less}),
         # An error of the caller's own stays as it is.
