@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.lib import costs, study
-from benchmarks.quality import presets
 from benchmarks.steps import cost_methods
-from benchmarks.studies import cheap_ascent, label_noise_methods
-
-ESAM = 2 + 1 / 3 - 0.5 - 1 / 64  # half of a batch less one, and a forward pass
 
 
 def test_those_of_the_steps_that_were_timed():
@@ -21,56 +17,6 @@ def test_those_of_the_steps_that_were_timed():
     for name, row in alike.items():
         found = cost_methods.cost(name)
         assert (found.gradients, found.forwards) == (row["gradients"], row["forwards"])
-
-
-def each(names, quick):
-    marks = lambda name: () if name in quick else pytest.mark.slow
-    return [pytest.param(name, marks=marks(name)) for name in names]
-
-
-LABEL_NOISE = label_noise_methods.all_methods(44, 1437)
-QUICK = "SGD", "SAM 1/16", "SAM-5", "ESAM", "GAM", "SAMPa", "MESA"
-
-
-@pytest.mark.parametrize("name", each(LABEL_NOISE, QUICK))
-def test_those_of_the_study_of_wrong_labels(name):
-    """Those that skip ascended on some of 2,200 steps; others cost the same on all."""
-    method = LABEL_NOISE[name]
-    row = study.read(study.RESULTS / "label_noise.json")["rows"][name]
-    for gradients in row["gradients_per_step"]:
-        if method.cost.skipped is None:
-            assert method.cost.mean(1.0) == pytest.approx(gradients, abs=1e-4)
-        else:
-            assert (method.cost.skipped, method.cost.whole) == (1, 2)
-            assert 1 < gradients < 2
-
-
-QUICK = "ESAM", "R-SAM", "RSAM", "quarter-batch SAM", "MSAM"
-
-
-@pytest.mark.parametrize("name", each(presets.METHODS, QUICK))
-def test_those_of_the_quality_benchmark(name):
-    recipe = presets.recipe("digits", "mlp")
-    values = presets.hyperparameters(name, recipe, 22)
-    size = {"steps": 44, "examples": 9, "classes": 2, "seed": 0}
-    found = presets.build(name, values, recipe, **size)
-    special = {"MESA": 4 / 3, "ESAM": ESAM, "R-SAM": 7 / 3, "quarter-batch SAM": 1.25}
-    plain = name in ("SGD", "MSAM", "SAF", "MESA")
-    assert found.cost.whole == pytest.approx(special.get(name, 1 if plain else 2))
-    assert found.ascends is not plain
-    skips = {"SAM-5", "SAM-10", "LookSAM-5", "AE-SAM", "vSAM", "vSAM-A", "RSAM"}
-    assert found.cost.skipped == (1 if name in skips else None)
-
-
-def test_those_of_the_study_of_cheap_ascents():
-    rows = study.read(study.RESULTS / "cheap_ascent.json")["rows"]
-    for row in rows["digits"]:
-        if row["rule"] in ("SAM-2", "vSAM-A"):
-            continue  # as SAM-5 and vSAM
-        rates = row["ascents_per_step"]
-        found = cheap_ascent.gradients(cheap_ascent.variant(row), 64)
-        mean = found.mean(sum(rates) / len(rates))
-        assert mean == pytest.approx(row["gradients_per_step"], abs=2e-4)
 
 
 def test_means_over_steps():
