@@ -49,7 +49,7 @@ def make_train(method: str, images: Any, labels: Any, num_steps: int) -> Any:
         noisy = jnp.where(wrong, drawn, labels)
         first = jax.random.normal(keys[2], (64, HIDDEN)) / 8
         params = {"a": first, "b": jnp.zeros((HIDDEN, 10))}
-        rate = optax.cosine_decay_schedule(0.1, num_steps)
+        rate = optax.cosine_decay_schedule(0.05, num_steps)
         # The radius is an array: each member of the population has its own.
         tx = optax.chain(METHODS[method](rho), optax.sgd(rate, momentum=0.9))
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, default="sam")
     parser.add_argument("--quick", action="store_true", help="two seeds, 100 steps")
     options = parser.parse_args()
-    seeds, num_steps = (jnp.arange(2), 100) if options.quick else (jnp.arange(4), 3000)
+    seeds, num_steps = (jnp.arange(2), 100) if options.quick else (jnp.arange(4), 2000)
 
     images, labels = load_digits(return_X_y=True)
     images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
