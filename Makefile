@@ -31,7 +31,7 @@ PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(CACHED) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-all sweep faults test-oldest test-newest test-pods test-dist dist lint \
-	format docs tables bench bench-gpu bench-pods bench-quality clean
+	format docs tables bench bench-gpu bench-pods clean
 .DEFAULT_GOAL := help
 # Two environments at a time would only fight for the same cores and network.
 .NOTPARALLEL:
@@ -128,9 +128,6 @@ bench-gpu:  ## Time steps on a GPU for ten minutes (PYTHON has JAX with CUDA)
 
 bench-pods: .venv/tpu/.stamp  ## Count what large models cost on 8 to 256 chips
 	@JAX_PLATFORMS=cpu $(ON_PODS) .venv/tpu/bin/python benchmarks/pods/pods.py $(ARGS)
-
-bench-quality: .venv/main/.stamp  ## Train a network with each method, accuracy and cost
-	@.venv/main/bin/python benchmarks/quality/quality.py $(ARGS)
 
 clean:  ## Remove the environments and all that was built
 	rm -rf .venv build dist docs/_build .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Makes every table that a CPU can make anew, one part after the other, and times them.
 
-    python benchmarks/bench.py [--data fashion_mnist_20k.npz] [--parts lsq label_noise]
+    python benchmarks/bench.py [--data fashion_mnist_20k.npz] [--parts lsq protocol]
 
 Results go to out/bench, never over the committed ones. The data set is Fashion-MNIST as
 an .npz, see README.md; without it the parts that have it run on digits alone.
@@ -21,20 +21,17 @@ OUT = Path("out/bench")
 def commands(data: Path | None) -> dict[str, list[str]]:
     """The parts by name: a script and its arguments."""
     fashion = ["--data", str(data)] if data else []
-    plan = ["--plan", str(HERE / "quality/plans/cpu.json")] if data else []
     return {
         "step_cost": ["--rounds", "3"],
         "lsq": [],
-        "label_noise": [],
-        "quality": [*plan, *fashion],
         "correlation": fashion,
-        "cheap_ascent": ["--sets", "digits"],  # Fashion-MNIST takes 25 minutes more
+        "protocol": ["--task", "digits"],  # Fashion-MNIST takes an hour more
     }
 
 
 def run(part: str, arguments: list[str]) -> tuple[float, bool]:
     """Seconds, and whether it went well."""
-    out = OUT / f"{part}.{'jsonl' if part == 'quality' else 'json'}"
+    out = OUT / f"{part}.{'jsonl' if part == 'protocol' else 'json'}"
     out.unlink(missing_ok=True)  # most would go on with what is there
     (script,) = HERE.glob(f"*/{part}.py")
     command = [sys.executable, str(script), *arguments, "--out", str(out)]

@@ -26,10 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.lib.study import RESULTS, ROOT
 from benchmarks.lib.study import read as read_json
 from benchmarks.pods import pods
-from benchmarks.quality import quality
-from benchmarks.quality import report as quality_report
+from benchmarks.quality import protocol, report
 from benchmarks.steps import cost_report, overhead, torch_peers
-from benchmarks.studies import cheap_ascent, correlation, label_noise, lsq
+from benchmarks.studies import correlation, lsq
 
 PAGES = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "benchmarks/README.md"]
 MARKED = re.compile(
@@ -40,7 +39,6 @@ MARKED = re.compile(
 def tables() -> dict[str, str]:
     """All tables by the name that their pages have for them."""
     read = lambda name: read_json(RESULTS / f"{name}.json")
-    trained = quality.read(RESULTS / "quality_cpu.jsonl")
     steps = read("step_cost_cpu")
     variants = read("overhead_cpu"), read("overhead_glibc_cpu")
     found = {
@@ -49,9 +47,10 @@ def tables() -> dict[str, str]:
         "torch_peers": torch_peers.markdown(read("torch_peers_cpu"), steps),
         "pods": pods.markdown(read("pods")["rows"]),
     }
-    for title, text in quality_report.markdown(trained).items():
-        found[f"quality, {title.split(':')[0]}"] = f"{title}:\n\n{text}"
-    for study in (label_noise, lsq, cheap_ascent, correlation):
+    lines = protocol.read(RESULTS / "protocol.jsonl")
+    for part, text in report.markdown(lines).items():
+        found[f"protocol, {part}"] = text
+    for study in (lsq, correlation):
         name = study.__name__.rpartition(".")[2]
         for part, text in study.markdown(read(name)).items():
             found[f"{name}, {part}"] = text

@@ -10,39 +10,14 @@ import re
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-PUBLISHED = DOCS.parent / "benchmarks/quality/published.csv"
+PUBLISHED = DOCS.parent / "benchmarks/results/published.csv"
 
 # The page of a table, the beginning of the line that it follows, and what it shows.
 BENCHMARKS = "../benchmarks/README.md"
 TABLES = [
     ("methods/index.md", "## What a step costs", "Cost"),
     ("methods/index.md", "## Hyperparameters", "Hyperparameters"),
-    ("results/demo.md", "## All methods", "Digits with 36 % wrong labels, tuned"),
-    (
-        "results/quality.md",
-        "## Digits with wrong labels",
-        "The same digits with fewer epochs, at the radii above",
-    ),
-    (
-        "results/quality.md",
-        "## Few clean images",
-        "4,000 clean images of Fashion-MNIST, not tuned",
-    ),
-    (
-        "results/cheap_ascents.md",
-        "### Digits",
-        "Digits with 36 % wrong labels, another tuning",
-    ),
-    (
-        "results/cheap_ascents.md",
-        "### Fashion-MNIST",
-        "4,000 images of Fashion-MNIST with 36 % wrong labels, tuned",
-    ),
-    (
-        "results/cheap_ascents.md",
-        "## Where SAM gains nothing",
-        "The same at the learning rate that is best for SGD",
-    ),
+    ("results/accuracy.md", "## Digits with wrong labels", "Digits, 36 % wrong labels"),
     (BENCHMARKS, "**MLP**", "Time and memory of a step, MLP on a CPU"),
     (BENCHMARKS, "**CNN**", "Time and memory of a step, CNN on a CPU"),
     (BENCHMARKS, "**transformer**", "Time and memory of a step, transformer on a CPU"),

@@ -3,8 +3,8 @@
 CIFAR-10 and CIFAR-100 come from the folder of the standard archives (pickles or binary
 batches) or from an ``.npz``, Fashion-MNIST from an ``.npz``, digits from scikit-learn.
 An ``.npz`` holds ``train_x``, ``train_y``, ``test_x`` and ``test_y``, uint8. Images
-stay uint8 on the device; cropping, flipping, normalizing and cutting out happen inside
-the compiled step, from a key.
+stay uint8 on the device; cropping and flipping happen inside the compiled step, from a
+key.
 """
 
 from __future__ import annotations
@@ -25,39 +25,31 @@ ARCHIVES = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"),
     "cifar100": ("cifar-100-python", "cifar-100-binary"),
 }
-PADDING, HOLE = 4, 16  # pixels of the crop's border, and the side of the cut out square
+PADDING = 4  # pixels of the crop's border
 
 
 class Data(NamedTuple):
-    """A data set on the device, a tree of arrays.
+    """A data set.
 
     Attributes:
       train_x: (n, height, width, channels) uint8.
       train_y: (n,) int32.
       test_x: (m, height, width, channels) uint8.
       test_y: (m,) int32.
-      mean: (channels,) float32, of the training images.
-      deviation: (channels,) float32, likewise.
     """
 
     train_x: Any
     train_y: Any
     test_x: Any
     test_y: Any
-    mean: Any
-    deviation: Any
 
 
-def load(
-    name: str, path: Path | None, limit: int = 0, label_noise: float = 0.0
-) -> Data:
+def load(name: str, path: Path | None) -> Data:
     """The data set of that name.
 
     Args:
       name: one of ``NAMES``.
       path: a file or folder; digits need none.
-      limit: how many training images to use, as many of each class; 0 means all.
-      label_noise: share of the training labels to draw anew from all classes.
 
     Returns:
       Arrays in the host's memory.
@@ -76,31 +68,7 @@ def load(
             raise SystemExit(f"{path}: expected uint8 images, and a label for each")
         if len(y) and not 0 <= y.min() <= y.max() < CLASSES[name]:
             raise SystemExit(f"{path}: labels are not those of {name}")
-    if limit:
-        rng, each = np.random.default_rng(0), limit // CLASSES[name]
-        rows = [np.flatnonzero(train_y == c) for c in range(CLASSES[name])]
-        chosen = np.concatenate([rng.permutation(r)[:each] for r in rows])
-        train_x, train_y = train_x[chosen], train_y[chosen]
-    mean, deviation = moments(train_x)
-    train_y = train_y.astype(np.int32)
-    if label_noise:
-        count = round(label_noise * len(train_y))
-        rng = np.random.default_rng(1)
-        train_y = replaced(train_y, count, rng, CLASSES[name])
-    return Data(train_x, train_y, test_x, test_y.astype(np.int32), mean, deviation)
-
-
-def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, without a copy as floats."""
-    values = np.arange(256)
-    means, deviations = [], []
-    for channel in range(images.shape[-1]):
-        counts = np.bincount(images[..., channel].ravel(), minlength=256)
-        mean = counts @ values / counts.sum()
-        variance = counts @ (values - mean) ** 2 / counts.sum()
-        means.append(mean)
-        deviations.append(max(variance, 1e-6) ** 0.5)
-    return np.float32(means), np.float32(deviations)
+    return Data(train_x, train_y.astype(np.int32), test_x, test_y.astype(np.int32))
 
 
 def replaced(
@@ -194,11 +162,6 @@ def _images(rows: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
 
 
-def normalize(data: Data, images: jax.Array) -> jax.Array:
-    """Zero mean and unit variance over the training set, as float32."""
-    return (images.astype(jnp.float32) - data.mean) / data.deviation
-
-
 def crop(key: jax.Array, images: jax.Array, padding: int = PADDING) -> jax.Array:
     """A window of the same size somewhere in each image with a black border."""
     count, height, width, _ = images.shape
@@ -217,41 +180,23 @@ def flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(flipped, images[:, :, ::-1], images)
 
 
-def cutout(key: jax.Array, images: jax.Array, side: int = HOLE) -> jax.Array:
-    """Zeros in a square of each image, whose centre is any pixel."""
-    count, height, width, _ = images.shape
-    keys = jax.random.split(key)
-
-    def inside(key: jax.Array, length: int) -> jax.Array:
-        start = jax.random.randint(key, (count, 1), 0, length) - side // 2
-        place = jnp.arange(length)
-        return (start <= place) & (place < start + side)
-
-    hole = inside(keys[0], height)[:, :, None] & inside(keys[1], width)[:, None, :]
-    return jnp.where(hole[..., None], 0, images)
-
-
-def training_images(
-    key: jax.Array, data: Data, images: jax.Array, augmentation: str
-) -> jax.Array:
+def augmented(key: jax.Array, images: jax.Array, augmentation: str) -> jax.Array:
     """What the model sees of a training batch.
 
     Args:
       key: of this step.
-      data: the data set.
       images: (batch, height, width, channels) uint8.
-      augmentation: names out of crop, flip and cutout, joined by ``+``, or ``none``.
+      augmentation: crop, flip, both joined by ``+``, or ``none``.
 
     Returns:
-      float32 of the same shape.
+      uint8 of the same shape.
     """
     wanted = set(augmentation.split("+")) - {"none"}
-    if unknown := wanted - {"crop", "flip", "cutout"}:
+    if unknown := wanted - {"crop", "flip"}:
         raise ValueError(f"unknown augmentation: {', '.join(sorted(unknown))}")
-    keys = jax.random.split(key, 3)
+    keys = jax.random.split(key)
     if "crop" in wanted:
         images = crop(keys[0], images)
     if "flip" in wanted:
         images = flip(keys[1], images)
-    images = normalize(data, images)
-    return cutout(keys[2], images) if "cutout" in wanted else images
+    return images

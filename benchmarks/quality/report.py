@@ -1,4 +1,4 @@
-"""Tables and the figure of the quality benchmark, from its lines of JSON."""
+"""The tables and the figure of the protocol, from its lines of JSON."""
 
 from __future__ import annotations
 
@@ -7,177 +7,181 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from benchmarks.lib import study, tables
-from benchmarks.lib.study import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
-from benchmarks.quality import presets
+from benchmarks.lib.study import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
+from benchmarks.quality import rows
 
-Row = dict[str, Any]
-TITLES = {
-    "digits": "digits",
-    "fashion-mnist": "Fashion-MNIST",
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "mlp": "MLP",
-    "cnn": "CNN",
-    "vit": "small ViT",
-    "resnet18": "ResNet-18",
-    "wrn28-10": "WideResNet-28-10",
-    "pyramidnet110": "PyramidNet-110",
-    "tiny-resnet": "tiny ResNet",
-}
-# What all runs of a table have in common, beside the data set and the network.
-SHARED = (
-    *("epochs", "batch_size", "learning_rate", "weight_decay", "momentum"),
-    *("smoothing", "augmentation", "label_noise", "limit", "dtype", "device"),
-)
-HEADER = [
-    *("method", "seeds", "test accuracy (%)", "last epochs (%)", "minus SAM"),
-    *("train loss", "ascents", "gradients per step", "AIS", "AIS / SAM's"),
-    *("of what its gradients allow", "published (%)", "published ascents"),
-    "published AIS / SAM's",
-]
-TIMED = "AIS", "AIS / SAM's", "of what its gradients allow", "published AIS / SAM's"
+Line = dict[str, Any]
+SHORT = {"rate": "lr", "decay": "wd", "max_offset_norm": "cap"}
+COLOURS = {"SGD": BLACK, "SGD 2x": BLACK, "SAM": BLUE, "vSAM": PINK, "vSAM .33": RED}
+COLOURS |= {"MSAM": GREEN, "quarter-batch SAM": ORANGE, "SAM-5": SKY}
+REFERENCES = "SGD", "SGD 2x", "SAM"
 
 
-def groups(rows: list[Row]) -> dict[str, dict[str, list[Row]]]:
-    """By what they share, then by method in the order of the presets."""
-    found: dict[str, dict[str, list[Row]]] = {}
-    for row in sorted(rows, key=lambda row: presets.METHODS.index(row["method"])):
-        shared = ", ".join(
-            f"{key.replace('_', ' ')} {row[key]:g}"
-            if isinstance(row[key], float | int)
-            else str(row[key])
-            for key in SHARED
-        )
-        title = f"{TITLES[row['data']]}, {TITLES[row['model']]}: {shared}"
-        found.setdefault(title, {}).setdefault(name(row, rows), []).append(row)
-    return found
+class Found:
+    """What a file holds of one task: its settings, and the tested lines by row."""
 
-
-def name(row: Row, rows: list[Row]) -> str:
-    """The method, and its hyperparameters where the file has several choices."""
-    alike = [r for r in rows if all(r[k] == row[k] for k in ("method", *SHARED))]
-    alike = [r for r in alike if (r["data"], r["model"]) == (row["data"], row["model"])]
-    if all(r["hyperparameters"] == row["hyperparameters"] for r in alike):
-        return row["method"]
-    values = ", ".join(f"{k} {v:g}" for k, v in row["hyperparameters"].items())
-    return f"{row['method']} ({values})"
-
-
-def paired(rows: list[Row], others: list[Row]) -> list[float]:
-    """Differences of accuracy between runs with equal seeds."""
-    by_seed = {row["seed"]: row["accuracy"] for row in others}
-    return [
-        row["accuracy"] - by_seed[row["seed"]] for row in rows if row["seed"] in by_seed
-    ]
-
-
-def median(rows: list[Row], key: str) -> float | None:
-    """Over the runs that have it."""
-    values = [row[key] for row in rows if row[key] is not None]
-    return float(np.median(values)) if values else None
-
-
-def markdown(rows: list[Row], times: bool = True) -> dict[str, str]:
-    """A table for each setting, by what its runs share."""
-    return {title: table(family, times) for title, family in groups(rows).items()}
-
-
-def table(family: dict[str, list[Row]], times: bool = True) -> str:
-    """The runs of one setting, with what was published beside them.
-
-    Args:
-      family: runs by method.
-      times: whether the columns that were timed are shown, next to what was counted.
-    """
-    first = next(iter(family.values()))[0]
-    published = presets.published(first["data"], first["model"])
-    sam, sgd = family.get("SAM"), family.get("SGD")
-    lines = []
-    for label, rows in family.items():
-        method = rows[0]["method"]
-        steps, ascents = rows[0]["steps"], median(rows, "ascents") or 0
-        losses = [row["train_loss"] for row in rows if row["train_loss"] is not None]
-        cost = float(np.mean([row["gradients_per_step"] for row in rows]))
-        ais, of_sam, allowed = median(rows, "ais"), "", ""
-        if ais and sam and median(sam, "ais"):
-            of_sam = f"{100 * ais / median(sam, 'ais'):.0f} %"
-        if ais and sgd and median(sgd, "ais"):
-            allowed = f"{100 * ais * cost / median(sgd, 'ais'):.0f} %"
-        difference = paired(rows, sam) if sam and rows is not sam else []
-        share = f"{ascents:.0f} ({100 * ascents / steps:.0f} %)" if ascents else ""
-        cells = [
-            *(
-                label,
-                str(len(rows)),
-                tables.with_error([row["accuracy"] for row in rows]),
-            ),
-            tables.with_error([row["accuracy_last_epochs"] for row in rows]),
-            tables.with_error(difference, "+") if difference else "",
-            f"{np.mean(losses):.3f}" if len(losses) == len(rows) else "not finite",
-            *(share, f"{cost:.3f}", f"{ais:,.0f}" if ais else "", of_sam, allowed),
-        ]
-        theirs = published.get(method, [])
-        both = lambda text: "; ".join(filter(None, map(text, theirs)))  # noqa: B023
-        cells.append(
-            both(lambda x: f"{x['accuracy']} ± {x['deviation'] or '?'} ({x['source']})")
-        )
-        count = lambda x: x["ascents"] and f"{x['ascents']}"
-        cells.append(both(count))
-        cells.append(both(lambda x: x["ais_percent"] and f"{x['ais_percent']} %"))
-        lines.append(cells)
-    # Without published figures their columns would be empty.
-    shown = [i for i in range(len(HEADER)) if published or i < len(HEADER) - 3]
-    if not times:
-        shown = [i for i in shown if HEADER[i] not in TIMED]
-    cut = lambda line: [line[i] for i in shown]
-    return tables.table(cut(HEADER), [cut(line) for line in lines])
-
-
-# Each with the shapes.
-COLOURS = BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK
-SHAPES = "o", "s", "^"
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Accuracy against gradients per step, a panel for each setting."""
-    found = groups(rows)
-    figure = Figure(figsize=(5.6 * len(found), 4.8), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    for axes, family in zip(panels, found.values(), strict=True):
-        first = next(iter(family.values()))[0]
-        axes.set_title(
-            f"{TITLES[first['data']]}, {TITLES[first['model']]},"
-            f" {first['epochs']} epochs",
-            fontsize=10,
-        )
-        axes.spines[["top", "right"]].set_visible(False)
-        for label, runs in family.items():
-            place = presets.METHODS.index(runs[0]["method"])
-            mean, error = tables.mean_and_error([row["accuracy"] for row in runs])
-            axes.errorbar(
-                np.mean([row["gradients_per_step"] for row in runs]),
-                mean,
-                0 if np.isnan(error) else error,
-                color=COLOURS[place % len(COLOURS)],
-                marker=SHAPES[place // len(COLOURS)],
-                linestyle="",
-                label=label,
-                elinewidth=0.8,
+    def __init__(self, name: str, lines: list[Line]) -> None:
+        """Sorts the lines of the task."""
+        of = [line for line in lines if line["task"] == name]
+        self.settings = next(line["settings"] for line in of if "settings" in line)
+        tested = [line for line in of if line.get("tested")]
+        self.rows = {
+            row: sorted(
+                (line for line in tested if line["row"] == row),
+                key=lambda line: line["seed"],
             )
-        axes.set_xlabel("Gradients per step (a forward pass is a third of one)")
-        axes.set_ylabel("Test accuracy, last epoch (%)")
-    handles = {}  # a panel may lack methods that another one has
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        frameon=False,
-        fontsize=8,
-        ncols=4 * len(found),
-        loc="outside lower center",
-    )
+            for row in rows.ROWS
+        }
+        # A row with a single seed has no interval yet, and is not shown.
+        few = max(1, min(2, len(self.rows["SGD"])))
+        self.rows = {row: x for row, x in self.rows.items() if len(x) >= few}
+
+    def mean(self, row: str, field: str) -> float:
+        """Over the seeds."""
+        return float(np.mean([line[field] for line in self.rows[row]]))
+
+    def gradients(self, row: str) -> float:
+        """Of a run, where one of SGD is 1."""
+        return self.mean(row, "gradients") / self.mean("SGD", "gradients")
+
+    def minus(self, row: str, other: str) -> tuple[float, float] | None:
+        """The mean difference in accuracy over equal seeds, and its interval's half."""
+        if row == other or other not in self.rows or row not in self.rows:
+            return None
+        first, second = (
+            {line["seed"]: line["accuracy"] for line in self.rows[name]}
+            for name in (row, other)
+        )
+        return interval([first[s] - second[s] for s in first.keys() & second.keys()])
+
+
+def interval(differences: Any) -> tuple[float, float]:
+    """The mean, and half of its 95 % interval (Student's t)."""
+    mean, error = tables.mean_and_error(differences)
+    return mean, float(stats.t.ppf(0.975, max(len(differences) - 1, 1)) * error)
+
+
+def found(lines: list[Line]) -> dict[str, Found]:
+    """The tasks of a file that have tested runs of SGD."""
+    names = {line["task"]: None for line in lines}
+    tasks = {name: Found(name, lines) for name in names}
+    return {name: task for name, task in tasks.items() if "SGD" in task.rows}
+
+
+def signed(difference: tuple[float, float] | None) -> str:
+    """A difference and half of its interval."""
+    return "" if difference is None else tables.signed(*difference)
+
+
+def setting(line: Line) -> str:
+    """The chosen values, the method's own first."""
+    values = [f"{SHORT.get(k, k)} {v:g}" for k, v in line["values"].items()]
+    if "stop" in line:
+        values.append(f"{line['stop']} epochs")
+    return ", ".join(values)
+
+
+def table(task: Found) -> str:
+    """All rows of a task."""
+    header = ["row", "chosen setting", "gradients / SGD", "CPU time / SGD"]
+    header += ["test accuracy (%)", *(f"minus {name}" for name in REFERENCES)]
+    lines = []
+    for row, made in task.rows.items():
+        note = rows.ROWS[row].what
+        if len(made) < len(task.rows["SGD"]):
+            note = f"{len(made)} seeds"
+        time = task.mean(row, "cpu_seconds") / task.mean("SGD", "cpu_seconds")
+        cells = [row + f" ({note})" * bool(note), setting(made[0])]
+        cells += [f"{task.gradients(row):.2f}", f"{time:.2f}"]
+        cells.append(f"{task.mean(row, 'accuracy'):.2f}")
+        cells += [signed(task.minus(row, other)) for other in REFERENCES]
+        lines.append(cells)
+    return tables.table(header, lines)
+
+
+def headline(tasks: dict[str, Found]) -> str:
+    """What SAM and the cheapest rows gain over tuned SGD, task by task."""
+    pairs = {
+        "SAM minus SGD": ("SAM", "SGD"),
+        "SAM minus SGD 2x, equal compute": ("SAM", "SGD 2x"),
+        "SAM minus SGD, early": ("SAM", "SGD, early"),
+        "MSAM minus SGD, equal compute": ("MSAM", "SGD"),
+    }
+    made = [
+        [task.settings["title"], f"{len(task.rows['SGD'])}"]
+        + [signed(task.minus(*pair)) or "not yet run" for pair in pairs.values()]
+        for task in tasks.values()
+    ]
+    return tables.table(["task", "seeds", *pairs], made)
+
+
+def control(tasks: dict[str, Found]) -> str:
+    """Whether vSAM's control is worth anything, at a cost of at most 1.45."""
+    capped = "vSAM .33 to .4"
+    header = ["task", "row", "gradients / SGD", "minus SAM", f"{capped} minus this row"]
+    names = "vSAM", "vSAM .33", capped, "SAM-3, reuse", "SAM-3", "quarter-batch SAM"
+    made = [
+        [task.settings["title"], name, f"{task.gradients(name):.2f}"]
+        + [signed(task.minus(name, "SAM")), signed(task.minus(capped, name))]
+        for task in tasks.values()
+        for name in names
+        if name in task.rows and capped in task.rows
+    ]
+    return tables.table(header, made)
+
+
+def markdown(lines: list[Line]) -> dict[str, str]:
+    """The tables of docs/results/protocol.md, by name."""
+    tasks = found(lines)
+    made = {name: table(task) for name, task in tasks.items()}
+    return {"headline": headline(tasks), "vsam": control(tasks), **made}
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Accuracy against gradients: a dot a seed, a bar and a label at the mean."""
+    tasks = found(lines)
+    figure = Figure(figsize=(6.4, 4.2 * len(tasks)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
+    for axes, task in zip(panels, tasks.values(), strict=True):
+        axes.set_title(task.settings["title"], fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        labels = []
+        for row, made in task.rows.items():
+            colour, x = COLOURS.get(row, GREY), task.gradients(row)
+            accuracies = [line["accuracy"] for line in made]
+            style: Any = {"color": colour, "alpha": 0.45, "linewidths": 0}
+            axes.scatter([x] * len(made), accuracies, s=12, **style)
+            mean = float(np.mean(accuracies))
+            axes.plot([x - 0.015, x + 0.015], [mean, mean], color=colour, linewidth=2)
+            labels.append((x, mean, row, colour))
+        # The scale is that of most rows: one that is far below stands at the edge.
+        means = np.array([label[1] for label in labels])
+        dots = [line["accuracy"] for made in task.rows.values() for line in made]
+        low = max(np.min(dots), np.median(means) - 3 * np.std(means))
+        high = np.max(dots)
+        axes.set_ylim(low - 0.03 * (high - low), high + 0.05 * (high - low))
+        _label(axes, labels, low, high)
+        left = min(label[0] for label in labels)
+        axes.set_xlim(left - 0.07, 2.75)
+        axes.set_xlabel("Gradients computed, of those of SGD", fontsize=8)
+        axes.set_ylabel("Test accuracy (%)", fontsize=8)
+        axes.tick_params(labelsize=8)
     study.save(figure, path)
+
+
+def _label(axes: Any, labels: list[Any], low: float, high: float) -> None:
+    """Names beside the means, moved apart where they are near each other."""
+    apart, placed = 0.03 * (high - low), []
+    for x, mean, row, colour in sorted(labels, key=lambda label: label[1]):
+        y = max(mean, low)
+        near = [b for a, b in placed if abs(a - x) < 0.22]
+        while any(abs(y - b) < apart for b in near):
+            y += apart / 4
+        placed.append((x, y))
+        name = row if mean >= low else f"{row} ({mean:.1f}, below)"
+        axes.plot([x + 0.015, x + 0.035], [max(mean, low), y], color=colour, lw=0.5)
+        given: Any = {"fontsize": 6.5, "color": colour, "va": "center"}
+        axes.text(x + 0.04, y, name, **given)

@@ -1,219 +1,355 @@
-"""One training of the quality benchmark, from its start or from a checkpoint."""
+"""One training of the protocol: a row's step, its epochs, and what comes of a run."""
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
+import functools
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 import optax_sam
-from benchmarks.lib import datasets
-from benchmarks.quality import presets
-from benchmarks.quality.checkpoints import Epoch, brief, restore, save
-from benchmarks.quality.step import (
-    EVALUATION_BATCH,
-    State,
-    Steps,
-    evaluator,
-    initializer,
-)
+import optax_sam.linen
+from benchmarks.lib import datasets, networks
+from benchmarks.quality import rows
+from benchmarks.quality.tasks import Source, Split
 
-LAST = 5  # epochs over which the second accuracy is a mean
 STATISTICS_BATCHES = 50  # that estimate BatchNorm's statistics anew
-CHUNK = 10  # steps between two moves of the progress bar
+CURVE = 20  # looks at the held-out images during a run of SGD's search
+JUDGED = 1000  # examples at once
+TEMPERATURE = 5.0  # of SAF's and MESA's term, as their code has it
 
 
-class Trainer(Steps):
-    """A compiled training, for any seed.
+class OutOfTime(Exception):
+    """The process has to end; what was trained so far is saved."""
 
-    Args:
-      recipe: how to train.
-      method: one of ``presets.METHODS``.
-      values: its hyperparameters.
-      data: the data set, on the device.
-      scan: whether an epoch is one program.
-      evaluate_every: epochs; the last ``LAST`` are evaluated in any case.
+
+class State(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+      params: the parameters, float32.
+      model_state: BatchNorm's statistics, or nothing.
+      opt_state: of the optimizer.
+      averaged: MESA's average of ``model_state``; nothing for other methods.
+      loss: sum over the steps of this epoch.
     """
 
-    def __init__(
-        self,
-        recipe: presets.Recipe,
-        method: str,
-        values: dict[str, float],
-        data: datasets.Data,
-        scan: bool,
-        evaluate_every: int = 1,
-    ) -> None:
-        """Compiles nothing yet."""
-        super().__init__(recipe, method, values, data)
-        self.scan, self.evaluate_every = scan, evaluate_every
-        self.shuffled = jax.jit(self.order)
-        if scan:
-            self.whole_epoch = jax.jit(self.scanned, donate_argnums=0)
-        elif self.built.ascends:
-            self.step = optax_sam.dispatch(self.train_step, donate_argnums=0)
-        else:
-            self.step = jax.jit(self.train_step, donate_argnums=0)
-        self.statistics = jax.jit(self.new_statistics)
-        self.correct = evaluator(self.model)
-        self.eval_params = jax.jit(optax_sam.msam_eval_params)
+    params: Any
+    model_state: Any
+    opt_state: Any
+    averaged: Any
+    loss: jax.Array
 
-    def start(self, seed: int) -> State:
-        """The state before the first step."""
-        images = datasets.normalize(self.data, self.data.train_x[:1])
-        variables = dict(initializer(self.model)(jax.random.key(seed), images))
+
+class Batch(NamedTuple):
+    """What a step trains on: images, labels, places in the training set."""
+
+    images: jax.Array
+    labels: jax.Array
+    rows: jax.Array
+
+
+class Result(NamedTuple):
+    """What a run is judged by.
+
+    Attributes:
+      accuracy: after the last epoch, in percent, on what judged the run.
+      loss: mean over the last epoch's steps, of the training batches.
+      gradients: computed in the whole run, in gradients of a batch.
+      seconds: on the clock, of the steps alone.
+      cpu_seconds: of the processor, likewise.
+      curve: accuracies after each twentieth of the epochs, if they were asked for.
+    """
+
+    accuracy: float
+    loss: float | None
+    gradients: float
+    seconds: float
+    cpu_seconds: float
+    curve: list[float] | None
+
+
+class Training:
+    """A row of a task, compiled once for all settings and seeds.
+
+    Args:
+      source: the images.
+      name: of the row.
+    """
+
+    def __init__(self, source: Source, name: str) -> None:
+        """Compiles nothing yet."""
+        self.source, self.task, self.name = source, source.task, name
+        self.row = rows.ROWS[name]
+        self.epochs = self.task.epochs * self.row.length
+        network = networks.NETWORKS[self.task.network]
+        self.model = network(classes=source.classes, dtype=jnp.dtype(self.task.dtype))
+        on_cpu = jax.default_backend() == "cpu"
+        # A CPU's convolutions are slow in loops and conditionals.
+        self.looped = not (on_cpu and self.task.network in networks.CONVOLUTIONAL)
+        self.cold = True
+        self.begin = jax.jit(self._begin)
+        self.estimate = jax.jit(self._estimate)
+        self.right = jax.jit(self._right)
+
+    def optimizer(self, values: Any, steps: int, examples: int, key: Any) -> Any:
+        """The whole optimizer, for these values and this length."""
+        task, rate = self.task, rows.cosine(values["rate"], steps)
+        setting = rows.Setting(
+            *(rate, steps, task.batch_size, examples),
+            *(self.source.classes, key, not self.looped),
+        )
+        return rows.optimizer(self.row, values, setting)
+
+    def _begin(self, values: Any, split: Split, key: Any) -> State:
+        images = self.scaled(split.x[:1])
+        variables = dict(self.model.init(jax.random.wrap_key_data(key), images, False))
         params = variables.pop("params")
-        averaged = {}
-        if self.method == "MESA":
-            # From the first weights' own: the average forgets what it starts with too
-            # slowly to start with zeros and ones.
-            averaged = self.estimated(params, variables, seed)
-        opt_state = self.build(seed).tx.init(params)
-        # Buffers of their own, for each is donated.
-        return jax.tree.map(
-            jnp.array,
-            State(params, variables, opt_state, averaged, jnp.zeros(())),
+        steps = len(split.y) // self.task.batch_size * self.epochs
+        tx = self.optimizer(values, steps, len(split.y), key)
+        return State(params, variables, tx.init(params), {}, jnp.zeros(()))
+
+    @functools.cached_property
+    def advance(self) -> Callable[..., State]:
+        """Takes an epoch's steps."""
+        if self.looped:
+
+            def whole(state: State, values: Any, split: Split, *now: Any) -> State:
+                order, key, epoch = now
+                body = lambda state, i: (
+                    self.step(state, values, split, order[i], key, epoch, i),
+                    None,
+                )
+                return jax.lax.scan(body, state, jnp.arange(len(order)))[0]
+
+            return jax.jit(whole)
+        jitted: Any = (optax_sam.dispatch if self.row.ascends else jax.jit)(self.step)
+
+        def stepped(state: State, values: Any, split: Split, *now: Any) -> State:
+            order, key, epoch = now
+            for i, chosen in enumerate(order):
+                state = jitted(state, values, split, chosen, key, epoch, np.int32(i))
+            return state
+
+        return stepped
+
+    def scaled(self, images: jax.Array) -> jax.Array:
+        """From 0 to 1."""
+        largest = 16 if self.task.data == "digits" else 255
+        return images.astype(jnp.float32) / largest
+
+    def batch(self, split: Split, chosen: Any, key: Any) -> Batch:
+        """The examples in these places, augmented."""
+        images = datasets.augmented(key, split.x[chosen], self.task.augmentation)
+        return Batch(self.scaled(images), split.y[chosen], chosen)
+
+    def penalty(
+        self, state: State, values: Any, logits: Any, batch: Batch, epoch: Any
+    ) -> Any:
+        """What SAF and MESA add to the loss."""
+        if "coefficient" not in values:
+            return 0.0
+        given: Any = {"temperature": TEMPERATURE, "coefficient": values["coefficient"]}
+        if self.name == "SAF":
+            past, known = optax_sam.saf_past_logits(state.opt_state, batch.rows)
+            return optax_sam.trajectory_loss(logits, past, where=known, **given)
+        average = optax_sam.mesa_params(state.opt_state)
+        variables = {"params": average, **state.averaged}
+        past = self.model.apply(variables, batch.images, train=False)
+        began = epoch > min(5, round(0.3 * self.epochs))
+        given["coefficient"] = jnp.where(began, given["coefficient"], 0.0)
+        return optax_sam.trajectory_loss(logits, past, **given)
+
+    def step(
+        self,
+        state: State,
+        values: Any,
+        split: Split,
+        chosen: Any,
+        key: Any,
+        epoch: Any,
+        i: Any,
+        ascend: bool | None = None,
+    ) -> State:
+        """One step: the same code for all rows, in a scan and out of one."""
+        per_epoch = len(split.y) // self.task.batch_size
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(key), epoch)
+        batch = self.batch(split, chosen, jax.random.fold_in(step_key, i))
+        tx = self.optimizer(values, per_epoch * self.epochs, len(split.y), key)
+
+        def forward(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
+            variables = {"params": params, **state.model_state}
+            logits, model_state = self.model.apply(
+                variables, batch.images, train=True, mutable=list(state.model_state)
+            )
+            return networks.losses(logits, batch.labels), logits, model_state
+
+        def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+            losses, logits, model_state = forward(params, batch)
+            loss = losses.mean() + self.penalty(state, values, logits, batch, epoch)
+            return loss, (losses, logits, model_state)
+
+        def per_example_loss_fn(params: Any, indices: Any = None) -> jax.Array:
+            some = batch
+            if indices is not None:
+                some = jax.tree.map(lambda x: x[indices], batch)
+            return forward(params, some)[0]
+
+        value_and_grad = optax_sam.linen.value_and_grad(loss_fn, has_aux=True)
+        first = optax_sam.ascent_batch(batch, self.row.divisor)
+        (_, aux), grads, grad_fn = value_and_grad(state.params, first)
+        if self.row.divisor > 1:
+            grad_fn = lambda params: jax.grad(loss_fn, has_aux=True)(params, batch)[0]
+        losses, logits, model_state = aux
+        extra: dict[str, Any] = {"logits": logits, "indices": batch.rows}
+        extra |= {"grad_fn": grad_fn, "per_example_loss_fn": per_example_loss_fn}
+        if self.name == "ESAM":
+            extra["per_example_losses"] = losses
+        if ascend is not None:
+            extra["ascend"] = ascend
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
+        averaged = state.averaged
+        if self.row.base == "mesa" and model_state:
+            kept = rows.averaged(per_epoch * self.epochs)
+            averaged = optax.incremental_update(model_state, averaged, 1 - kept)
+        return State(
+            optax.apply_updates(state.params, updates),
+            dict(model_state),
+            opt_state,
+            averaged,
+            state.loss + losses.mean(),
         )
 
-    def epoch(
-        self, state: State, key: jax.Array, epoch: int, tick: Callable[[int], None]
-    ) -> State:
-        """An epoch; it ends when the device has done it."""
-        state = state._replace(loss=jnp.zeros(()))
-        number = jnp.int32(epoch)
-        if self.scan:
-            state = self.whole_epoch(state, self.data, key, number)
-            jax.block_until_ready(state)
-            tick(self.steps)
-            return state
-        order = self.shuffled(key, number)
-        for i in range(self.steps):
-            state = self.step(state, self.data, order, jnp.int32(i), key, number)
-            if (i + 1) % CHUNK == 0:
-                jax.block_until_ready(state.loss)
-                tick(CHUNK)
-        jax.block_until_ready(state)
-        tick(self.steps % CHUNK)
-        return state
+    def order(self, seed: int, epoch: int, examples: int) -> np.ndarray:
+        """Which examples make which batch of an epoch: (steps, batch size)."""
+        size = self.task.batch_size
+        drawn = np.random.default_rng([seed, epoch]).permutation(examples)
+        return drawn[: len(drawn) // size * size].reshape(-1, size).astype(np.int32)
 
-    def estimated(self, params: Any, model_state: Any, seed: int) -> Any:
+    def _estimate(self, params: Any, model_state: Any, batch: Batch) -> Any:
+        """BatchNorm's statistics after one more batch."""
+        found = self.model.apply(
+            {"params": params, **model_state},
+            batch.images,
+            train=True,
+            mutable=list(model_state),
+        )
+        return dict(found[1])
+
+    def estimated(self, params: Any, model_state: Any, split: Split, seed: int) -> Any:
         """BatchNorm's statistics at these parameters, from forward passes alone."""
         if not model_state:
             return model_state
-        key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
-        order = self.shuffled(key, 0)
+        order = self.order(seed, self.epochs, len(split.y))
         for i in range(STATISTICS_BATCHES):
-            rows, batch_key = order[i % self.steps], jax.random.fold_in(key, i)
-            args = self.data, rows, batch_key
-            model_state = self.statistics(params, model_state, *args)
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            batch = self.batch(split, order[i % len(order)], key)
+            model_state = self.estimate(params, model_state, batch)
         return model_state
 
-    def accuracy(self, state: State, seed: int) -> float:
-        """On the test set, in percent.
+    def _right(self, params: Any, model_state: Any, images: Any, labels: Any) -> Any:
+        variables = {"params": params, **model_state}
+        logits = self.model.apply(variables, self.scaled(images), train=False)
+        return jnp.sum(logits.argmax(-1) == labels)
+
+    def judged(self, state: State, split: Split, seed: int) -> float:
+        """The accuracy in percent.
 
         MSAM is judged at the weights without its perturbation, where BatchNorm's
-        statistics are first estimated anew, as the authors do after training.
+        statistics are estimated anew, as the authors do after training.
         """
         params, model_state = state.params, state.model_state
-        if self.method == "MSAM":
-            params = self.eval_params(state.opt_state, params)
-            model_state = self.estimated(params, model_state, seed)
-        total = len(self.data.test_y)
+        if self.row.base == "msam":
+            params = optax_sam.msam_eval_params(state.opt_state, params)
+            model_state = self.estimated(params, model_state, split, seed)
+        total = len(split.judge_y)
         counts = [
-            self.correct(params, model_state, self.data, jnp.int32(start))
-            for start in range(0, total, EVALUATION_BATCH)
+            self.right(params, model_state, split.judge_x[part], split.judge_y[part])
+            for part in (slice(i, i + JUDGED) for i in range(0, total, JUDGED))
         ]
         return 100 * sum(map(int, counts)) / total
 
     def run(
         self,
+        values: dict[str, float],
         seed: int,
-        folder: Path,
-        stop: Callable[[float], bool] = lambda seconds: False,
-        tick: Callable[[int], None] = lambda steps: None,
-        say: Callable[[int, Epoch], None] = lambda number, epoch: None,
-    ) -> dict[str, Any] | None:
-        """Trains, or goes on with a training that was stopped.
+        *,
+        tested: bool,
+        stop: int | None = None,
+        late: Callable[[], bool] = lambda: False,
+        saved: Path | None = None,
+    ) -> Result:
+        """Trains, or goes on with a training that ran out of time.
 
         Args:
-          seed: of weights, batches, augmentation and of what the method draws.
-          folder: for the checkpoint, if the training is stopped.
-          stop: asked after each epoch, with the seconds that it took.
-          tick: told how many steps were done.
-          say: told the number of an epoch and what came of it.
+          values: of the row.
+          seed: of images, weights, batches, augmentation and of what the method draws.
+          tested: whether the test set judges, or the held-out images.
+          stop: the epoch after which it ends, before the schedule does.
+          late: asked after each epoch whether the process has to end.
+          saved: where a training is kept that has to end.
 
-        Returns:
-          The results, or ``None`` if stopped.
+        Raises:
+          OutOfTime: if it has to end.
         """
-        state, history = self.start(seed), []
-        if (folder / "run.json").exists():
-            state, history = restore(folder, state)
-            tick(len(history) * self.steps)
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        epochs = self.recipe.epochs
-        for number in range(len(history) + 1, epochs + 1):
-            traces, begin = self.traces, time.perf_counter()
-            state = self.epoch(state, key, number - 1, tick)
-            seconds = time.perf_counter() - begin
-            due = number % self.evaluate_every == 0 or number > epochs - LAST
-            history.append(
-                Epoch(
-                    seconds,
-                    traces != self.traces,
-                    float(state.loss) / self.steps,
-                    self.accuracy(state, seed) if due else None,
-                )
-            )
-            say(number, history[-1])
-            took = time.perf_counter() - begin
-            if number < epochs and stop(took):
-                save(folder, state, history)
-                return None
-        shutil.rmtree(folder, ignore_errors=True)
-        return self.results(state, history)
+        split = self.source.split(seed, tested)
+        key = rows.key(seed)
+        traced = {name: jnp.float32(value) for name, value in values.items()}
+        state, done, times, curve = self.begin(traced, split, key), 0, [], []
+        if self.row.base == "mesa" and state.model_state:
+            start = self.estimated(state.params, state.model_state, split, seed)
+            state = state._replace(averaged=start)
+        if saved and saved.exists():
+            leaves, done, times, curve = pickle.loads(saved.read_bytes())
+            structure = jax.tree.structure(state)
+            state = jax.tree.unflatten(structure, map(jnp.asarray, leaves))
+        watched = not tested and self.name == "SGD"
+        for epoch in range(done, stop or self.epochs):
+            order = self.order(seed, epoch, len(split.y))
+            begun = time.perf_counter(), time.process_time()
+            state = state._replace(loss=jnp.zeros(()))
+            now = order, key, np.int32(epoch)
+            state = jax.block_until_ready(self.advance(state, traced, split, *now))
+            took = time.perf_counter() - begun[0], time.process_time() - begun[1]
+            # The first epoch of a process compiles; another one's time stands for it.
+            times.append(None if self.cold else took)
+            self.cold = False
+            if watched and (epoch + 1) % max(1, self.epochs // CURVE) == 0:
+                curve.append(self.judged(state, split, seed))
+            if saved and epoch + 1 < (stop or self.epochs) and late():
+                saved.parent.mkdir(parents=True, exist_ok=True)
+                leaves = jax.tree.leaves(jax.device_get(state))
+                saved.write_bytes(pickle.dumps((leaves, epoch + 1, times, curve)))
+                raise OutOfTime
+        if saved:
+            saved.unlink(missing_ok=True)
+        warm = [pair for pair in times if pair] or [took]
+        mean = lambda taken: sum(taken) / len(warm) * len(times)
+        clock, processor = map(mean, zip(*warm, strict=True))
+        steps = len(order) * len(times)
+        loss = float(state.loss) / len(order)
+        return Result(
+            round(self.judged(state, split, seed), 4),
+            round(loss, 5) if np.isfinite(loss) else None,
+            round(self.gradients(state, steps), 2),
+            round(clock, 3),
+            round(processor, 3),
+            [round(x, 4) for x in curve] or None,
+        )
 
-    def results(self, state: State, history: list[Epoch]) -> dict[str, Any]:
-        """What a run is judged by."""
-        built, steps = self.built, self.steps * self.recipe.epochs
-        ascents = 0
-        if built.ascends:
-            ascents = int(optax_sam.metrics(state.opt_state)["ascents"])
-        cost = built.cost.mean(ascents / steps)
-        accuracies = [epoch.accuracy for epoch in history]
-        warm = [epoch.seconds for epoch in history if not epoch.cold]
-        images = self.steps * self.recipe.batch_size
-        speeds = sorted(images / seconds for seconds in warm)
-        middle = len(speeds) // 2
-        median = (speeds[middle] + speeds[-middle - 1]) / 2 if speeds else None
-        return {
-            "accuracy": accuracies[-1],
-            "accuracy_last_epochs": sum(accuracies[-LAST:]) / len(accuracies[-LAST:]),
-            "train_loss": brief(history[-1].loss),
-            "ascents": ascents,
-            "steps": steps,
-            "gradients_per_step": cost,
-            "images_per_second": median,
-            # Mean instead of median: what ascends more at times is slower then.
-            "ais": images * len(warm) / sum(warm) if warm else None,
-            "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-            "history": {
-                name: [brief(getattr(epoch, name)) for epoch in history]
-                for name in Epoch._fields
-            },
-        }
-
-
-def settings(trainer: Trainer, seed: int) -> dict[str, Any]:
-    """All that decides what a training does, apart from the machine."""
-    return {
-        "method": trainer.method,
-        "seed": seed,
-        "hyperparameters": trainer.values,
-        **dataclasses.asdict(trainer.recipe),
-    }
+    def gradients(self, state: State, steps: int) -> float:
+        """How many were computed, in gradients of a batch."""
+        fixed = dict.fromkeys({"rate", "decay", *self.row.start}, 0.1)
+        tx = self.optimizer(fixed, steps, self.source.images, rows.key(0))
+        price = rows.cost(self.row, tx, self.task.batch_size, self.name)
+        share = 1.0
+        if price.skipped is not None:
+            share = int(optax_sam.metrics(state.opt_state)["ascents"]) / steps
+        return float(price.mean(share)) * steps

@@ -29,9 +29,8 @@ import lsq_digits as example
 from lsq_layers import Network, not_steps
 
 import optax_sam
-from benchmarks.lib import costs, study
+from benchmarks.lib import costs, published, study
 from benchmarks.lib.tables import table
-from benchmarks.quality import presets
 
 
 class Method(NamedTuple):
@@ -131,8 +130,8 @@ def comparison(rows: dict[str, Any], beside: dict[str, dict[str, Any]]) -> str:
         cells += [f"{np.sum(gain > 0)} of {seeds}" if compared else ""]
         cells += [f"{np.mean(row['gradients_per_step']):.2f}"]
         cells += [f"{np.mean(row[k]):.2f}" if k in row else "" for k in STEPS]
-        for published in beside.values():
-            cells += quoted(published, name)
+        for known in beside.values():
+            cells += quoted(known, name)
         lines.append(cells)
     for name in next(iter(beside.values()), {}):
         if name not in rows:
@@ -156,12 +155,12 @@ def markdown(results: dict[str, Any]) -> dict[str, str]:
         bits, method = name.split(", ")
         by_bits.setdefault(bits, {})[method] = row
     networks = {"ResNet-18": "resnet18", "MobileNets": "mobilenets"}
-    published = {
-        title: presets.published("cifar10-w4a4", name)
+    known = {
+        title: published.figures("cifar10-w4a4", name)
         for title, name in networks.items()
     }
     return {
-        bits: comparison(rows, published if bits == "4 bits" else {})
+        bits: comparison(rows, known if bits == "4 bits" else {})
         for bits, rows in by_bits.items()
     }
 

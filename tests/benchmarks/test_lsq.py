@@ -200,6 +200,6 @@ def test_the_example_prints_a_table(tmp_path):
     assert max(map(len, lines)) <= 80
     table = printed.boxed_table(output)
     assert list(table) == ["SGD", "vSAM"]
-    assert all(50 < accuracy <= 100 for accuracy, _ in table.values())
-    assert table["SGD"][1] == 1 < table["vSAM"][1] < 2
+    assert all(50 < float(accuracy) <= 100 for accuracy, _ in table.values())
+    assert float(table["SGD"][1]) == 1 < float(table["vSAM"][1]) < 2
     assert "of 1 seeds" in lines[-1]

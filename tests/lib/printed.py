@@ -25,9 +25,9 @@ def script(folder, path, *arguments, **env):
 
 
 def boxed_table(text):
-    """The numbers of each row of a table that is drawn with lines, by its name."""
+    """The cells of each row of a table that is drawn with lines, by its name."""
     rows = [x.strip("│ ").split("│") for x in text.splitlines() if x.startswith("│")]
-    return {name.strip(): [float(x) for x in numbers] for name, *numbers in rows}
+    return {name.strip(): [x.strip() for x in cells] for name, *cells in rows}
 
 
 def markdown_table(text):

@@ -7,10 +7,12 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import optax_sam
 from optax_sam import ascent_batch
 
 
@@ -84,3 +86,24 @@ def test_nothing_is_sent_between_devices(axes):
     for leaf in jax.tree.leaves(found):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         assert {x.data.shape[0] for x in leaf.addressable_shards} == {8 // divisor}
+
+
+def test_the_steps_of_the_page_run():
+    blocks = harness.code("ascent_batch.md")
+    batch = jnp.arange(8.0), jnp.ones(8)
+    seen = []
+
+    def loss_fn(w, x, y):
+        seen.append(len(x))
+        return jnp.mean((w - x * y) ** 2)
+
+    for code in blocks:
+        names = {"jax": jax, "optax": optax, "optax_sam": optax_sam, "loss_fn": loss_fn}
+        exec(code, names)
+        params = jnp.zeros(())
+        opt_state = names["tx"].init(params)
+        for _ in range(20):
+            params, opt_state = names["train_step"](params, opt_state, batch)
+        assert abs(params) > 1
+    # Compiled once with a quarter and all of it, and for dispatch with all of it alone.
+    assert seen == [2, 8, 2, 8, 8]

@@ -182,6 +182,22 @@ def test_digits_label_noise_prints_a_table(tmp_path: Path) -> None:
     assert max(map(len, output.splitlines())) <= 80
     table = printed.boxed_table(output)
     # vSAM warms up in these 44 steps.
-    gradients = {"SGD": 1, "SAM": 2, "vSAM": 2, "MSAM": 1}
-    assert {name: cells[-1] for name, cells in table.items()} == gradients
-    assert all(10 < last <= best <= 100 for best, last, _ in table.values())
+    gradients = {"SGD": 1, "SGD 2x": 2, "SAM": 2, "vSAM": 2, "MSAM": 1}
+    gradients |= {"quarter-batch SAM": 1.25}
+    assert {name: float(cells[-1]) for name, cells in table.items()} == gradients
+    assert all(10 < float(cell.split()[0]) <= 100 for cell, _ in table.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sam", "vsam"])
+def test_rho_is_tuned_by_held_out_images(tmp_path: Path, method: str) -> None:
+    output = run(tmp_path, "tune_rho.py", "--quick", "--method", method, COLUMNS="80")
+    rows = printed.boxed_table(output)
+    means = {float(rho): float(mean) for rho, (mean, *_) in rows.items()}
+    assert len(means) == 9
+    chosen, tested = re.search(
+        r"rho ([\d.]+), test accuracy ([\d.]+) %", output
+    ).groups()
+    assert means[float(chosen)] == max(means.values())
+    assert float(tested) > 50
+    assert re.search(r"18 trainings, .* s, one after the other [\d.]+ s", output)

@@ -1,0 +1,220 @@
+"""The rows of the protocol: each method with what is tuned of it.
+
+A row's values are numbers: the learning rate (``rate``), the weight decay (``decay``)
+and the method's own. All of them are tuned, and they may be traced, so that one program
+serves all settings. What is no number to trace (a period, a window) is fixed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_sam
+from benchmarks.lib import costs
+from optax_sam import ascent, blend, when
+
+Values = dict[str, Any]
+WINDOW = 30  # of vSAM: the tasks have too few steps for its default of 50
+PUBLISHED_STEPS = 391 * 200  # of the papers' trainings on CIFAR
+
+
+class Setting(NamedTuple):
+    """What a method is made of beside its values.
+
+    Attributes:
+      rate: the schedule of the learning rate.
+      steps: of the whole training.
+      batch_size: examples of a step.
+      examples: of the training set.
+      classes: number of logits.
+      key: of what the method draws.
+      ahead: whether a step's kind must be known before it, see ``optax_sam.dispatch``.
+    """
+
+    rate: Callable[[Any], Any]
+    steps: int
+    batch_size: int
+    examples: int
+    classes: int
+    key: Any
+    ahead: bool
+
+
+class Row(NamedTuple):
+    """A method, and where its search starts.
+
+    Attributes:
+      member: makes what stands before weight decay and SGD from values and setting;
+        ``None`` for SGD.
+      start: the method's own values at the start of the search.
+      base: what follows, ``sgd``, ``adamw``, or a method that wraps SGD.
+      length: epochs, relative to the task's.
+      divisor: the incoming gradient is that of one example in so many.
+      forwards: forward passes of the training step beside those of the optimizer.
+      early: whether it is SGD's search again, with its best epoch chosen too.
+      what: a line for the page.
+    """
+
+    member: Callable[[Values, Setting], Any] | None = None
+    start: dict[str, float] = {}
+    base: str = "sgd"
+    length: int = 1
+    divisor: int = 1
+    forwards: int = 0
+    early: bool = False
+    what: str = ""
+
+    @property
+    def ascends(self) -> bool:
+        """Whether it perturbs the weights for a second gradient."""
+        return self.member not in (None, _saf)
+
+
+def _every(k: int) -> Callable[[Values, Setting], Any]:
+    return lambda v, s: optax_sam.sam(v["rho"], when=when.every_k(k))
+
+
+def _vsam(**fixed: Any) -> Callable[[Values, Setting], Any]:
+    # The code warms up for 3 epochs of 200; the rule needs 2 windows less a step.
+    def member(v: Values, s: Setting) -> Any:
+        warmup = max(2 * WINDOW - 1, round(3 / 200 * s.steps))
+        return optax_sam.vsam(
+            v["rho"], window=WINDOW, warmup_steps=warmup, key=s.key, **fixed
+        )
+
+    return member
+
+
+def _saf(v: Values, s: Setting) -> Any:
+    epochs = s.steps // (s.examples // s.batch_size)
+    # Epoch 5, or 30 % of the epochs: the SAF code. It looks back three epochs.
+    start = min(5, round(0.3 * epochs))
+    return optax_sam.saf(s.examples, s.classes, delay=min(3, start), start=start)
+
+
+def _ae_sam(v: Values, s: Setting) -> Any:
+    # The thresholds are as others report them. A step's own gradient decides on it,
+    # unless the two kinds of step are two programs.
+    threshold = optax.linear_schedule(1.0, -1.0, s.steps)
+    return optax_sam.ae_sam(v["rho"], threshold=threshold, lag=int(s.ahead))
+
+
+def _random_sam(v: Values, s: Setting) -> Any:
+    # R-SAM's code, for ViTs.
+    sigma = optax.cosine_decay_schedule(5e-4, s.steps, alpha=5.0)
+    return optax_sam.random_sam(v["rho"], sigma=sigma, gradient_weight=2.0, key=s.key)
+
+
+def _gsam(v: Values, s: Setting) -> Any:
+    # From rho at the start to half of it at the end, as the learning rate falls.
+    share = lambda count: s.rate(count) / s.rate(0)
+    return optax_sam.gsam(lambda i: v["rho"] * (1 + share(i)) / 2, alpha=v["alpha"])
+
+
+def _renyi_sam(v: Values, s: Setting) -> Any:
+    # The authors' README, for ResNet-20: 5 epochs of 200 are a warm-up.
+    warmup = round(5 / 200 * s.steps)
+    values = {"max_offset_norm": v["max_offset_norm"], "warmup_steps": warmup}
+    return optax_sam.renyi_sam(v["rho"], alpha=1.2, **values)
+
+
+RHO = {"rho": 0.1}
+ROWS = {
+    "SGD": Row(),
+    "SGD 2x": Row(length=2, what="twice the epochs: as many gradients as SAM"),
+    "SGD, early": Row(early=True, what="the best epoch of the search too"),
+    "SAM": Row(lambda v, s: optax_sam.sam(v["rho"]), RHO),
+    "vSAM": Row(_vsam(), RHO, what="the authors' start"),
+    "vSAM .33": Row(_vsam(initial_rate=0.33), RHO, what="`initial_rate=0.33`"),
+    "vSAM .33 to .4": Row(
+        _vsam(initial_rate=0.33, max_rate=0.4),
+        RHO,
+        what="likewise, `max_rate=0.4`",
+    ),
+    "MSAM": Row(start={"rho": 0.5}, base="msam"),
+    "quarter-batch SAM": Row(lambda v, s: optax_sam.sam(v["rho"]), RHO, divisor=4),
+    "SAM-5": Row(_every(5), RHO),
+    "SAM-10": Row(_every(10), RHO),
+    "vSAM-A": Row(_vsam(reuse_decay=0.0), RHO, what="no reuse"),
+    "LookSAM-5": Row(
+        lambda v, s: optax_sam.looksam(v["rho"], k=5, alpha=v["alpha"]),
+        RHO | {"alpha": 0.2},
+    ),
+    "ASAM": Row(lambda v, s: optax_sam.asam(v["rho"]), {"rho": 0.5}),
+    "GSAM": Row(_gsam, RHO | {"alpha": 0.01}),
+    "ESAM": Row(lambda v, s: optax_sam.esam(v["rho"], gamma=0.5, key=s.key), RHO),
+    "AE-SAM": Row(_ae_sam, RHO),
+    "R-SAM": Row(_random_sam, RHO, forwards=1, what="random"),
+    "RSAM": Row(_renyi_sam, {"rho": 0.5, "max_offset_norm": 0.2}, what="Rényi"),
+    "SAF": Row(_saf, {"coefficient": 0.5}, what="no second gradient"),
+    "MESA": Row(start={"coefficient": 1.0}, base="mesa", what="no second gradient"),
+    "AdamW": Row(base="adamw"),
+    # At the cost of vSAM's share of a third: is its control worth anything?
+    "SAM-3": Row(_every(3), RHO, what="a fixed period at vSAM .33's cost"),
+    "SAM-3, reuse": Row(
+        lambda v, s: optax_sam.sharpness_aware(
+            ascent.l2(v["rho"]), when.every_k(3), blend.reuse_difference()
+        ),
+        RHO,
+        what="likewise, with vSAM's reuse",
+    ),
+}
+BASE_START = {"sgd": {"rate": 0.05, "decay": 5e-4}}
+BASE_START |= {"adamw": {"rate": 1e-3, "decay": 1e-2}}
+
+
+def start(row: Row, given: dict[str, float]) -> dict[str, float]:
+    """Where a row's search starts, its own values first.
+
+    Args:
+      row: the row.
+      given: what the task says instead, for the values that the row has; a radius is
+        one of SAM.
+    """
+    found = row.start | BASE_START.get(row.base, BASE_START["sgd"])
+    if row.base == "adamw":  # another scale of rates
+        return found
+    # A radius of SAM's scale is none for MSAM and ASAM.
+    own = {"rho"} if found.get("rho") != RHO["rho"] else set()
+    return found | {name: x for name, x in given.items() if name in found.keys() - own}
+
+
+def optimizer(row: Row, v: Values, s: Setting) -> Any:
+    """The whole optimizer; what it draws is decided by ``s.key`` in ``init`` alone."""
+    if row.base == "adamw":
+        adamw = optax.adamw(s.rate, weight_decay=v["decay"])
+        return optax.with_extra_args_support(adamw)
+    decay, sgd = optax.add_decayed_weights(v["decay"]), optax.sgd(s.rate, momentum=0.9)
+    if row.base == "msam":
+        return optax.chain(decay, optax_sam.msam(sgd, rho=v["rho"]))
+    if row.base == "mesa":
+        return optax.chain(decay, sgd, optax_sam.mesa(averaged(s.steps)))
+    if row.member is None:
+        return optax.with_extra_args_support(optax.chain(decay, sgd))
+    return optax.chain(row.member(v, s), decay, sgd)
+
+
+def cost(row: Row, tx: Any, batch_size: int, name: str) -> costs.Cost:
+    """What a step costs in gradients."""
+    kept = costs.kept(0.5, batch_size) if name == "ESAM" else None
+    return costs.cost(tx, 1 / row.divisor, kept, row.forwards)
+
+
+def averaged(steps: int) -> float:
+    """The decay of MESA's average: its authors' 0.9998, for a run of this length."""
+    return max(0.0, 1 - 2e-4 * PUBLISHED_STEPS / steps)
+
+
+def cosine(rate: Any, steps: int) -> Callable[[Any], Any]:
+    """From the rate to zero."""
+    return lambda count: rate * (1 + jnp.cos(jnp.pi * count / steps)) / 2
+
+
+def key(seed: int) -> jax.Array:
+    """Of what a method draws."""
+    return jax.random.key_data(jax.random.key(seed))

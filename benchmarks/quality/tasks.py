@@ -1,0 +1,177 @@
+"""The tasks of the protocol: data, network and length of a training.
+
+No task touches its test set but for the last number of a chosen setting. A setting is
+chosen on images of the training set that the training at hand does not see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.lib import datasets
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """How to train, for all rows alike.
+
+    Attributes:
+      title: what the page calls it.
+      data: name of the data set.
+      network: name of the network.
+      images: training images of a run.
+      held_out: images that judge the search.
+      epochs: how many times through the training images.
+      batch_size: examples of a step; an incomplete last batch is left out.
+      augmentation: see ``datasets.training_images``.
+      redrawn: share of the training labels that are drawn anew from all classes.
+      budget: settings that the search tries for each row; 0 takes the start.
+      search_seeds: seeds of the search; a setting's score is the mean over them.
+      seeds: those of the runs that are tested, none of which the search has seen; more
+        may be added to a file.
+      starts: where the search starts, where that is not the rows' own start.
+      dtype: what the network computes in.
+    """
+
+    title: str
+    data: str
+    network: str
+    images: int
+    held_out: int
+    epochs: int
+    batch_size: int
+    augmentation: str = "none"
+    redrawn: float = 0.0
+    budget: int = 10
+    search_seeds: tuple[int, ...] = (100,)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    starts: tuple[tuple[str, float], ...] = ()
+    dtype: str = "float32"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether there are more training images than one run takes."""
+        return self.data != "digits"
+
+
+TASKS = {
+    "digits": Task(
+        "Digits, 40 % of the labels redrawn, MLP",
+        *("digits", "mlp", 1437, 287, 100, 64),
+        redrawn=0.4,
+        budget=16,
+        search_seeds=(100, 101),
+        seeds=tuple(range(10)),
+    ),
+    "fashion_mlp": Task(
+        "Fashion-MNIST, 4,000 images, MLP",
+        *("fashion-mnist", "mlp", 4000, 5000, 60, 128),
+    ),
+    "fashion_cnn": Task(
+        "Fashion-MNIST, 2,000 images, CNN",
+        *("fashion-mnist", "cnn", 2000, 5000, 60, 64),
+        budget=8,
+    ),
+    "cifar10": Task(
+        "CIFAR-10, 5,000 images, ResNet-8",
+        *("cifar10", "resnet8", 5000, 5000, 50, 64),
+        augmentation="flip",
+        budget=6,
+        starts=(("rho", 0.2),),
+    ),
+    # For a GPU and ten minutes: nothing is searched, the starts are published values.
+    "cifar10_gpu": Task(
+        "CIFAR-10, ResNet-18",
+        *("cifar10", "resnet18", 50000, 0, 15, 128),
+        augmentation="crop+flip",
+        budget=0,
+        seeds=(0, 1, 2),
+        starts=(("rate", 0.1), ("decay", 5e-4)),
+        dtype="bfloat16",
+    ),
+    # The same path, for a CPU and for tests.
+    "cifar10_mini": Task(
+        "CIFAR-10, tiny ResNet, for trying out",
+        *("cifar10", "tiny-resnet", 400, 100, 2, 100),
+        augmentation="crop+flip",
+        budget=2,
+        seeds=(0, 1),
+    ),
+}
+
+
+class Split(NamedTuple):
+    """The images of a run on the device, uint8, and their labels.
+
+    Attributes:
+      x: for training.
+      y: some of them redrawn where the task says so.
+      judge_x: what judges the run: held-out images, or the test set.
+      judge_y: their labels.
+    """
+
+    x: Any
+    y: Any
+    judge_x: Any
+    judge_y: Any
+
+
+class Source:
+    """The data set of a task, from which each run takes its images.
+
+    Args:
+      task: the task.
+      path: the file or folder of the data set; digits need none.
+    """
+
+    def __init__(self, task: Task, path: Path | None) -> None:
+        """Reads the data set and sets the images aside that judge the search."""
+        self.task = task
+        self.classes = datasets.CLASSES[task.data]
+        self.data = datasets.load(task.data, path)
+        order = _balanced(self.data.train_y, np.random.default_rng(0))
+        # As many of each class, for the order takes the classes in turns.
+        self.held_out = order[: task.held_out] if task.pooled else None
+        self.pool = order[task.held_out :] if task.pooled else order
+        # Without a pool the search trains on what it does not hold out.
+        self.images = min(task.images, len(self.pool))
+
+    def split(self, seed: int, tested: bool) -> Split:
+        """The images of one run.
+
+        Args:
+          seed: which training images there are, and which labels are redrawn.
+          tested: whether the test set judges, or the held-out images.
+
+        Returns:
+          Arrays on the device.
+        """
+        rng, data, task = np.random.default_rng(seed), self.data, self.task
+        pool = self.pool[_balanced(data.train_y[self.pool], rng)]
+        rows, held_out = pool[: self.images], self.held_out
+        if not task.pooled and not tested:
+            rows, held_out = pool[task.held_out :], pool[: task.held_out]
+            rows = rows[: self.images]
+        labels = data.train_y[rows]
+        count = round(task.redrawn * len(rows))
+        labels = datasets.replaced(labels, count, rng, self.classes)
+        judge = (data.test_x, data.test_y)
+        if not tested:
+            judge = (data.train_x[held_out], data.train_y[held_out])
+        return jax.tree.map(jnp.asarray, Split(data.train_x[rows], labels, *judge))
+
+
+def _balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random order that takes the classes in turns."""
+    order = rng.permutation(len(labels))
+    turn = np.zeros(len(labels), int)
+    for c in np.unique(labels):
+        place = order[labels[order] == c]
+        turn[place] = np.arange(len(place))
+    return order[np.argsort(turn[order], kind="stable")]
