@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -192,21 +193,24 @@ def interpolate_loss(
     o = objective(loss_fn, params, batches, **options)
     end, a = _like("other", other, o), _vector("alphas", alphas)
     # As two shares: a step from one end would miss the other by the rounding.
-    start = o._replace(w=jax.tree.map(jnp.zeros_like, o.w))
+    start = dataclasses.replace(o, w=jax.tree.map(jnp.zeros_like, o.w))
     return _losses(start, (o.w, end), jnp.stack([1 - a, a], -1))
 
 
 def _losses(o: Objective, directions: tuple[Any, ...], points: jax.Array) -> jax.Array:
     """The losses at these multiples ``(P, D)`` of the directions, one by one."""
 
-    def at(point: jax.Array) -> jax.Array:
-        move = lambda w, *ds: sum(
-            (p.astype(w.dtype) * d for p, d in zip(o.vary(point), ds, strict=True)), w
-        )
-        w = jax.tree.map(move, o.w, *directions)
-        return o.mean(lambda batch: o.loss(w, batch))
+    def of_batch(o: Objective, batch: Any, directions: Any, points: Any) -> jax.Array:
+        def at(point: jax.Array) -> jax.Array:
+            step = lambda w, p, d: w + p.astype(w.dtype) * d
+            w = o.w
+            for p, d in zip(point, directions, strict=True):
+                w = jax.tree.map(lambda w, d: step(w, p, d), w, d)  # noqa: B023
+            return o.loss(w, batch)
 
-    return jax.lax.map(at, points)
+        return jax.lax.map(at, points)
+
+    return o.mean(of_batch, directions, o.vary(points))
 
 
 def _like(name: str, tree: Any, o: Objective) -> Any:

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_sam import schedules
-from optax_sam.masks import Mask
-from optax_sam.sharpness.krylov import lanczos
-from optax_sam.sharpness.objective import LossFn
-from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
+from optax_sam.sharpness.data import each
+from optax_sam.sharpness.krylov import combine, dots, lanczos
+from optax_sam.sharpness.operators import Operator, also_of_loss
 from optax_sam.sharpness.probes import normals, typed_key
 
 
@@ -73,24 +72,26 @@ class Quadrature(NamedTuple):
         rest = jnp.where(self.weights > 0, self.weights * fn(self.nodes), 0)
         return exact + rest.sum(-1)
 
+    def sum(self, fn: Callable[[jax.Array], jax.Array]) -> SpectralSumResult:
+        """The sum of ``fn`` over the spectrum, as :func:`spectral_sum` estimates it."""
+        sums = self.sums(fn)
+        stderr = jnp.std(sums, ddof=1) / jnp.sqrt(len(sums))
+        count = self.is_deflated.sum()
+        return SpectralSumResult(sums.mean(), stderr.astype(sums.dtype), count)
 
+
+@also_of_loss
 def spectral_sum(
     fn: Callable[[jax.Array], jax.Array],
-    loss_fn: LossFn,
-    params: Any,
-    batches: Any,
+    operator: Operator,
     key: ArrayLike,
     *,
     num_eigs: int = 30,
     num_top_matvecs: int = 60,
     num_lanczos: int = 50,
     num_probes: int = 10,
-    mask: Mask = None,
-    weights: ArrayLike | None = None,
-    axis_name: Any = None,
-    mode: Mode = "fwd_rev",
 ) -> SpectralSumResult:
-    r"""The sum of a function over all eigenvalues of the Hessian, outliers exactly.
+    r"""The sum of a function over all eigenvalues, outliers exactly.
 
     .. math:: \operatorname{tr} f(H) \approx \sum_{i \text{ found}} f(\lambda_i)
        + \frac{1}{N} \sum_{p=1}^{N} \sum_j \omega_j^{(p)} f(\theta_j^{(p)})
@@ -101,30 +102,24 @@ def spectral_sum(
     network). A function with a kink at zero, where most eigenvalues lie, does not:
     ``abs(x)**0.5`` has 7 %, of either sign, and more probes do not help.
 
-    Cost: ``num_top_matvecs + num_probes * num_lanczos`` Hessian-vector products;
+    Cost: ``num_top_matvecs + num_probes * num_lanczos`` products;
     memory: ``num_eigs`` vectors and about two times the larger number of Lanczos steps.
 
     Args:
       fn: the function, of arrays, entry by entry, such as ``jnp.square``. For
         ``f(x) = x`` use :func:`hessian_trace`.
-      loss_fn: as in :func:`hessian_eigenvalues`.
-      params: the weights.
-      batches: a tree of arrays ``(B, m, ...)``.
+      operator: as in :func:`trace`.
       key: for the probes: an int or a key.
       num_eigs: at most so many eigenvalues are taken out.
       num_top_matvecs: Lanczos steps to find them.
       num_lanczos: Lanczos steps for each probe.
       num_probes: random vectors, at least 2.
-      mask: the leaves to look at, as in :func:`hvp`.
-      weights: ``(B,)``, the examples that count in each batch.
-      axis_name: name of a mapped axis over which the batches are spread.
-      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`SpectralSumResult`.
 
     Raises:
-      ValueError: if a number is out of range, or for what :func:`hvp` raises.
+      ValueError: if a number is out of range, or for what :func:`hessian` raises.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -139,15 +134,6 @@ def spectral_sum(
       Ubaru, Chen, Saad, "Fast Estimation of tr(f(A)) via Stochastic Lanczos
       Quadrature", SIAM J. Matrix Anal. Appl., 2017.
     """
-    operator = hessian_operator(
-        loss_fn,
-        params,
-        batches,
-        mode=mode,
-        mask=mask,
-        weights=weights,
-        axis_name=axis_name,
-    )
     quadrature = deflated_quadrature(
         operator,
         key,
@@ -156,19 +142,17 @@ def spectral_sum(
         num_lanczos=num_lanczos,
         num_probes=num_probes,
     )
-    return spectral_sum_of(fn, quadrature)
+    return quadrature.sum(fn)
 
 
 def spectral_sum_of(
     fn: Callable[[jax.Array], jax.Array], quadrature: Quadrature
 ) -> SpectralSumResult:
-    """The sum of ``fn`` over a spectrum that :func:`deflated_quadrature` has found."""
-    sums = quadrature.sums(fn)
-    stderr = jnp.std(sums, ddof=1) / jnp.sqrt(len(sums))
-    count = quadrature.is_deflated.sum()
-    return SpectralSumResult(sums.mean(), stderr.astype(sums.dtype), count)
+    """``quadrature.sum(fn)``, under its name of before."""
+    return quadrature.sum(fn)
 
 
+@also_of_loss
 def deflated_quadrature(
     operator: Operator,
     key: ArrayLike,
@@ -201,10 +185,7 @@ def deflated_quadrature(
     )
 
     def project(v: Any) -> Any:
-        dots = jax.tree.map(lambda a, x: jnp.tensordot(a, x, axes=x.ndim), V, v)
-        along = sum(jax.tree.leaves(dots))
-        part = lambda a, x: x - jnp.tensordot(along, a, axes=1).astype(x.dtype)
-        return jax.tree.map(part, V, v)
+        return jax.tree.map(jnp.subtract, v, combine(dots(V, v), V))
 
     rest = operator._replace(matvec=lambda v: project(operator.matvec(project(v))))
 
@@ -215,26 +196,22 @@ def deflated_quadrature(
         left = (operator.size - found.sum()) / jnp.where(total > 0, total, 1)
         return krylov.eigenvalues, krylov.weights * left
 
-    nodes, weights = jax.lax.map(probe, jax.random.split(probe_key, num_probes))
+    keys = jax.random.split(probe_key, num_probes)
+    nodes, weights = each(operator.on_host, probe, keys)
     return Quadrature(jnp.where(found, deflated, 0), found, nodes, weights)
 
 
+@also_of_loss
 def spectral_density(
-    loss_fn: LossFn,
-    params: Any,
-    batches: Any,
+    operator: Operator,
     key: ArrayLike,
     *,
     num_lanczos: int = 80,
     num_probes: int = 10,
     sigma: ArrayLike | None = None,
     num_grid: int = 1000,
-    mask: Mask = None,
-    weights: ArrayLike | None = None,
-    axis_name: Any = None,
-    mode: Mode = "fwd_rev",
 ) -> SpectralDensity:
-    r"""The density of the Hessian's eigenvalues, smoothed.
+    r"""The density of the eigenvalues, smoothed.
 
     .. math:: p(t) = \frac{1}{N} \sum_{p=1}^{N} \sum_j \omega_j^{(p)}\,
        \mathcal{N}(t;\ \theta_j^{(p)}, \sigma^2)
@@ -244,28 +221,22 @@ def spectral_density(
     more probes only tell how sure it is; ``num_lanczos=50, num_probes=1`` is a quick
     look.
 
-    Cost: ``num_lanczos * num_probes`` Hessian-vector products; memory: about
+    Cost: ``num_lanczos * num_probes`` products; memory: about
     ``2 num_lanczos`` vectors.
 
     Args:
-      loss_fn: as in :func:`hessian_eigenvalues`.
-      params: the weights.
-      batches: a tree of arrays ``(B, m, ...)``.
+      operator: as in :func:`trace`.
       key: for the probes: an int or a key.
       num_lanczos: steps ``M`` for each probe.
       num_probes: ``N``.
       sigma: width of the smoothing; default 0.003 of the range.
       num_grid: points ``G`` of the grid, which spans the range and 5 sigma beyond.
-      mask: the leaves to look at, as in :func:`hvp`.
-      weights: ``(B,)``, the examples that count in each batch.
-      axis_name: name of a mapped axis over which the batches are spread.
-      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`SpectralDensity`, for ``optax_sam.plots.spectral_density``.
 
     Raises:
-      ValueError: if a number is out of range, or for what :func:`hvp` raises.
+      ValueError: if a number is out of range, or for what :func:`hessian` raises.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -279,35 +250,6 @@ def spectral_density(
     References:
       Ghorbani, Krishnan, Xiao, 2019, arXiv 1901.10159.
     """
-    operator = hessian_operator(
-        loss_fn,
-        params,
-        batches,
-        mode=mode,
-        mask=mask,
-        weights=weights,
-        axis_name=axis_name,
-    )
-    return spectral_density_of(
-        operator,
-        key,
-        num_lanczos=num_lanczos,
-        num_probes=num_probes,
-        sigma=sigma,
-        num_grid=num_grid,
-    )
-
-
-def spectral_density_of(
-    operator: Operator,
-    key: ArrayLike,
-    *,
-    num_lanczos: int = 80,
-    num_probes: int = 10,
-    sigma: ArrayLike | None = None,
-    num_grid: int = 1000,
-) -> SpectralDensity:
-    """The density of an operator's spectrum, as :func:`spectral_density` has it."""
     schedules.check_integer("num_lanczos", num_lanczos, 1)
     schedules.check_integer("num_probes", num_probes, 1)
     schedules.check_integer("num_grid", num_grid, 2)
@@ -320,7 +262,7 @@ def spectral_density_of(
         return krylov.eigenvalues, krylov.live, krylov.weights / total
 
     keys = jax.random.split(typed_key(key), num_probes)
-    nodes, live, weights = jax.lax.map(probe, keys)
+    nodes, live, weights = each(operator.on_host, probe, keys)
     low = jnp.where(live, nodes, jnp.inf).min()
     high = jnp.where(live, nodes, -jnp.inf).max()
     if sigma is None:

@@ -62,7 +62,7 @@ def accumulate(
       >>> print(sharpness.accumulate(lambda batch: hvp(w, v, batch), batches))
       57.0
     """
-    count = _examples if weight is None else weight
+    count = count_examples if weight is None else weight
     sum_: Any = None
     total: Any = 0.0
     for batch in batches:
@@ -84,7 +84,8 @@ def accumulate(
     return _scale(1 / total, sum_)
 
 
-def _examples(batch: Any) -> int:
+def count_examples(batch: Any) -> int:
+    """The length of a batch's arrays."""
     lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from optax_sam import schedules
 from optax_sam.masks import Mask
 from optax_sam.sharpness.auto_pgd import Ball, maximize
+from optax_sam.sharpness.data import Stacked
 from optax_sam.sharpness.objective import LossFn, Objective, objective
 from optax_sam.trees import wide
 
@@ -182,10 +183,11 @@ def worst_cases(
       The result of the measure.
     """
     check_ascent(rho, norm, num_steps, num_restarts, random_init)
-    alone = len(o.share) == 1 and o.axis_name is None
     start = (0 if key is None else key) if random_init else None
 
-    def of_batch(batch: Any) -> tuple[Any, ...]:
+    alone = isinstance(o.data, Stacked) and o.data.number == 1 and o.axis_name is None
+
+    def of_batch(o: Objective, batch: Any) -> tuple[Any, ...]:
         phi = lambda u: o.loss(point(u), batch)
         found = maximize(
             jax.value_and_grad(phi),

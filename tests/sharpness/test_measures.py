@@ -278,7 +278,7 @@ def test_a_model_without_forward_derivatives():
 
 def test_keys_of_all_kinds_are_one():
     H = curvature.matrix(curvature.rotated(np.arange(40.0), "float32"))
-    of = lambda key: float(sharpness.trace_of(H, key, num_matvecs=8).estimate)
+    of = lambda key: float(sharpness.trace(H, key, num_matvecs=8).estimate)
     assert of(3) == of(jax.random.key(3)) == of(jax.random.PRNGKey(3)) != of(4)
 
 
@@ -305,13 +305,3 @@ def test_stack_batches():
     batches = sharpness.stack_batches({"x": x, "y": y}, 3)
     np.testing.assert_array_equal(batches["x"][1], x[3:])
     np.testing.assert_array_equal(batches["y"], [[0, 1, 2], [3, 4, 5]])
-
-
-def test_without_matfree(monkeypatch):
-    import importlib
-    import sys
-
-    monkeypatch.setitem(sys.modules, "matfree", None)
-    monkeypatch.delitem(sys.modules, "optax_sam.sharpness.krylov")
-    with pytest.raises(ImportError, match=r"pip install 'optax_sam\[sharpness\]'"):
-        importlib.import_module("optax_sam.sharpness.krylov")
