@@ -153,6 +153,8 @@ def data_of(batches: Any, weights: Any, axis_name: Any) -> Data:
 
 def is_streamed(batches: Any) -> bool:
     """Whether these are batches that only an iteration shows."""
+    if isinstance(batches, Iterator):
+        return True
     if not jax.tree_util.all_leaves([batches]) or hasattr(batches, "shape"):
         return False
     return callable(batches) or (

@@ -6,14 +6,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from optax_sam import schedules
-from optax_sam.sharpness.krylov import lanczos
+from optax_sam.sharpness.krylov import lanczos, product
 from optax_sam.sharpness.objective import chosen_part
-from optax_sam.sharpness.operators import Operator, also_of_loss
-from optax_sam.sharpness.probes import normals, typed_key
+from optax_sam.sharpness.operators import Operator, also_of_loss, ravel
+from optax_sam.sharpness.probes import random_vector
 
 
 class EigenResult(NamedTuple):
@@ -105,32 +104,31 @@ def eigenvalues(
     orders = {"LA": lambda x: x, "SA": lambda x: -x, "LM": jnp.abs}
     if which not in orders:
         raise ValueError(f'which must be "LA", "SA" or "LM"; got {which!r}.')
-    if init is not None:
-        params = operator.to_params(operator.like)
-        init = chosen_part("init", init, params, operator.like)
     krylov = lanczos(operator, _start(operator, key, init), num_matvecs)
-    theta, live = krylov.eigenvalues, krylov.live
+    theta, live, _, residuals, U = krylov.rule()
     _, best = jax.lax.top_k(jnp.where(live, orders[which](theta), -jnp.inf), k)
     found = live[best]
     eps = jnp.finfo(theta.dtype).eps
     tol = (1e-3 if eps > 1e-10 else 1e-6) if tol is None else tol
     scale = jnp.maximum(jnp.abs(theta), eps * jnp.abs(jnp.where(live, theta, 0)).max())
-    residuals = jnp.where(found, krylov.residuals[best], jnp.inf)
+    residuals = jnp.where(found, residuals[best], jnp.inf)
+    vectors = product(U[:, best].T, krylov.basis)
     return EigenResult(
         eigenvalues=jnp.where(found, theta[best], jnp.nan),
-        eigenvectors=jax.vmap(operator.to_params)(krylov.vectors(best)),
+        eigenvectors=jax.vmap(operator.unravel_params)(vectors),
         residuals=residuals,
         converged=residuals <= tol * scale[best],
         num_matvecs=jnp.asarray(min(num_matvecs, operator.size)),
     )
 
 
-def _start(operator: Operator, key: ArrayLike, init: Any) -> Any:
-    z = normals(typed_key(key), operator.like)
+def _start(operator: Operator, key: ArrayLike, init: Any) -> jax.Array:
+    z = random_vector(key, operator)
     if init is None:
         return z
+    params = operator.to_params(operator.like)
+    init = ravel(chosen_part("init", init, params, operator.like)).astype(z.dtype)
     # A random part, or a start that is an eigenvector would show nothing else.
-    small = 0.1 / optax.tree.norm(z)
-    norm = optax.tree.norm(init)
+    norm = jnp.linalg.norm(init)
     unit = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
-    return jax.tree.map(lambda x, z: (unit * x + small * z).astype(z.dtype), init, z)
+    return unit * init + 0.1 / jnp.linalg.norm(z) * z

@@ -60,7 +60,8 @@ def keskar_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch, at least 0;
         deterministic, so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       key: an int, typed key or raw key data, for the start and the subspace; ``None``
         is 0.
       eps: half the width of the box for a weight of 0, above 0; the paper's are 1e-3

@@ -40,7 +40,8 @@ def loss_line(
         so dropout off and BatchNorm with its running averages. Those belong to ``w``:
         far from it, re-estimate them, or the curve shows how wrong they are there.
       params: the weights ``w``.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       direction: ``d``, a tree like ``params``, as from
         :func:`filter_normalized_direction`.
       alphas: ``(A,)``, where to evaluate, in lengths of ``d``: with filters
@@ -99,7 +100,7 @@ def loss_surface(
     Args:
       loss_fn: as in :func:`loss_line`.
       params: the weights ``w``.
-      batches: a tree of arrays ``(B, m, ...)``.
+      batches: as in :func:`loss_line`.
       directions: ``(d, d')``, two trees like ``params``. Two random ones are almost
         orthogonal in many dimensions; nothing here makes them so.
       alphas: ``(A,)``, the steps along ``d``, in its lengths.
@@ -164,7 +165,7 @@ def interpolate_loss(
     Args:
       loss_fn: as in :func:`loss_line`.
       params: the weights ``w``, at ``alpha = 0``; leaves that are left out are theirs.
-      batches: a tree of arrays ``(B, m, ...)``.
+      batches: as in :func:`loss_line`.
       other: the weights ``w'``, at ``alpha = 1``.
       alphas: ``(A,)``, where to evaluate.
       mask: as in :func:`loss_line`.

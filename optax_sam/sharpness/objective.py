@@ -13,7 +13,9 @@ from jax.typing import ArrayLike
 
 from optax_sam import axes
 from optax_sam.masks import Mask, resolve_mask
-from optax_sam.sharpness.data import Data, data_of
+from optax_sam.sharpness.data import Data, Stacked, data_of
+from optax_sam.sharpness.loss_check import check_loss
+from optax_sam.sharpness.weights import weights_of
 from optax_sam.trees import wide
 
 LossFn = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss of the batch
@@ -55,6 +57,7 @@ class Objective:
 
     def loss(self, w: Any, batch: Any) -> jax.Array:
         """The mean loss of one batch, with ``w`` in the place of the chosen leaves."""
+        check_loss(self.loss_fn, self.params, batch)
         value = self.loss_fn(self.params_at(w), batch)
         if not isinstance(value, (jax.Array, np.ndarray, float)) or jnp.shape(value):
             what = f"shape {jnp.shape(value)}" if hasattr(value, "shape") else value
@@ -121,21 +124,7 @@ def objective(
         )
     chosen = resolve_mask(mask, params)
 
-    def widen(path: Any, x: ArrayLike, kept: bool) -> jax.Array | None:
-        if not kept:
-            return None
-        dtype = jnp.result_type(x)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"The parameter at {jax.tree_util.keystr(path) or 'the root'} has dtype"
-                f" {dtype}, and sharpness is about real ones. Leave it out with"
-                " mask=lambda params: jax.tree.map(lambda x: jnp.issubdtype(x.dtype,"
-                " jnp.floating), params)."
-            )
-        # A half-precision weight would round the offsets away that are measured here.
-        return wide(jnp.asarray(x))
-
-    w = jax.tree_util.tree_map_with_path(widen, params, chosen)
+    w = weights_of(params, chosen)
     if not sum(x.size for x in jax.tree.leaves(w)):
         raise ValueError(
             "There is no parameter to look at: "
@@ -147,9 +136,36 @@ def objective(
             )
         )
     data = data_of(batches, weights, axis_name)
+    check_axes(w, data, axis_name)
     # Parameters that vary, else jax.grad would sum over devices of its own accord.
     w = axes.vary(w, axis_name)
     return Objective(loss_fn, params, w, axis_name, data)
+
+
+def check_axes(w: Any, data: Data, axis_name: Any) -> None:
+    """Refuses batches of one device where no axis to average over is given.
+
+    JAX would sum gradients over the devices, so that a measure were their number times
+    as large.
+    """
+    if axis_name is not None or not isinstance(data, Stacked):
+        return
+    manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
+    is_tracked = lambda name: name in axes.varying(jax.lax.axis_index(name))
+    untracked = {name for name in manual if not is_tracked(name)}
+    over = lambda tree: {
+        name
+        for x in jax.tree.leaves(tree)
+        if isinstance(x, jax.Array)
+        for name in axes.varying(x)
+    }
+    names = sorted(untracked | (over(data.batches) - over(w)))
+    if names:
+        given = names[0] if len(names) == 1 else tuple(names)
+        raise ValueError(
+            f"Inside jax.shard_map each device has batches of its own along {given!r}."
+            f" Say so, and products and losses are averaged: axis_name={given!r}."
+        )
 
 
 def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:

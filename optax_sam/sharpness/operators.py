@@ -9,9 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from optax_sam.masks import Mask
+from optax_sam.sharpness.loss_check import check_loss
 from optax_sam.sharpness.objective import (
     LossFn,
     Objective,
@@ -44,6 +47,27 @@ class Operator(NamedTuple):
     size: int
     to_params: Callable[[Any], Any]
     on_host: bool = False
+
+    def times(self, v: jax.Array) -> jax.Array:
+        """The map of a vector ``(n,)``, whose parts are the raveled leaves."""
+        return ravel(self.matvec(self.unravel(v)))
+
+    def unravel(self, v: jax.Array) -> Any:
+        """A vector ``(n,)`` as a tree that :attr:`matvec` takes."""
+        leaves, structure = jax.tree.flatten(self.like)
+        ends = np.cumsum([x.size for x in leaves])[:-1]
+        parts = zip(jnp.split(v, ends), leaves, strict=True)
+        shaped = [part.reshape(x.shape).astype(x.dtype) for part, x in parts]
+        return jax.tree.unflatten(structure, shaped)
+
+    def unravel_params(self, v: jax.Array) -> Any:
+        """A vector ``(n,)`` as a tree like all parameters."""
+        return self.to_params(self.unravel(v))
+
+
+def ravel(tree: Any) -> jax.Array:
+    """The leaves of a tree as one vector ``(n,)``."""
+    return ravel_pytree(tree)[0]
 
 
 def hessian(
@@ -387,6 +411,7 @@ def _through(model_fn: ModelFn, curvature: Callable[..., Any]) -> Callable[..., 
     """The product with ``J' C J``, of the Jacobian of the outputs and ``C``."""
 
     def product(o: Objective, batch: Any, v: Any) -> Any:
+        check_loss(o.loss_fn, o.params, batch)
         outputs = lambda w: jax.tree.map(wide, model_fn(o.params_at(w), batch))
         z, push = jax.linearize(outputs, o.w)
         pull = jax.linear_transpose(push, o.w)

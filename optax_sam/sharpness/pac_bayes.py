@@ -79,7 +79,8 @@ def pac_bayes_flatness(
       metric_fn: ``metric_fn(params, batch)``, the mean accuracy of one batch, or any
         other number that is larger where the model is better.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       key: an int, typed key or raw key data, for the noise.
       target: the drop to be borne, above 0, in units of the metric.
       magnitude_aware: whether the noise is relative to the weights, and ``sigma``, too.

@@ -77,7 +77,8 @@ def average_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       rho: size of an offset's entries, above 0, in units of the weights; relative to
         them if adaptive. The paper's: 0.05 to 0.4 (CNN), 0.1 to 0.8 (ViT, adaptive).
       key: an int, typed key or raw key data, for the draws.
@@ -182,7 +183,8 @@ def sam_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       rho: radius, above 0, in units of the weights; relative to them if adaptive.
       adaptive: whether the offset is ASAM's (with its ``eta`` 0, on all leaves).
       mask: the leaves that move: a tree of bools like the parameters or a prefix of

