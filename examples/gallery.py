@@ -2,7 +2,7 @@
 
 Some labels are wrong. It trains a small network with each, follows the curvature of its
 training loss, looks at the landscape around the end, and draws. It takes less than a
-minute on two cores, and needs flax, matfree, matplotlib, rich and scikit-learn too.
+minute on two cores, and needs flax, matplotlib, rich and scikit-learn too.
 
     python examples/gallery.py [--out docs/images]
 """

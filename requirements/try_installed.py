@@ -22,7 +22,7 @@ assert home.is_relative_to(sys.prefix), f"{home} is not the installed package"
 assert (home / "py.typed").exists(), "py.typed is not installed"
 installed = importlib.metadata.version("optax_sam")
 assert optax_sam.__version__ == installed == sys.argv[1], (installed, sys.argv[1])
-for name in ("equinox", "flax", "matplotlib", "matfree"):
+for name in ("equinox", "flax", "matplotlib"):
     assert name not in sys.modules, f"importing optax_sam imports {name}"
     assert importlib.util.find_spec(name) is None, f"{name} was installed, no extra"
 
@@ -39,7 +39,8 @@ def advice(use):
 assert "optax_sam[equinox]" in advice(lambda: optax_sam.equinox)
 assert "optax_sam[flax]" in advice(lambda: optax_sam.linen)
 assert "optax_sam[flax]" in advice(lambda: optax_sam.nnx)
-assert "optax_sam[sharpness]" in advice(lambda: optax_sam.sharpness)
+w = jnp.ones(2)
+assert optax_sam.sharpness.hvp(lambda w, _: w @ w, w, jnp.ones((1, 1)), w)[0] == 2
 assert "optax_sam[plots]" in advice(lambda: optax_sam.plots.loss_line([0, 1], [1, 0]))
 
 

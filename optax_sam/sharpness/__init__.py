@@ -1,16 +1,10 @@
 """Measures of how flat a minimum is; see docs/measures/sharpness.md."""
 
+from optax_sam.sharpness.data import stack_batches
 from optax_sam.sharpness.directions import filter_normalized_direction
+from optax_sam.sharpness.eigen import EigenResult, eigenvalues
 from optax_sam.sharpness.geodesic import geodesic_sharpness
 from optax_sam.sharpness.gl_pairs import GLBlock, GLPair, attention_gl_pairs, gl_pair
-from optax_sam.sharpness.hessian import (
-    EigenResult,
-    eigenvalues_of,
-    hessian_diagonal,
-    hessian_eigenvalues,
-    hessian_frobenius_norm,
-    hessian_trace,
-)
 from optax_sam.sharpness.kendall import (
     GranulatedKendall,
     KendallInterval,
@@ -21,9 +15,16 @@ from optax_sam.sharpness.kendall import (
 from optax_sam.sharpness.keskar import KeskarSharpness, keskar_sharpness
 from optax_sam.sharpness.landscape import interpolate_loss, loss_line, loss_surface
 from optax_sam.sharpness.live import sam_metrics, sam_stability_edge
-from optax_sam.sharpness.logits import normalize_logits
-from optax_sam.sharpness.objective import stack_batches
-from optax_sam.sharpness.operators import Operator, hessian_operator, hvp
+from optax_sam.sharpness.logits import chunked_cross_entropy, normalize_logits
+from optax_sam.sharpness.operators import (
+    Operator,
+    empirical_fisher,
+    fisher,
+    ggn,
+    hessian,
+    hvp,
+    of_hessian,
+)
 from optax_sam.sharpness.pac_bayes import (
     PacBayesFlatness,
     pac_bayes_bound,
@@ -37,15 +38,14 @@ from optax_sam.sharpness.perturbation import (
 )
 from optax_sam.sharpness.probes import (
     Estimate,
-    diagonal_of,
-    frobenius_norm_of,
-    trace_of,
+    diagonal,
+    frobenius_norm,
+    trace,
 )
 from optax_sam.sharpness.progress_bar import CountedLoss, progress
 from optax_sam.sharpness.renyi import (
     RenyiResult,
     renyi_entropy,
-    renyi_entropy_of,
     renyi_sharpness,
 )
 from optax_sam.sharpness.scalars import to_scalars
@@ -55,13 +55,23 @@ from optax_sam.sharpness.spectrum import (
     SpectralSumResult,
     deflated_quadrature,
     spectral_density,
-    spectral_density_of,
     spectral_sum,
-    spectral_sum_of,
+    spectral_sum_of,  # noqa: F401
 )
 from optax_sam.sharpness.stream import accumulate
 from optax_sam.sharpness.tracking import Probe, ProbeState
 from optax_sam.sharpness.worst_case import SharpnessResult, worst_case_sharpness
+
+hessian_eigenvalues = of_hessian(eigenvalues)
+hessian_trace = of_hessian(trace)
+hessian_diagonal = of_hessian(diagonal)
+hessian_frobenius_norm = of_hessian(frobenius_norm)
+
+# Names of before, when each estimator had a twin that took an operator.
+hessian_operator = hessian
+eigenvalues_of, trace_of, diagonal_of = eigenvalues, trace, diagonal
+frobenius_norm_of, spectral_density_of = frobenius_norm, spectral_density
+renyi_entropy_of = renyi_entropy
 
 __all__ = [
     "AverageSharpness",
@@ -86,18 +96,22 @@ __all__ = [
     "accumulate",
     "attention_gl_pairs",
     "average_sharpness",
+    "chunked_cross_entropy",
     "deflated_quadrature",
-    "diagonal_of",
-    "eigenvalues_of",
+    "diagonal",
+    "eigenvalues",
+    "empirical_fisher",
     "filter_normalized_direction",
-    "frobenius_norm_of",
+    "fisher",
+    "frobenius_norm",
     "geodesic_sharpness",
+    "ggn",
     "gl_pair",
     "granulated_kendall",
+    "hessian",
     "hessian_diagonal",
     "hessian_eigenvalues",
     "hessian_frobenius_norm",
-    "hessian_operator",
     "hessian_trace",
     "hvp",
     "interpolate_loss",
@@ -111,17 +125,14 @@ __all__ = [
     "pac_bayes_flatness",
     "progress",
     "renyi_entropy",
-    "renyi_entropy_of",
     "renyi_sharpness",
     "sam_metrics",
     "sam_sharpness",
     "sam_stability_edge",
     "spectral_density",
-    "spectral_density_of",
     "spectral_sum",
-    "spectral_sum_of",
     "stack_batches",
     "to_scalars",
-    "trace_of",
+    "trace",
     "worst_case_sharpness",
 ]

@@ -11,8 +11,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optax_sam.axes import vary
+from optax_sam.sharpness.data import repeat, scan
 from optax_sam.sharpness.probes import typed_key
-from optax_sam.trees import norm, rescale, scaled
+from optax_sam.trees import norm, rescale, scaled, widest
 
 Ball = Literal["l2", "linf"]
 ALPHA = 0.75  # of a step that is new; the rest goes on as the one before
@@ -59,6 +60,7 @@ def maximize(
     num_steps: int = 20,
     num_restarts: int = 1,
     axis_name: Any = None,
+    on_host: bool = False,
 ) -> Maximum:
     """The best of ascents from random points, or of one from zero if ``key`` is None.
 
@@ -76,6 +78,7 @@ def maximize(
       num_steps: steps of each ascent.
       num_restarts: the number of random starts.
       axis_name: the mapped axis over which the objective differs between devices.
+      on_host: whether the objective is a loop of the host.
 
     Returns:
       The best point and what it gains over zero.
@@ -88,6 +91,7 @@ def maximize(
         project=project,
         num_steps=num_steps,
         axis_name=axis_name,
+        on_host=on_host,
     )
     zeros = jax.tree.map(jnp.zeros_like, like)
     if key is None:
@@ -101,7 +105,7 @@ def maximize(
         nothing = jnp.full_like(at_zero, jnp.nan)
         first = vary(Ascent(nothing, nothing, zeros), axis_name)
         keys = jax.random.split(typed_key(key), num_restarts)
-        found = jax.lax.scan(attempt, first, keys)[0]
+        found = scan(on_host, attempt, first, keys)[0]
     # Zero is in the ball, and NaN must not pass for it.
     better = ~(found.value <= at_zero)
     gain = jnp.where(better, found.value - at_zero, 0)
@@ -148,6 +152,7 @@ def auto_pgd(
     project: Callable[[Any], Any] = lambda u: u,
     num_steps: int = 20,
     axis_name: Any = None,
+    on_host: bool = False,
 ) -> Ascent:
     r"""Auto-PGD from ``u0`` in a ball of radius ``rho`` around zero.
 
@@ -175,6 +180,7 @@ def auto_pgd(
       project: with ``"l2"``, an orthogonal projector to the subspace to stay in.
       num_steps: ``n``.
       axis_name: the mapped axis over which the objective differs between devices.
+      on_host: whether the objective is a loop of the host.
 
     Returns:
       The best point that was seen, ``u0`` among them.
@@ -224,7 +230,10 @@ def auto_pgd(
         mixed = onto_ball(jax.tree.map(blend, z, u, previous))
         return _Climb(_select(k == 0, z, mixed), u, best, best_g, eta, rises)
 
-    dtype = jax.eval_shape(value_and_grad, u0)[0].dtype
+    # A loss has the weights' dtype; on the host nothing depends on it.
+    dtype = widest(*jax.tree.leaves(u0))
+    if not on_host:
+        dtype = jax.eval_shape(value_and_grad, u0)[0].dtype
     nothing = jnp.full((), jnp.nan, dtype)
     zeros = jax.tree.map(jnp.zeros_like, u0)
     start = _Climb(
@@ -236,7 +245,7 @@ def auto_pgd(
         rises=jnp.zeros((), jnp.int32),
     )
     # One turn more than there are steps: each begins with the value of a point.
-    end = jax.lax.fori_loop(0, num_steps + 1, climb, vary(start, axis_name))
+    end = repeat(on_host, num_steps + 1, climb, vary(start, axis_name))
     return end.best
 
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from optax_sam import schedules
 from optax_sam.masks import Mask
 from optax_sam.sharpness.auto_pgd import maximize
-from optax_sam.sharpness.objective import LossFn, objective
+from optax_sam.sharpness.objective import LossFn, Objective, objective
 from optax_sam.sharpness.probes import normals, typed_key
 
 
@@ -60,7 +60,8 @@ def keskar_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch, at least 0;
         deterministic, so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       key: an int, typed key or raw key data, for the start and the subspace; ``None``
         is 0.
       eps: half the width of the box for a weight of 0, above 0; the paper's are 1e-3
@@ -110,16 +111,20 @@ def keskar_sharpness(
     else:
         like, point = _subspace(o.w, subspace_dim, basis)
 
-    def value_and_grad(u: Any) -> tuple[jax.Array, Any]:
+    def of_batch(o: Objective, batch: Any, u: Any) -> tuple[jax.Array, Any]:
         u = o.vary(u)  # else its gradient would be summed over devices, and again here
-        of_batch = lambda batch: jax.value_and_grad(
-            lambda u: o.loss(point(u), batch),
-        )(u)
-        return o.mean(of_batch)
+        return jax.value_and_grad(lambda u: o.loss(point(u), batch))(u)
 
-    before = o.mean(lambda batch: o.loss(o.w, batch))
+    before = o.mean(Objective.loss_here)
     found = maximize(
-        value_and_grad, before, like, eps, start, ball="linf", num_steps=num_steps
+        lambda u: o.mean(of_batch, u),
+        before,
+        like,
+        eps,
+        start,
+        ball="linf",
+        num_steps=num_steps,
+        on_host=o.on_host,
     )
     percent = lambda rise: 100 * rise / (1 + before)
     return KeskarSharpness(percent(found.gain), percent(found.late_gain))

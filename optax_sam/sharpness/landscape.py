@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -39,7 +40,8 @@ def loss_line(
         so dropout off and BatchNorm with its running averages. Those belong to ``w``:
         far from it, re-estimate them, or the curve shows how wrong they are there.
       params: the weights ``w``.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       direction: ``d``, a tree like ``params``, as from
         :func:`filter_normalized_direction`.
       alphas: ``(A,)``, where to evaluate, in lengths of ``d``: with filters
@@ -98,7 +100,7 @@ def loss_surface(
     Args:
       loss_fn: as in :func:`loss_line`.
       params: the weights ``w``.
-      batches: a tree of arrays ``(B, m, ...)``.
+      batches: as in :func:`loss_line`.
       directions: ``(d, d')``, two trees like ``params``. Two random ones are almost
         orthogonal in many dimensions; nothing here makes them so.
       alphas: ``(A,)``, the steps along ``d``, in its lengths.
@@ -163,7 +165,7 @@ def interpolate_loss(
     Args:
       loss_fn: as in :func:`loss_line`.
       params: the weights ``w``, at ``alpha = 0``; leaves that are left out are theirs.
-      batches: a tree of arrays ``(B, m, ...)``.
+      batches: as in :func:`loss_line`.
       other: the weights ``w'``, at ``alpha = 1``.
       alphas: ``(A,)``, where to evaluate.
       mask: as in :func:`loss_line`.
@@ -192,21 +194,24 @@ def interpolate_loss(
     o = objective(loss_fn, params, batches, **options)
     end, a = _like("other", other, o), _vector("alphas", alphas)
     # As two shares: a step from one end would miss the other by the rounding.
-    start = o._replace(w=jax.tree.map(jnp.zeros_like, o.w))
+    start = dataclasses.replace(o, w=jax.tree.map(jnp.zeros_like, o.w))
     return _losses(start, (o.w, end), jnp.stack([1 - a, a], -1))
 
 
 def _losses(o: Objective, directions: tuple[Any, ...], points: jax.Array) -> jax.Array:
     """The losses at these multiples ``(P, D)`` of the directions, one by one."""
 
-    def at(point: jax.Array) -> jax.Array:
-        move = lambda w, *ds: sum(
-            (p.astype(w.dtype) * d for p, d in zip(o.vary(point), ds, strict=True)), w
-        )
-        w = jax.tree.map(move, o.w, *directions)
-        return o.mean(lambda batch: o.loss(w, batch))
+    def of_batch(o: Objective, batch: Any, directions: Any, points: Any) -> jax.Array:
+        def at(point: jax.Array) -> jax.Array:
+            step = lambda w, p, d: w + p.astype(w.dtype) * d
+            w = o.w
+            for p, d in zip(point, directions, strict=True):
+                w = jax.tree.map(lambda w, d: step(w, p, d), w, d)  # noqa: B023
+            return o.loss(w, batch)
 
-    return jax.lax.map(at, points)
+        return jax.lax.map(at, points)
+
+    return o.mean(of_batch, directions, o.vary(points))
 
 
 def _like(name: str, tree: Any, o: Objective) -> Any:

@@ -49,3 +49,61 @@ def normalize_logits(
     # The square is bounded and not the root, whose slope at 0 is infinite.
     square = jnp.sum(jnp.square(f), axis, keepdims=True)
     return f / jnp.sqrt(jnp.maximum(square, eps**2))
+
+
+def chunked_cross_entropy(
+    features: jax.Array, kernel: jax.Array, labels: ArrayLike, *, num_chunks: int = 16
+) -> jax.Array:
+    r"""The mean cross-entropy over many classes, a part of the logits at a time.
+
+    .. math:: -\frac{1}{N} \sum_{i=1}^N \log \operatorname{softmax}(h_i W)_{y_i}
+
+    For the last layer of a language model inside a ``loss_fn``: the logits of all
+    tokens are never there together, neither in the loss nor in its gradient and
+    products with its Hessian, each of which computes them again, chunk by chunk.
+
+    Args:
+      features: ``h``, ``(..., d)``.
+      kernel: ``W``, ``(d, classes)``.
+      labels: ``y``, integers ``(...)``.
+      num_chunks: into how many parts the tokens are split; the last may be padded.
+
+    Returns:
+      The scalar mean over all tokens, in float32 or wider.
+
+    Raises:
+      ValueError: if the shapes do not fit, or ``num_chunks`` is not above 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> h, W = jnp.ones((2, 3, 4)), jnp.zeros((4, 1000))
+      >>> loss = sharpness.chunked_cross_entropy(h, W, jnp.zeros((2, 3), int))
+      >>> print(f"{loss:.3f}")  # log 1000
+      6.908
+    """
+    schedules.check_integer("num_chunks", num_chunks, 1)
+    labels = jnp.asarray(labels)
+    if features.shape[:-1] != labels.shape or features.shape[-1:] != kernel.shape[:1]:
+        raise ValueError(
+            "features (..., d), kernel (d, classes) and labels (...) must fit; their"
+            f" shapes are {features.shape}, {kernel.shape} and {labels.shape}."
+        )
+    number = labels.size
+    size = -(-number // num_chunks)
+    pad = lambda x: jnp.pad(x, [(0, -number % size)] + [(0, 0)] * (x.ndim - 1))
+    rows = pad(features.reshape(number, -1)).reshape(-1, size, features.shape[-1])
+    parts = rows, pad(labels.ravel()).reshape(-1, size), pad(jnp.ones(number))
+
+    @jax.checkpoint
+    def of_chunk(h: jax.Array, y: jax.Array, real: jax.Array) -> jax.Array:
+        z = wide(h @ kernel)
+        chosen = jnp.take_along_axis(z, y[:, None], 1)[:, 0]
+        return jnp.sum(real * (jax.nn.logsumexp(z, -1) - chosen))
+
+    def add(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return total + of_chunk(*part), None
+
+    zero = jnp.zeros((), jnp.result_type(jnp.float32, features, kernel))
+    parts = (*parts[:2], parts[2].reshape(-1, size).astype(zero.dtype))
+    return jax.lax.scan(add, zero, parts)[0] / number

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_sam import axes, schedules
+from optax_sam import axes
 from optax_sam.masks import Mask, resolve_mask
+from optax_sam.sharpness.data import Data, Stacked, data_of
+from optax_sam.sharpness.loss_check import check_loss
+from optax_sam.sharpness.weights import weights_of
 from optax_sam.trees import wide
 
 LossFn = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss of the batch
 
 
-class Objective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Objective:
     """A loss as a function of the chosen leaves, and the batches that it is meant on.
+
+    It is a pytree, so that what is compiled for a batch has weights as arguments; the
+    batches are no part of that.
 
     Attributes:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch.
       params: all parameters, as the user gave them.
       w: the chosen leaves, in float32 or wider; ``None`` in the place of the others.
-      batches: a tree of arrays ``(B, m, ...)``.
-      share: the part ``(B,)`` of each batch in the mean; they sum to one over all
-        batches of all devices.
       axis_name: the mapped axis over which the batches are spread, or ``None``.
+      data: the batches.
     """
 
     loss_fn: LossFn
     params: Any
     w: Any
-    batches: Any
-    share: jax.Array
-    axis_name: Any
+    axis_name: Any = None
+    data: Data = cast(Data, None)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether a pass over the batches is a loop of Python."""
+        return self.data.on_host
 
     def params_at(self, w: Any) -> Any:
         """The parameters with ``w`` in the place of the chosen leaves."""
@@ -47,6 +57,7 @@ class Objective(NamedTuple):
 
     def loss(self, w: Any, batch: Any) -> jax.Array:
         """The mean loss of one batch, with ``w`` in the place of the chosen leaves."""
+        check_loss(self.loss_fn, self.params, batch)
         value = self.loss_fn(self.params_at(w), batch)
         if not isinstance(value, (jax.Array, np.ndarray, float)) or jnp.shape(value):
             what = f"shape {jnp.shape(value)}" if hasattr(value, "shape") else value
@@ -57,39 +68,30 @@ class Objective(NamedTuple):
             )
         return wide(jnp.asarray(value))
 
-    def mean(self, f: Callable[[Any], Any]) -> Any:
-        """The mean of ``f(batch)``, a tree of arrays, over all batches.
+    def loss_here(self, batch: Any, w: Any = None) -> jax.Array:
+        """The mean loss of one batch, at ``w`` or where the parameters are."""
+        return self.loss(self.w if w is None else w, batch)
+
+    def mean(self, f: Callable[..., Any], *args: Any) -> Any:
+        """The mean of ``f(objective, batch, *args)`` over all batches of all devices.
 
         One batch at a time, so that no more than one lives in memory with what its
-        gradient keeps.
+        gradient keeps. On the host each batch runs through one compiled program, which
+        is kept for the next call with the same ``f``.
         """
-        scaled = lambda batch, share: jax.tree.map(
-            lambda x: x * share.astype(x.dtype), f(batch)
-        )
-        first = jax.tree.map(lambda x: x[0], self.batches)
-        if len(self.share) == 1:
-            # No loop: XLA on CPU is slow at convolutions inside one.
-            return self.total(scaled(first, self.share[0]))
+        return self.total(self.data.mean(self._bound(f, args)))
 
-        def add(sum_: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sum_, scaled(*part)), None
+    def each(self, f: Callable[..., Any], *args: Any) -> Any:
+        """``f(objective, batch, *args)`` of one batch after the other, stacked."""
+        return self.data.each(self._bound(f, args))
 
-        shapes = jax.eval_shape(scaled, first, self.share[0])
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        start = axes.vary(zeros, self.axis_name)
-        return self.total(jax.lax.scan(add, start, (self.batches, self.share))[0])
-
-    def each(self, f: Callable[[Any], Any]) -> Any:
-        """``f(batch)`` of one batch after the other, stacked along the first axis."""
-        if len(self.share) == 1:
-            first = jax.tree.map(lambda x: x[0], self.batches)
-            return jax.tree.map(lambda x: x[None], f(first))
-        return jax.lax.map(f, self.batches)
+    def _bound(self, f: Callable[..., Any], args: Any) -> Callable[[Any], Any]:
+        run = jax.jit(f) if self.on_host else f
+        return lambda batch: run(self, batch, *args)
 
     def mean_of(self, per_batch: jax.Array) -> jax.Array:
         """The mean over all batches of what ``each`` has returned, ``(B, ...)``."""
-        share = self.share.astype(per_batch.dtype)
-        return self.total(jnp.tensordot(share, per_batch, axes=1))
+        return self.total(self.data.mean_of(per_batch))
 
     def vary(self, tree: Any) -> Any:
         """What is the same on all devices, as ``w`` is taken: to be used with it."""
@@ -100,13 +102,18 @@ class Objective(NamedTuple):
         return tree if self.axis_name is None else jax.lax.psum(tree, self.axis_name)
 
 
+jax.tree_util.register_dataclass(
+    Objective, ["params", "w"], ["loss_fn", "axis_name"], drop_fields=["data"]
+)
+
+
 def objective(
     loss_fn: LossFn,
     params: Any,
     batches: Any,
     *,
     mask: Mask = None,
-    weights: ArrayLike | None = None,
+    weights: Any = None,
     axis_name: Any = None,
 ) -> Objective:
     """Checks what all measures are given, and brings it into one form."""
@@ -117,21 +124,7 @@ def objective(
         )
     chosen = resolve_mask(mask, params)
 
-    def widen(path: Any, x: ArrayLike, kept: bool) -> jax.Array | None:
-        if not kept:
-            return None
-        dtype = jnp.result_type(x)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"The parameter at {jax.tree_util.keystr(path) or 'the root'} has dtype"
-                f" {dtype}, and sharpness is about real ones. Leave it out with"
-                " mask=lambda params: jax.tree.map(lambda x: jnp.issubdtype(x.dtype,"
-                " jnp.floating), params)."
-            )
-        # A half-precision weight would round the offsets away that are measured here.
-        return wide(jnp.asarray(x))
-
-    w = jax.tree_util.tree_map_with_path(widen, params, chosen)
+    w = weights_of(params, chosen)
     if not sum(x.size for x in jax.tree.leaves(w)):
         raise ValueError(
             "There is no parameter to look at: "
@@ -142,57 +135,37 @@ def objective(
                 " look at all of them, leave out mask=."
             )
         )
-    share = _shares(_number_of_batches(batches), weights)
-    total = share.sum()
-    if axis_name is not None:
-        # Parameters that vary, else jax.grad would sum over devices of its own accord.
-        w, share = axes.vary((w, share), axis_name)
-        total = jax.lax.psum(share.sum(), axis_name)
-    return Objective(loss_fn, params, w, batches, share / total, axis_name)
+    data = data_of(batches, weights, axis_name)
+    check_axes(w, data, axis_name)
+    # Parameters that vary, else jax.grad would sum over devices of its own accord.
+    w = axes.vary(w, axis_name)
+    return Objective(loss_fn, params, w, axis_name, data)
 
 
-def stack_batches(data: Any, batch_size: int) -> Any:
-    """Data of shape ``(N, ...)`` as batches ``(N / m, m, ...)``, as measures take them.
+def check_axes(w: Any, data: Data, axis_name: Any) -> None:
+    """Refuses batches of one device where no axis to average over is given.
 
-    Every measure is a mean over batches, and some (worst cases, one SAM step) depend on
-    the batch size ``m``, so a number is only comparable with one of the same ``m`` and
-    the same data. A shorter last batch would change both in silence; it is refused.
-
-    Args:
-      data: a tree of arrays ``(N, ...)``: the examples, in the order to be used.
-      batch_size: ``m``, a divisor of ``N``.
-
-    Returns:
-      The tree with leaves ``(N / m, m, ...)``.
-
-    Raises:
-      ValueError: if the arrays differ in ``N``, or ``m`` does not divide it.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from optax_sam import sharpness
-      >>> x, y = jnp.ones((12, 3)), jnp.ones(12)
-      >>> [a.shape for a in sharpness.stack_batches((x, y), 4)]
-      [(3, 4, 3), (3, 4)]
+    JAX would sum gradients over the devices, so that a measure were their number times
+    as large.
     """
-    schedules.check_integer("batch_size", batch_size, 1)
-    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(data)}
-    if len(sizes) != 1 or sizes == {()}:
+    if axis_name is not None or not isinstance(data, Stacked):
+        return
+    manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
+    is_tracked = lambda name: name in axes.varying(jax.lax.axis_index(name))
+    untracked = {name for name in manual if not is_tracked(name)}
+    over = lambda tree: {
+        name
+        for x in jax.tree.leaves(tree)
+        if isinstance(x, jax.Array)
+        for name in axes.varying(x)
+    }
+    names = sorted(untracked | (over(data.batches) - over(w)))
+    if names:
+        given = names[0] if len(names) == 1 else tuple(names)
         raise ValueError(
-            "data must be a tree of arrays with the same number of examples along"
-            f" their first axis; these have {sorted(sizes)}."
+            f"Inside jax.shard_map each device has batches of its own along {given!r}."
+            f" Say so, and products and losses are averaged: axis_name={given!r}."
         )
-    ((number,),) = sizes
-    if number == 0 or number % batch_size:
-        raise ValueError(
-            f"{number} examples cannot be split into batches of {batch_size}. Take"
-            f" {number - number % batch_size} of them (x[:n]), or choose batch_size"
-            " among the divisors of their number."
-            if number >= batch_size
-            else f"{number} examples do not fill one batch of {batch_size}."
-        )
-    shape = (number // batch_size, batch_size)
-    return jax.tree.map(lambda x: jnp.reshape(x, shape + jnp.shape(x)[1:]), data)
 
 
 def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
@@ -219,40 +192,3 @@ def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
 def _fill(chosen: Any, others: Any) -> Any:
     pick = lambda other, x: other if x is None else x
     return jax.tree.map(pick, others, chosen)
-
-
-def _number_of_batches(batches: Any) -> int:
-    leaves = jax.tree_util.tree_leaves_with_path(batches)
-    lengths = {jnp.shape(x)[:1] for _, x in leaves}
-    if len(lengths) != 1 or lengths == {()}:
-        raise ValueError(
-            "batches must be a tree of arrays (B, m, ...), B batches of m examples,"
-            f" with the same B; the first axes here are {sorted(lengths)}. Make them"
-            " with optax_sam.sharpness.stack_batches(data, m); one batch alone is"
-            " jax.tree.map(lambda x: x[None], batch)."
-        )
-    for path, x in leaves:
-        if 0 in jnp.shape(x):
-            raise ValueError(
-                f"batches are empty at {jax.tree_util.keystr(path) or 'the root'}: it"
-                f" has shape {jnp.shape(x)}. Give at least one batch of one example."
-            )
-    return lengths.pop()[0]
-
-
-def _shares(number: int, weights: ArrayLike | None) -> jax.Array:
-    if weights is None:
-        return jnp.ones(number)
-    weights = jnp.asarray(weights, jnp.result_type(float))
-    if not weights.shape or weights.shape[0] != number:
-        raise ValueError(
-            f"weights must have shape ({number},), the number of examples in each"
-            f" batch, or ({number}, m), a weight for each example, which loss_fn must"
-            f" then use in its mean, too; got {weights.shape}."
-        )
-    shares = weights.reshape(number, -1).sum(1)
-    if not isinstance(shares, jax.core.Tracer) and not (
-        bool((shares >= 0).all()) and bool(shares.sum() > 0)
-    ):
-        raise ValueError(f"weights must be >= 0 and not all zero; got {weights}.")
-    return shares

@@ -1,53 +1,86 @@
-"""Curvature as a function of a vector: Hessian-vector products."""
+"""Curvature as a function of a vector: Hessian, Gauss-Newton and Fisher matrices."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.typing import ArrayLike
+from jax.flatten_util import ravel_pytree
 
 from optax_sam.masks import Mask
+from optax_sam.sharpness.loss_check import check_loss
 from optax_sam.sharpness.objective import (
     LossFn,
     Objective,
     chosen_part,
     objective,
 )
+from optax_sam.trees import wide
 
 Mode = Literal["fwd_rev", "rev_rev"]
+ModelFn = Callable[[Any, Any], Any]  # (params, batch) -> outputs
 
 
 class Operator(NamedTuple):
     """A symmetric linear map on trees.
+
+    :func:`hessian`, :func:`ggn`, :func:`fisher` and :func:`empirical_fisher` make one,
+    and :func:`eigenvalues`, :func:`trace` and the other estimators take one. Any other
+    map can be written down as one, too.
 
     Attributes:
       matvec: the map, from a tree like ``like`` to another one.
       like: a tree of arrays of the shapes and dtypes that it acts on.
       size: ``n``, the number of entries.
       to_params: a vector as a tree like all parameters, with zeros in those left out.
+      on_host: whether ``matvec`` is a loop of the host, which no ``jit`` can hold.
     """
 
     matvec: Callable[[Any], Any]
     like: Any
     size: int
     to_params: Callable[[Any], Any]
+    on_host: bool = False
+
+    def times(self, v: jax.Array) -> jax.Array:
+        """The map of a vector ``(n,)``, whose parts are the raveled leaves."""
+        return ravel(self.matvec(self.unravel(v)))
+
+    def unravel(self, v: jax.Array) -> Any:
+        """A vector ``(n,)`` as a tree that :attr:`matvec` takes."""
+        leaves, structure = jax.tree.flatten(self.like)
+        ends = np.cumsum([x.size for x in leaves])[:-1]
+        parts = zip(jnp.split(v, ends), leaves, strict=True)
+        shaped = [part.reshape(x.shape).astype(x.dtype) for part, x in parts]
+        return jax.tree.unflatten(structure, shaped)
+
+    def unravel_params(self, v: jax.Array) -> Any:
+        """A vector ``(n,)`` as a tree like all parameters."""
+        return self.to_params(self.unravel(v))
 
 
-def hvp(
+def ravel(tree: Any) -> jax.Array:
+    """The leaves of a tree as one vector ``(n,)``."""
+    return ravel_pytree(tree)[0]
+
+
+def hessian(
     loss_fn: LossFn,
     params: Any,
     batches: Any,
-    v: Any,
     *,
     mode: Mode = "fwd_rev",
     mask: Mask = None,
-    weights: ArrayLike | None = None,
+    weights: Any = None,
     axis_name: Any = None,
-) -> Any:
-    r"""The product of the Hessian of the mean loss with a vector.
+) -> Operator:
+    r"""The Hessian of the mean loss as a linear operator on the chosen leaves.
 
     .. math:: H v = \frac{d}{dt} \nabla L(w + t v) \Big|_{t = 0},
        \qquad L = \sum_S p_S L_S, \quad p_S \text{ the share of batch } S
@@ -60,22 +93,244 @@ def hvp(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
-      v: a tree like ``params``; what it holds in leaves that are left out is ignored.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples. Or a
+        list of batches, a loader, or a generator, which the host reads batch by batch,
+        once for each product; what gives its batches only once is kept on the host.
       mode: ``"fwd_rev"``; ``"rev_rev"``, about 1.7 times as dear, for models whose
         backward pass has no forward derivative (a ``custom_vjp`` inside another's).
       mask: the leaves to look at: a tree of bools like the parameters or a prefix of
-        it, or a function from the parameters to one; ``None`` means all.
-      weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.
+        it, or a function from the parameters to one; ``None`` means all. Vectors have
+        no entries for the others, and the operator is the diagonal block.
+      weights: ``(B,)``, the examples that count in each batch; for a list or a loader
+        also a function from a batch to their number. ``None``: all alike.
       axis_name: name of a mapped axis over which the batches are spread.
+
+    Returns:
+      The operator. It may be used while what it was made from lives, so inside the
+      same ``jit``.
+
+    Raises:
+      ValueError: if the loss is no scalar, the batches are empty or were not stacked, a
+        chosen leaf is not real, or the mask selects nothing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: 0.5 * jnp.mean((batch @ w) ** 2)
+      >>> H = sharpness.hessian(loss, jnp.ones(2), jnp.eye(2)[None])
+      >>> print(H.size, H.matvec(jnp.array([2.0, 4.0])))
+      2 [1. 2.]
+
+    References:
+      Pearlmutter, "Fast exact multiplication by the Hessian", 1994.
+    """
+    if mode not in ("fwd_rev", "rev_rev"):
+        raise ValueError(f'mode must be "fwd_rev" or "rev_rev"; got {mode!r}.')
+    o = objective(
+        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+    )
+    return _operator(o, _fwd_rev if mode == "fwd_rev" else _rev_rev)
+
+
+def ggn(
+    model_fn: ModelFn,
+    loss_fn: LossFn,
+    params: Any,
+    batches: Any,
+    *,
+    mask: Mask = None,
+    weights: Any = None,
+    axis_name: Any = None,
+) -> Operator:
+    r"""The generalized Gauss-Newton matrix: the Hessian of the linearized model.
+
+    .. math:: G = \sum_S p_S\, J_S^\top\, \nabla^2_z \ell_S(z)\, J_S, \qquad
+       z = f(w, S), \quad J_S = \partial_w f(w, S)
+
+    For a loss that is convex in the outputs it has no negative eigenvalues, and where
+    the model fits its data it is the Hessian. A product costs about as much as one with
+    the Hessian. The mean over batches does not depend on their size ``m``: where
+    outputs are wide, as logits over a vocabulary are, take small batches, since one is
+    in memory at a time.
+
+    Args:
+      model_fn: ``model_fn(params, batch)``, the outputs ``z``, an array or a tree of
+        arrays.
+      loss_fn: ``loss_fn(outputs, batch)``, the mean loss of one batch.
+      params: as in :func:`hessian`, and so are the other arguments.
+      batches: as in :func:`hessian`.
+      mask: as in :func:`hessian`.
+      weights: as in :func:`hessian`.
+      axis_name: as in :func:`hessian`.
+
+    Returns:
+      The operator.
+
+    Raises:
+      ValueError: as :func:`hessian` does.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> model = lambda w, batch: batch @ jnp.sin(w)
+      >>> loss = lambda z, batch: 0.5 * jnp.mean(z**2)
+      >>> G = sharpness.ggn(model, loss, jnp.zeros(2), jnp.eye(2)[None])
+      >>> print(sharpness.trace(G, 0).estimate)
+      1.0
+
+    References:
+      Schraudolph, "Fast curvature matrix-vector products", 2002; Martens, `New Insights
+      and Perspectives on the Natural Gradient Method
+      <https://arxiv.org/abs/1412.1193>`_, 2020
+    """
+
+    def curvature(z: Any, u: Any, batch: Any) -> Any:
+        return jax.jvp(jax.grad(lambda z: loss_fn(z, batch)), (z,), (u,))[1]
+
+    o = objective(
+        lambda params, batch: loss_fn(model_fn(params, batch), batch),
+        params,
+        batches,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
+    )
+    return _operator(o, _through(model_fn, curvature))
+
+
+def fisher(
+    model_fn: ModelFn,
+    params: Any,
+    batches: Any,
+    *,
+    mask: Mask = None,
+    weights: Any = None,
+    axis_name: Any = None,
+) -> Operator:
+    r"""The Fisher matrix of a classifier, exactly, without labels.
+
+    .. math:: F = \mathbb{E}_x\, \mathbb{E}_{y \sim p_w(\cdot | x)}
+       \big[\nabla \log p_w(y | x)\, \nabla \log p_w(y | x)^\top\big]
+       = \mathbb{E}_x\, J_x^\top (\operatorname{diag}(p) - p p^\top) J_x
+
+    with :math:`p` the softmax of the logits. It is the :func:`ggn` of the mean
+    cross-entropy. For a regression with squared errors the Fisher matrix is the
+    :func:`ggn` of half of their sum over the outputs.
+
+    Args:
+      model_fn: ``model_fn(params, batch)``, the logits, classes along the last axis;
+        the mean is over all others.
+      params: as in :func:`hessian`, and so are the other arguments.
+      batches: as in :func:`hessian`; keep them small where there are many classes, see
+        :func:`ggn`.
+      mask: as in :func:`hessian`.
+      weights: as in :func:`hessian`.
+      axis_name: as in :func:`hessian`.
+
+    Returns:
+      The operator; positive semidefinite.
+
+    Raises:
+      ValueError: as :func:`hessian` does.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> logits = lambda w, batch: batch * w  # two classes, one example
+      >>> F = sharpness.fisher(logits, jnp.zeros(2), jnp.ones((1, 1, 1)))
+      >>> print(F.matvec(jnp.array([1.0, 0.0])))
+      [ 0.25 -0.25]
+
+    References:
+      Martens, `New Insights and Perspectives on the Natural Gradient Method
+      <https://arxiv.org/abs/1412.1193>`_, 2020
+    """
+
+    def curvature(z: jax.Array, u: jax.Array, _batch: Any) -> jax.Array:
+        p = jax.nn.softmax(z)
+        mean = jnp.sum(p * u, -1, keepdims=True)
+        return p * (u - mean) * (z.shape[-1] / z.size)
+
+    o = objective(
+        lambda params, batch: jax.nn.logsumexp(model_fn(params, batch), -1).mean(),
+        params,
+        batches,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
+    )
+    return _operator(o, _through(model_fn, curvature))
+
+
+def empirical_fisher(
+    losses_fn: ModelFn,
+    params: Any,
+    batches: Any,
+    *,
+    mask: Mask = None,
+    weights: Any = None,
+    axis_name: Any = None,
+) -> Operator:
+    r"""The mean outer product of the gradients of single examples.
+
+    .. math:: E = \frac{1}{N} \sum_{i=1}^N \nabla \ell_i(w)\, \nabla \ell_i(w)^\top
+
+    Cheaper to think of than to trust: it is not the Fisher matrix, whose labels are
+    drawn from the model, and it vanishes where every example is fitted.
+
+    Args:
+      losses_fn: ``losses_fn(params, batch)``, the loss of each example, ``(m,)``.
+      params: as in :func:`hessian`, and so are the other arguments.
+      batches: as in :func:`hessian`.
+      mask: as in :func:`hessian`.
+      weights: as in :func:`hessian`.
+      axis_name: as in :func:`hessian`.
+
+    Returns:
+      The operator; positive semidefinite, of rank at most the number of examples.
+
+    Raises:
+      ValueError: as :func:`hessian` does.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> losses = lambda w, batch: batch @ w
+      >>> E = sharpness.empirical_fisher(losses, jnp.ones(2), jnp.eye(2)[None])
+      >>> print(E.matvec(jnp.array([2.0, 4.0])))
+      [1. 2.]
+
+    References:
+      Kunstner, Balles and Hennig, `Limitations of the Empirical Fisher Approximation
+      for Natural Gradient Descent <https://arxiv.org/abs/1905.12558>`_, 2019
+    """
+    o = objective(
+        lambda params, batch: losses_fn(params, batch).mean(),
+        params,
+        batches,
+        mask=mask,
+        weights=weights,
+        axis_name=axis_name,
+    )
+    return _operator(o, _through(losses_fn, lambda z, u, batch: u / z.size))
+
+
+def hvp(loss_fn: LossFn, params: Any, batches: Any, v: Any, **options: Any) -> Any:
+    r"""The product of the Hessian of the mean loss with a vector.
+
+    Args:
+      loss_fn: as in :func:`hessian`.
+      params: the weights ``w``.
+      batches: as in :func:`hessian`.
+      v: a tree like ``params``; what it holds in leaves that are left out is ignored.
+      **options: ``mode``, ``mask``, ``weights`` and ``axis_name`` of :func:`hessian`.
 
     Returns:
       ``Hv``, a tree like ``params``, zero in leaves that are left out.
 
     Raises:
-      ValueError: if the loss is no scalar, the batches are empty, ``v`` has another
-        structure or shape than the parameters, a chosen leaf is not real, or the mask
-        selects nothing.
+      ValueError: if ``v`` has another structure or shape than the parameters, or as
+        :func:`hessian` does.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -84,75 +339,82 @@ def hvp(
       >>> batches = jnp.eye(2)[None] * jnp.sqrt(2)  # one batch, H = I
       >>> print(sharpness.hvp(loss, jnp.ones(2), batches, jnp.array([3.0, 4.0])))
       [3. 4.]
-
-    References:
-      Pearlmutter, "Fast exact multiplication by the Hessian", 1994.
     """
-    options: Any = dict(mode=mode, mask=mask, weights=weights, axis_name=axis_name)
-    operator = hessian_operator(loss_fn, params, batches, **options)
-    v = chosen_part("v", v, params, operator.like)
-    return operator.to_params(operator.matvec(v))
+    H = hessian(loss_fn, params, batches, **options)
+    return H.to_params(H.matvec(chosen_part("v", v, params, H.like)))
 
 
-def hessian_operator(
-    loss_fn: LossFn,
-    params: Any,
-    batches: Any,
-    *,
-    mode: Mode = "fwd_rev",
-    mask: Mask = None,
-    weights: ArrayLike | None = None,
-    axis_name: Any = None,
-) -> Operator:
-    r"""The Hessian of the mean loss as a linear operator on the chosen leaves.
+def also_of_loss(estimator: Callable[..., Any]) -> Callable[..., Any]:
+    """An estimator of an operator that takes a loss, too, and is of its Hessian then.
 
-    The estimators of this package take an operator where the functions named after the
-    Hessian take a loss, so that they serve a Gauss-Newton or Fisher matrix as well:
-    write an :class:`Operator` with its ``matvec``.
-
-    Args:
-      loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch.
-      params: the weights.
-      batches: a tree of arrays ``(B, m, ...)``.
-      mode: as in :func:`hvp`.
-      mask: as in :func:`hvp`; the vectors have no entries for leaves left out.
-      weights: as in :func:`hvp`.
-      axis_name: as in :func:`hvp`.
-
-    Returns:
-      The operator. It may be used while what it was made from lives, so inside the
-      same ``jit``.
-
-    Raises:
-      ValueError: as :func:`hvp` does.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from optax_sam import sharpness
-      >>> loss = lambda w, batch: 0.5 * jnp.mean((batch @ w) ** 2)
-      >>> H = sharpness.hessian_operator(loss, jnp.ones(2), jnp.eye(2)[None])
-      >>> print(H.size, H.matvec(jnp.array([2.0, 4.0])))
-      2 [1. 2.]
+    In the place of the operator stand ``loss_fn, params, batches``, and among the
+    options those of :func:`hessian`.
     """
-    if mode not in ("fwd_rev", "rev_rev"):
-        raise ValueError(f'mode must be "fwd_rev" or "rev_rev"; got {mode!r}.')
-    o = objective(
-        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+    own = list(inspect.signature(estimator).parameters.values())
+    place = [x.name for x in own].index("operator")
+    extra = list(inspect.signature(hessian).parameters.values())
+
+    @functools.wraps(estimator)
+    def measure(*args: Any, **options: Any) -> Any:
+        given = args[place] if len(args) > place else options.get("operator")
+        if isinstance(given, Operator):
+            return estimator(*args, **options)
+        bound = signature.bind(*args, **options).arguments
+        of_loss = {x.name: bound.pop(x.name) for x in extra if x.name in bound}
+        return estimator(operator=hessian(**of_loss), **bound)
+
+    positional = [x for x in own if x.kind is x.POSITIONAL_OR_KEYWORD]
+    signature = inspect.Signature(
+        [*positional[:place], *extra[:3], *positional[place + 1 :]]
+        + [x for x in own if x.kind is x.KEYWORD_ONLY]
+        + extra[3:]
     )
-    return of_objective(o, mode)
+    measure.__signature__ = signature  # type: ignore[attr-defined]
+    return measure
 
 
-def of_objective(o: Objective, mode: Mode = "fwd_rev") -> Operator:
-    """The Hessian of an objective."""
+def of_hessian(estimator: Callable[..., Any]) -> Callable[..., Any]:
+    """An estimator under the name that says that it is of the Hessian of a loss."""
 
-    def matvec(v: Any) -> Any:
-        def of_batch(batch: Any) -> Any:
-            gradient = jax.grad(lambda w: o.loss(w, batch))
-            if mode == "fwd_rev":
-                return jax.jvp(gradient, (o.w,), (o.vary(v),))[1]
-            return jax.grad(lambda w: optax.tree.vdot(gradient(w), o.vary(v)))(o.w)
+    @functools.wraps(estimator)
+    def measure(*args: Any, **options: Any) -> Any:
+        return estimator(*args, **options)
 
-        return o.mean(of_batch)
+    name = estimator.__name__
+    measure.__name__ = measure.__qualname__ = f"hessian_{name}"
+    measure.__doc__ = f"""The :func:`{name}` of the Hessian of a loss.
 
+    ``{name}(hessian(loss_fn, params, batches), key)``, with the options of
+    :func:`{name}` and those of :func:`hessian`.
+    """
+    return measure
+
+
+def _operator(o: Objective, product: Callable[..., Any]) -> Operator:
+    """The mean over batches of ``product(objective, batch, v)``."""
     size = sum(x.size for x in jax.tree.leaves(o.w))
-    return Operator(matvec, o.w, size, o.like_params)
+    matvec = lambda v: o.mean(product, v)
+    return Operator(matvec, o.w, size, o.like_params, o.on_host)
+
+
+def _fwd_rev(o: Objective, batch: Any, v: Any) -> Any:
+    gradient = jax.grad(lambda w: o.loss(w, batch))
+    return jax.jvp(gradient, (o.w,), (o.vary(v),))[1]
+
+
+def _rev_rev(o: Objective, batch: Any, v: Any) -> Any:
+    gradient = jax.grad(lambda w: o.loss(w, batch))
+    return jax.grad(lambda w: optax.tree.vdot(gradient(w), o.vary(v)))(o.w)
+
+
+def _through(model_fn: ModelFn, curvature: Callable[..., Any]) -> Callable[..., Any]:
+    """The product with ``J' C J``, of the Jacobian of the outputs and ``C``."""
+
+    def product(o: Objective, batch: Any, v: Any) -> Any:
+        check_loss(o.loss_fn, o.params, batch)
+        outputs = lambda w: jax.tree.map(wide, model_fn(o.params_at(w), batch))
+        z, push = jax.linearize(outputs, o.w)
+        pull = jax.linear_transpose(push, o.w)
+        return pull(curvature(z, push(o.vary(v)), batch))[0]
+
+    return product

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 
 from optax_sam import schedules
 from optax_sam.masks import Mask
-from optax_sam.sharpness.objective import objective
+from optax_sam.sharpness.data import each, repeat
+from optax_sam.sharpness.objective import Objective, objective
 from optax_sam.sharpness.probes import normals, typed_key
 from optax_sam.trees import inner, wide
 
@@ -78,7 +79,8 @@ def pac_bayes_flatness(
       metric_fn: ``metric_fn(params, batch)``, the mean accuracy of one batch, or any
         other number that is larger where the model is better.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       key: an int, typed key or raw key data, for the noise.
       target: the drop to be borne, above 0, in units of the metric.
       magnitude_aware: whether the noise is relative to the weights, and ``sigma``, too.
@@ -129,7 +131,7 @@ def pac_bayes_flatness(
     schedules.check_number("sigma_max", sigma_max, 0, open_low=True)
     schedules.check_integer("num_samples", num_samples, 1)
     schedules.check_integer("num_steps", num_steps, 1)
-    metric = lambda w: o.mean(lambda batch: o.loss(w, batch))
+    metric = lambda w: o.mean(Objective.loss_here, w)
     before = metric(o.w)
     keys = jax.random.split(typed_key(key), num_samples)
 
@@ -145,7 +147,7 @@ def pac_bayes_flatness(
                 jax.tree.map(lambda w, z: noisy(w, z, sigma), o.w, z)
             )
 
-        drops = jax.lax.map(drop, keys)
+        drops = each(o.on_host, drop, keys)
         mean = drops.mean()
         stderr = drops.std(ddof=1) / jnp.sqrt(num_samples).astype(drops.dtype)
         close = jnp.abs(mean - target) <= jnp.asarray(target, mean.dtype) / 10
@@ -163,7 +165,7 @@ def pac_bayes_flatness(
     zero = jnp.zeros_like(before)
     nothing = PacBayesFlatness(zero, zero, zero, zero, jnp.asarray(False))
     state = (zero, jnp.asarray(sigma_max, zero.dtype), nothing, jnp.asarray(False))
-    return jax.lax.fori_loop(0, num_steps, bisect, state)[2]
+    return repeat(o.on_host, num_steps, bisect, state)[2]
 
 
 def pac_bayes_bound(

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 from optax_sam import ascent, schedules
 from optax_sam.masks import Mask
 from optax_sam.sharpness.auto_pgd import Ball
-from optax_sam.sharpness.objective import LossFn, objective
+from optax_sam.sharpness.data import each
+from optax_sam.sharpness.objective import LossFn, Objective, objective
 from optax_sam.sharpness.probes import typed_key
 from optax_sam.sharpness.worst_case import check_norm, scale
 
@@ -76,7 +77,8 @@ def average_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       rho: size of an offset's entries, above 0, in units of the weights; relative to
         them if adaptive. The paper's: 0.05 to 0.4 (CNN), 0.1 to 0.8 (ViT, adaptive).
       key: an int, typed key or raw key data, for the draws.
@@ -127,28 +129,31 @@ def average_sharpness(
             return c * radius * jax.random.normal(key, c.shape, c.dtype)
         return c * radius * jax.random.uniform(key, c.shape, c.dtype, -1, 1)
 
-    before = o.each(lambda batch: o.loss(o.w, batch))
+    before = o.each(Objective.loss_here)
 
     def rises(key: jax.Array) -> jax.Array:
         keys = jax.random.split(key, len(leaves))
         d = jax.tree.unflatten(structure, map(draw, keys, leaves))
 
-        def loss(batch: Any) -> jax.Array:
-            plus = o.loss(jax.tree.map(jnp.add, o.w, d), batch)
-            if not antithetic:
-                return plus
-            return (plus + o.loss(jax.tree.map(jnp.subtract, o.w, d), batch)) / 2
-
-        return o.each(loss) - before
+        return o.each(_mean_of_both if antithetic else _one_side, d) - before
 
     # (draws, B): one draw after the other, so that only one lives in memory.
-    rise = jax.lax.map(rises, jax.random.split(typed_key(key), num_samples))
+    rise = each(o.on_host, rises, jax.random.split(typed_key(key), num_samples))
     of_draws = o.mean_of(rise.T)
     return AverageSharpness(
         value=of_draws.mean(),
         stderr=of_draws.std(ddof=1) / jnp.sqrt(num_samples).astype(rise.dtype),
         per_batch=rise.mean(axis=0),
     )
+
+
+def _one_side(o: Objective, batch: Any, d: Any) -> jax.Array:
+    return o.loss(jax.tree.map(jnp.add, o.w, d), batch)
+
+
+def _mean_of_both(o: Objective, batch: Any, d: Any) -> jax.Array:
+    plus = o.loss(jax.tree.map(jnp.add, o.w, d), batch)
+    return (plus + o.loss(jax.tree.map(jnp.subtract, o.w, d), batch)) / 2
 
 
 def sam_sharpness(
@@ -178,7 +183,8 @@ def sam_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       rho: radius, above 0, in units of the weights; relative to them if adaptive.
       adaptive: whether the offset is ASAM's (with its ``eta`` 0, on all leaves).
       mask: the leaves that move: a tree of bools like the parameters or a prefix of
@@ -213,7 +219,7 @@ def sam_sharpness(
     rule = ascent.adaptive(rho, eta=0.0, adapt=True) if adaptive else ascent.l2(rho)
     state = rule.init(o.w)
 
-    def rise(batch: Any) -> jax.Array:
+    def rise(o: Objective, batch: Any) -> jax.Array:
         value, g = jax.value_and_grad(lambda w: o.loss(w, batch))(o.w)
         e, _ = rule.update(g, state, o.w)
         there = jax.tree.map(lambda w, e: w + e.astype(w.dtype), o.w, e)

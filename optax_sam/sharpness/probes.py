@@ -8,11 +8,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from optax_sam import keys, schedules
-from optax_sam.sharpness.operators import Operator
+from optax_sam.sharpness.data import each, scan
+from optax_sam.sharpness.operators import Operator, also_of_loss
+from optax_sam.trees import widest
 
 
 class Estimate(NamedTuple):
@@ -37,24 +38,64 @@ def typed_key(key: ArrayLike) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
 
 
-def signs(key: jax.Array, like: Any) -> Any:
-    """A tree of independent signs: Rademacher probes."""
-    return optax.tree.random_like(key, like, jax.random.rademacher)
-
-
 def normals(key: jax.Array, like: Any) -> Any:
     """A tree of independent standard normals."""
     return optax.tree.random_like(key, like, jax.random.normal)
 
 
-def trace_of(
+def random_vector(
+    key: ArrayLike, operator: Operator, sampler: Any = jax.random.normal
+) -> jax.Array:
+    """A vector ``(n,)`` of independent draws."""
+    # One draw for all leaves: each would take as long to compile as a small model.
+    dtype = widest(*jax.tree.leaves(operator.like))
+    return sampler(typed_key(key), (operator.size,), dtype)
+
+
+@also_of_loss
+def trace(
     operator: Operator,
     key: ArrayLike,
     *,
     num_matvecs: int = 100,
     method: Literal["xtrace", "hutchinson"] = "xtrace",
 ) -> Estimate:
-    """The trace of an operator, as :func:`hessian_trace` estimates it."""
+    r"""The trace: the sum of the eigenvalues.
+
+    .. math:: \operatorname{tr} H = \mathbb{E}[z^\top H z], \qquad
+       \mathbb{E}[z z^\top] = I
+
+    Hutchinson's estimator is the mean over ``N = num_matvecs`` vectors of signs. XTrace
+    spends half of its products on finding where the operator is large and takes the
+    trace of that part exactly: an error of about 0.5 % for 100 products where
+    Hutchinson's is 3 %. It keeps ``3 N`` vectors, Hutchinson two.
+
+    Args:
+      operator: from :func:`hessian`, :func:`ggn` or :func:`fisher`; or, for the
+        Hessian, ``loss_fn, params, batches`` with the options of :func:`hessian`.
+      key: for the probes: an int or a key.
+      num_matvecs: products, at least 4. The result is exact once they are as many as
+        the parameters.
+      method: ``"xtrace"`` or, where memory is short, ``"hutchinson"``.
+
+    Returns:
+      An :class:`Estimate` of the trace; of a Hessian in loss per squared parameter.
+
+    Raises:
+      ValueError: for another method, too few products, or what :func:`hessian` raises.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: 0.5 * jnp.sum(jnp.mean(batch, 0) * w**2)
+      >>> batches = jnp.array([[[1.0, 7.0, 5.0]]])
+      >>> print(sharpness.hessian_trace(loss, jnp.ones(3), batches, 0).estimate)
+      13.0
+
+    References:
+      Epperly, Tropp, Webber, "XTrace: Making the Most of Every Sample in Stochastic
+      Trace Estimation", 2024, arXiv 2301.07825.
+    """
     check_method(method, "xtrace", "hutchinson")
     if method == "hutchinson":
         return _hutchinson(operator, key, num_matvecs, optax.tree.vdot)
@@ -64,30 +105,90 @@ def trace_of(
     return _mean_and_stderr(_xtrace(_sketch(operator, key, num_matvecs)))
 
 
-def diagonal_of(
+@also_of_loss
+def diagonal(
     operator: Operator,
     key: ArrayLike,
     *,
     num_matvecs: int = 100,
     method: Literal["xdiag", "hutchinson"] = "xdiag",
 ) -> Estimate:
-    """The diagonal of an operator, as :func:`hessian_diagonal` estimates it."""
+    r"""The diagonal.
+
+    .. math:: \operatorname{diag} H = \mathbb{E}[z \odot H z]
+
+    Hutchinson's estimator needs little memory and is poor: the variance of entry ``i``
+    is the sum of ``H_ij^2`` over the others, so that 100 products leave an error of
+    74 % (in l2) on a small network, and XDiag 11 %. XDiag keeps ``5 N`` vectors for
+    ``2 N`` products. Entries may be negative, as a Hessian's may.
+
+    Args:
+      operator: as in :func:`trace`.
+      key: for the probes: an int or a key.
+      num_matvecs: products, at least 4.
+      method: ``"xdiag"`` or, where memory is short, ``"hutchinson"``.
+
+    Returns:
+      An :class:`Estimate` whose entries are trees like ``params``, zero in leaves that
+      are left out.
+
+    Raises:
+      ValueError: as :func:`trace` does.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: 0.5 * jnp.sum(jnp.mean(batch, 0) * w**2)
+      >>> batches = jnp.array([[[1.0, 7.0, 5.0]]])
+      >>> print(sharpness.hessian_diagonal(loss, jnp.ones(3), batches, 0).estimate)
+      [1. 7. 5.]
+
+    References:
+      Epperly, Tropp, Webber, 2024, arXiv 2301.07825.
+    """
     check_method(method, "xdiag", "hutchinson")
     if method == "hutchinson":
         times = lambda z, Hz: jax.tree.map(jnp.multiply, z, Hz)
-        return _hutchinson(operator, key, num_matvecs, times)
-    unravel = ravel_pytree(operator.like)[1]
+        found = _hutchinson(operator, key, num_matvecs, times)
+        return Estimate(*map(operator.to_params, found))
     if num_matvecs >= operator.size:
         diagonal = jnp.diagonal(_dense(operator))
-        return Estimate(unravel(diagonal), unravel(jnp.zeros_like(diagonal)))
-    estimates = _xdiag(_sketch(operator, key, num_matvecs))
-    return Estimate(*map(unravel, _mean_and_stderr(estimates)))
+        found = Estimate(diagonal, jnp.zeros_like(diagonal))
+    else:
+        found = _mean_and_stderr(_xdiag(_sketch(operator, key, num_matvecs)))
+    return Estimate(*map(operator.unravel_params, found))
 
 
-def frobenius_norm_of(
+@also_of_loss
+def frobenius_norm(
     operator: Operator, key: ArrayLike, *, num_matvecs: int = 100
 ) -> Estimate:
-    """The norm of an operator, as :func:`hessian_frobenius_norm` estimates it."""
+    r"""The Frobenius norm: the root of the sum of squared eigenvalues.
+
+    .. math:: \|H\|_F^2 = \mathbb{E} \|H z\|^2
+
+    ``trace**2 / norm**2`` is the effective rank. :func:`spectral_sum` gives sums of
+    squares more precisely, and dearer.
+
+    Args:
+      operator: as in :func:`trace`.
+      key: for the probes: an int or a key.
+      num_matvecs: products, at least 2.
+
+    Returns:
+      An :class:`Estimate` of the norm; of a Hessian in loss per squared parameter.
+
+    Raises:
+      ValueError: for too few products, or what :func:`hessian` raises.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: 0.5 * jnp.sum(jnp.mean(batch, 0) * w**2)
+      >>> batches = jnp.array([[[3.0, 4.0]]])
+      >>> print(sharpness.hessian_frobenius_norm(loss, jnp.ones(2), batches, 0))
+      Estimate(estimate=Array(5., dtype=float32), stderr=Array(0., dtype=float32))
+    """
     squared_norm = lambda z, Hz: optax.tree.norm(Hz, squared=True)
     squared = _hutchinson(operator, key, num_matvecs, squared_norm)
     norm = jnp.sqrt(squared.estimate)
@@ -113,7 +214,7 @@ def _hutchinson(
 
     def add(moments: Any, key_and_count: Any) -> tuple[Any, None]:
         key, count = key_and_count
-        z = signs(key, operator.like)
+        z = operator.unravel(random_vector(key, operator, jax.random.rademacher))
         mean, spread = moments
         x = integrand(z, operator.matvec(z))
         off = jax.tree.map(jnp.subtract, x, mean)
@@ -126,7 +227,8 @@ def _hutchinson(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     keys = jax.random.split(typed_key(key), num_matvecs)
     counts = jnp.arange(1.0, num_matvecs + 1, dtype=jnp.float32)
-    (mean, spread), _ = jax.lax.scan(add, (zeros, zeros), (keys, counts))
+    start = (zeros, zeros)
+    (mean, spread), _ = scan(operator.on_host, add, start, (keys, counts))
     variance = num_matvecs * (num_matvecs - 1)
     return Estimate(mean, jax.tree.map(lambda m2: jnp.sqrt(m2 / variance), spread))
 
@@ -155,13 +257,11 @@ class _Sketch(NamedTuple):
 
 
 def _sketch(operator: Operator, key: ArrayLike, num_matvecs: int) -> _Sketch:
-    # Own code beside matfree's XTrace and XDiag: those map over all products at once,
-    # so that N gradients live in memory, and judge ranks by an absolute threshold.
     schedules.check_integer("num_matvecs", num_matvecs, 4)
-    Omega, unravel = _probes(operator, key, num_matvecs // 2)
-    matvec = lambda v: ravel_pytree(operator.matvec(unravel(v)))[0]
-    Q, R = jnp.linalg.qr(jax.lax.map(matvec, Omega).T)
-    Z = jax.lax.map(matvec, Q.T).T
+    keys = jax.random.split(typed_key(key), num_matvecs // 2)
+    Omega = jax.vmap(lambda key: random_vector(key, operator))(keys)
+    Q, R = jnp.linalg.qr(each(operator.on_host, operator.times, Omega).T)
+    Z = each(operator.on_host, operator.times, Q.T).T
     size = jnp.abs(jnp.diagonal(R))
     spanned = size.min() <= 10 * jnp.finfo(R.dtype).eps * size.max()
     identity = jnp.eye(len(R), dtype=R.dtype)
@@ -169,12 +269,6 @@ def _sketch(operator: Operator, key: ArrayLike, num_matvecs: int) -> _Sketch:
     S = jax.scipy.linalg.solve_triangular(regular, identity, trans="T")
     S = S / jnp.linalg.norm(S, axis=0)
     return _Sketch(Omega.T, Q, R, Z, S, spanned)
-
-
-def _probes(operator: Operator, key: ArrayLike, number: int) -> tuple[Any, Any]:
-    flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, operator.like))
-    shape = (number, operator.size)
-    return jax.random.normal(typed_key(key), shape, flat.dtype), unravel
 
 
 def _xtrace(x: _Sketch) -> jax.Array:
@@ -204,6 +298,5 @@ def _xdiag(x: _Sketch) -> jax.Array:
 
 def _dense(operator: Operator) -> jax.Array:
     """The matrix itself: no dearer than a sketch where its products are as many."""
-    flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, operator.like))
-    row = lambda v: ravel_pytree(operator.matvec(unravel(v)))[0]
-    return jax.lax.map(row, jnp.eye(operator.size, dtype=flat.dtype))
+    rows = jnp.eye(operator.size, dtype=widest(*jax.tree.leaves(operator.like)))
+    return each(operator.on_host, operator.times, rows)

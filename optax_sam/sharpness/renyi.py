@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,10 +14,11 @@ from jax.typing import ArrayLike
 from optax_sam import schedules
 from optax_sam.masks import Mask, resolve_mask
 from optax_sam.roles import resolve_roles
+from optax_sam.sharpness.data import data_of, each
 from optax_sam.sharpness.objective import LossFn
-from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
+from optax_sam.sharpness.operators import Operator, also_of_loss
 from optax_sam.sharpness.probes import typed_key
-from optax_sam.sharpness.spectrum import Quadrature, deflated_quadrature
+from optax_sam.sharpness.spectrum import Quadrature, deflated_quadrature, jackknife
 from optax_sam.trees import wide
 
 
@@ -40,25 +42,19 @@ class RenyiResult(NamedTuple):
     is_zero: jax.Array
 
 
-def renyi_entropy(
-    loss_fn: LossFn,
-    params: Any,
-    batches: Any,
+def _renyi_entropy(
+    operator: Operator,
     key: ArrayLike,
     *,
     alpha: float | Sequence[float] = (0.5, 1.5),
     layerwise: bool = False,
     num_eigs: int = 30,
     num_top_matvecs: int = 60,
-    num_lanczos: int = 50,
-    num_probes: int = 10,
-    mask: Mask = None,
+    num_lanczos: int = 100,
+    num_probes: int = 6,
     roles: Any = None,
-    weights: ArrayLike | None = None,
-    axis_name: Any = None,
-    mode: Mode = "fwd_rev",
-) -> Any:
-    r"""The Renyi entropy of the Hessian's spectrum: how evenly curvature is spread.
+) -> RenyiResult:
+    r"""The Renyi entropy of a spectrum: how evenly curvature is spread.
 
     .. math:: p_i = \frac{|\lambda_i|}{\sum_j |\lambda_j|}, \qquad
        H_\alpha = \frac{\log \sum_i p_i^\alpha}{1 - \alpha}, \qquad
@@ -68,32 +64,27 @@ def renyi_entropy(
     loss does not change it, so it says nothing of magnitude. Rescaling two layers that
     cancel changes the entropy of the whole network, but not that of a layer.
 
-    Cost: as :func:`spectral_sum`, 560 Hessian-vector products, for each layer if
+    Cost: as :func:`spectral_sum`, 660 products, for each layer if
     ``layerwise``. On a small network the error is about 0.02 nats from order 1.5 up,
     0.03 at order 1, and 0.1 to 0.2 at order 0.5: a coarse number, comparable only
     between equal settings.
 
     Args:
-      loss_fn: as in :func:`hessian_eigenvalues`.
-      params: the weights.
-      batches: a tree of arrays ``(B, m, ...)``.
+      operator: as in :func:`trace`.
       key: for the probes: an int or a key.
       alpha: one or more orders, above 0. The paper takes 0.5 for spectra with several
         clusters and 1.5 for a few outliers above a bulk near zero.
       layerwise: whether to look at the diagonal block of each kernel and embedding with
         two or more dimensions by itself, instead of at all parameters together; of a
-        leaf of stacked layers (``nn.scan``), at those of its layers, one by one.
+        leaf of stacked layers (``nn.scan``), at those of its layers, one by one. For a
+        loss only, not for an operator.
       num_eigs: as in :func:`spectral_sum`.
       num_top_matvecs: as in :func:`spectral_sum`.
       num_lanczos: as in :func:`spectral_sum`.
       num_probes: as in :func:`spectral_sum`.
-      mask: the leaves to look at, as in :func:`hvp`.
       roles: what each leaf is, for layers and stacked layers if ``layerwise``: a pytree
         of :class:`optax_sam.Role` or a function from the parameters to one; ``None``
         means :func:`optax_sam.roles`.
-      weights: ``(B,)``, the examples that count in each batch.
-      axis_name: name of a mapped axis over which the batches are spread.
-      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`RenyiResult`; if ``layerwise``, a tree like ``params`` of them, ``None``
@@ -120,29 +111,62 @@ def renyi_entropy(
       Zhang, Sun, Zhang, Liu, ICLR 2026, arXiv 2510.07758.
       Authors' code: github.com/QiaozheZhang/RSAM.
     """
-    settings: Any = dict(
+    if layerwise or roles is not None:
+        raise ValueError(
+            "layerwise=True looks at blocks of the Hessian of a loss, with its roles:"
+            " give loss_fn, params and batches in the place of an operator."
+        )
+    orders = tuple(alpha) if isinstance(alpha, Sequence) else (alpha,)
+    for a in orders:
+        schedules.check_static("alpha", a, "a Python number")
+        schedules.check_number("alpha", a, 0, open_low=True)
+    quadrature = deflated_quadrature(
+        operator,
+        key,
         num_eigs=num_eigs,
         num_top_matvecs=num_top_matvecs,
         num_lanczos=num_lanczos,
         num_probes=num_probes,
     )
+    # Relative to the largest, so that no power over- or underflows.
+    largest = jnp.maximum(
+        jnp.abs(quadrature.deflated).max(),
+        jnp.where(quadrature.weights > 0, jnp.abs(quadrature.nodes), 0).max(),
+    )
+    unit = jnp.where(largest > 0, largest, 1)
+    scaled = quadrature._replace(
+        deflated=quadrature.deflated / unit,
+        nodes=quadrature.nodes / unit,
+        coarse_nodes=quadrature.coarse_nodes / unit,
+    )
+    values, stderrs = zip(*[_entropy(scaled, a) for a in orders], strict=True)
+    is_zero = largest == 0
+    return RenyiResult(
+        value=jnp.where(is_zero, 0, jnp.stack(values)),
+        stderr=jnp.where(is_zero, 0, jnp.stack(stderrs)),
+        alpha=jnp.asarray(orders, values[0].dtype),
+        num_deflated=quadrature.is_deflated.sum(),
+        is_zero=is_zero,
+    )
 
-    def entropy(key: jax.Array, mask: Any) -> RenyiResult:
-        operator = hessian_operator(
-            loss_fn,
-            params,
-            batches,
-            mode=mode,
-            mask=mask,
-            weights=weights,
-            axis_name=axis_name,
-        )
-        return renyi_entropy_of(operator, key, alpha=alpha, **settings)
 
+def _by_layer(
+    loss_fn: LossFn,
+    params: Any,
+    batches: Any,
+    key: ArrayLike,
+    *,
+    mask: Mask = None,
+    roles: Any = None,
+    weights: Any = None,
+    axis_name: Any = None,
+    **options: Any,
+) -> Any:
+    """The entropies of each layer's own block, a tree like ``params``."""
     key = typed_key(key)
+    data = data_of(batches, weights, axis_name)
+    entropy = functools.partial(_whole, axis_name=axis_name, **options)
     chosen = resolve_mask(mask, params)
-    if not layerwise:
-        return entropy(key, chosen)
     leaves, structure = jax.tree.flatten(params)
     found = jax.tree.leaves(resolve_roles(roles, params))
     is_layer = [
@@ -167,13 +191,11 @@ def renyi_entropy(
                 whole = [*leaves[:i], w.at[at].set(x), *leaves[i + 1 :]]
                 return loss_fn(jax.tree.unflatten(structure, whole), batch)
 
-            operator = hessian_operator(
-                layer_loss, w[at], batches, weights=weights, axis_name=axis_name
-            )
             own_key = jax.random.fold_in(key, position)
-            return renyi_entropy_of(operator, own_key, alpha=alpha, **settings)
+            return entropy(layer_loss, w[at], data, own_key)
 
-        results = jax.lax.map(of_layer, jnp.arange(math.prod(shape)))
+        positions = jnp.arange(math.prod(shape))
+        results = each(data.on_host, of_layer, positions)
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), results)
 
     results: list[RenyiResult | None] = []
@@ -184,142 +206,39 @@ def renyi_entropy(
         elif found[i].stack:
             results.append(of_stack(own_key, i))
         else:
-            results.append(entropy(own_key, only(i)))
+            results.append(entropy(loss_fn, params, data, own_key, mask=only(i)))
     return jax.tree.unflatten(structure, results)
 
 
-def renyi_sharpness(
-    loss_fn: LossFn,
-    params: Any,
-    batches: Any,
-    key: ArrayLike,
-    *,
-    alpha: float | Sequence[float] = (0.5, 1.5),
-    layerwise: bool = False,
-    num_eigs: int = 30,
-    num_top_matvecs: int = 60,
-    num_lanczos: int = 50,
-    num_probes: int = 10,
-    mask: Mask = None,
-    roles: Any = None,
-    weights: ArrayLike | None = None,
-    axis_name: Any = None,
-    mode: Mode = "fwd_rev",
-) -> Any:
-    r"""Renyi sharpness: the negative Renyi entropy of the Hessian's spectrum.
+_whole = also_of_loss(_renyi_entropy)
+
+
+@functools.wraps(_whole, assigned=["__doc__"])
+def renyi_entropy(*args: Any, layerwise: bool = False, **options: Any) -> Any:  # noqa: D103
+    operator = args[0] if args else options.get("operator")
+    if layerwise and not isinstance(operator, Operator):
+        return _by_layer(*args, **options)
+    return _whole(*args, layerwise=layerwise, **options)
+
+
+@functools.wraps(_whole, assigned=[])
+def renyi_sharpness(*args: Any, **options: Any) -> Any:
+    r"""Renyi sharpness: the negative Renyi entropy of a spectrum.
 
     .. math:: -H_\alpha = \frac{1}{\alpha - 1} \log \sum_i p_i^\alpha, \qquad
        p_i = \frac{|\lambda_i|}{\sum_j |\lambda_j|}
 
-    Between ``-log n``, the flattest, and 0, the sharpest. All else is as in
-    :func:`renyi_entropy`.
-
-    Args:
-      loss_fn: as in :func:`renyi_entropy`, and so are the other arguments.
-      params: the weights.
-      batches: a tree of arrays ``(B, m, ...)``.
-      key: for the probes: an int or a key.
-      alpha: one or more orders, above 0.
-      layerwise: whether to look at each kernel and embedding with two or more
-        dimensions by itself.
-      num_eigs: as in :func:`spectral_sum`.
-      num_top_matvecs: as in :func:`spectral_sum`.
-      num_lanczos: as in :func:`spectral_sum`.
-      num_probes: as in :func:`spectral_sum`.
-      mask: the leaves to look at, as in :func:`hvp`.
-      roles: what each leaf is, for layers and stacked layers if ``layerwise``: a pytree
-        of :class:`optax_sam.Role` or a function from the parameters to one; ``None``
-        means :func:`optax_sam.roles`.
-      weights: ``(B,)``, the examples that count in each batch.
-      axis_name: name of a mapped axis over which the batches are spread.
-      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
-
-    Returns:
-      A :class:`RenyiResult`; if ``layerwise``, a tree like ``params`` of them, ``None``
-      at the other leaves. For stacked layers its fields have their axes in front.
-
-    Raises:
-      ValueError: as :func:`renyi_entropy` does.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from optax_sam import sharpness
-      >>> loss = lambda w, batch: 0.5 * jnp.sum(jnp.mean(batch, 0) * w**2)
-      >>> batches = jnp.array([[[5.0, -5.0, 0.0]]])
-      >>> print(sharpness.renyi_sharpness(loss, jnp.ones(3), batches, 0, alpha=2).value)
-      [-0.693]
-
-    References:
-      Zhang, Sun, Zhang, Liu, ICLR 2026, arXiv 2510.07758.
+    Between ``-log n``, the flattest, and 0, the sharpest. Arguments and results are
+    those of :func:`renyi_entropy`, with the sign changed.
     """
-    entropies = renyi_entropy(
-        loss_fn,
-        params,
-        batches,
-        key,
-        alpha=alpha,
-        layerwise=layerwise,
-        num_eigs=num_eigs,
-        num_top_matvecs=num_top_matvecs,
-        num_lanczos=num_lanczos,
-        num_probes=num_probes,
-        mask=mask,
-        roles=roles,
-        weights=weights,
-        axis_name=axis_name,
-        mode=mode,
-    )
     return jax.tree.map(
         lambda result: result._replace(value=-result.value),
-        entropies,
+        renyi_entropy(*args, **options),
         is_leaf=lambda x: isinstance(x, RenyiResult),
     )
 
 
-def renyi_entropy_of(
-    operator: Operator,
-    key: ArrayLike,
-    *,
-    alpha: float | Sequence[float] = (0.5, 1.5),
-    num_eigs: int = 30,
-    num_top_matvecs: int = 60,
-    num_lanczos: int = 50,
-    num_probes: int = 10,
-) -> RenyiResult:
-    """Renyi entropies of an operator's spectrum, as :func:`renyi_entropy` has them."""
-    orders = tuple(alpha) if isinstance(alpha, Sequence) else (alpha,)
-    for a in orders:
-        schedules.check_static("alpha", a, "a Python number")
-        schedules.check_number("alpha", a, 0, open_low=True)
-    quadrature = deflated_quadrature(
-        operator,
-        key,
-        num_eigs=num_eigs,
-        num_top_matvecs=num_top_matvecs,
-        num_lanczos=num_lanczos,
-        num_probes=num_probes,
-    )
-    # Relative to the largest, so that no power over- or underflows.
-    largest = jnp.maximum(
-        jnp.abs(quadrature.deflated).max(),
-        jnp.where(quadrature.weights > 0, jnp.abs(quadrature.nodes), 0).max(),
-    )
-    unit = jnp.where(largest > 0, largest, 1)
-    scaled = quadrature._replace(
-        deflated=quadrature.deflated / unit, nodes=quadrature.nodes / unit
-    )
-    values, stderrs = zip(*[_entropy(scaled, a) for a in orders], strict=True)
-    is_zero = largest == 0
-    return RenyiResult(
-        value=jnp.where(is_zero, 0, jnp.stack(values)),
-        stderr=jnp.where(is_zero, 0, jnp.stack(stderrs)),
-        alpha=jnp.asarray(orders, values[0].dtype),
-        num_deflated=quadrature.is_deflated.sum(),
-        is_zero=is_zero,
-    )
-
-
-def _entropy(spectrum: Quadrature, alpha: float) -> tuple[jax.Array, jax.Array]:
+def _entropy(spectrum: Quadrature, alpha: float) -> list[jax.Array]:
     """``H_alpha`` and its standard error, from sums that share their probes."""
     total = spectrum.sums(jnp.abs)
     if alpha == 1:
@@ -328,8 +247,4 @@ def _entropy(spectrum: Quadrature, alpha: float) -> tuple[jax.Array, jax.Array]:
     else:
         other = spectrum.sums(lambda x: jnp.abs(x) ** alpha)
         of_sums = lambda one, a: (jnp.log(a) - alpha * jnp.log(one)) / (1 - alpha)
-    N = len(total)
-    without = lambda x: (x.sum() - x) / (N - 1)
-    jackknife = of_sums(without(total), without(other))
-    spread = jnp.sum((jackknife - jackknife.mean()) ** 2) * (N - 1) / N
-    return of_sums(total.mean(), other.mean()), jnp.sqrt(spread)
+    return jackknife(of_sums, total, other)

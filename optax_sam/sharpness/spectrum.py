@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_sam import schedules
-from optax_sam.masks import Mask
-from optax_sam.sharpness.krylov import lanczos
-from optax_sam.sharpness.objective import LossFn
-from optax_sam.sharpness.operators import Mode, Operator, hessian_operator
-from optax_sam.sharpness.probes import normals, typed_key
+from optax_sam.sharpness.data import each
+from optax_sam.sharpness.krylov import lanczos, product
+from optax_sam.sharpness.operators import Operator, also_of_loss
+from optax_sam.sharpness.probes import random_vector, typed_key
 
 
 class SpectralSumResult(NamedTuple):
@@ -57,40 +56,72 @@ class Quadrature(NamedTuple):
     Attributes:
       deflated: ``(E,)`` eigenvalues that were found, 0 in free places.
       is_deflated: ``(E,)``, which places are taken.
-      nodes: ``(N, M)``, those that stand for the rest, for each probe.
-      weights: ``(N, M)``, how many eigenvalues each of them stands for.
+      nodes: ``(N, P)``, those that stand for the rest, for each probe.
+      weights: ``(N, P)``, how many eigenvalues each of them stands for.
+      coarse_nodes: ``(N, Q)``, the same after half of the Lanczos steps.
+      coarse_weights: ``(N, Q)``.
     """
 
     deflated: jax.Array
     is_deflated: jax.Array
     nodes: jax.Array
     weights: jax.Array
+    coarse_nodes: jax.Array
+    coarse_weights: jax.Array
 
     def sums(self, fn: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The sum of ``fn`` over the spectrum as each probe has it, ``(N,)``."""
+        """The sum of ``fn`` as each probe has it, ``(2, N)``: after all steps, half."""
         # Selected, since fn may be infinite at padding.
         exact = jnp.where(self.is_deflated, fn(self.deflated), 0).sum()
-        rest = jnp.where(self.weights > 0, self.weights * fn(self.nodes), 0)
-        return exact + rest.sum(-1)
+        pairs = (self.nodes, self.weights), (self.coarse_nodes, self.coarse_weights)
+        rests = [jnp.where(w > 0, w * fn(x), 0).sum(-1) for x, w in pairs]
+        return exact + jnp.stack(rests)
+
+    def sum(self, fn: Callable[[jax.Array], jax.Array]) -> SpectralSumResult:
+        """The sum of ``fn`` over the spectrum, as :func:`spectral_sum` estimates it."""
+        estimate, stderr = jackknife(lambda sums: sums, self.sums(fn))
+        return SpectralSumResult(estimate, stderr, self.is_deflated.sum())
 
 
+def jackknife(f: Callable[..., jax.Array], *sums: jax.Array) -> list[jax.Array]:
+    r"""A function of means over probes, and its standard error.
+
+    The error has two parts. One is the spread of the probes, from leaving out one at a
+    time, widened as Student's distribution is for so few. The other is a fifth of what
+    the second half of the Lanczos steps has changed, for the bias of the quadrature.
+
+    Args:
+      f: a function of as many means.
+      *sums: each ``(2, N)``, as :meth:`Quadrature.sums` gives them.
+    """
+    N = sums[0].shape[1]
+    fine, coarse = (f(*(x.mean(1)[i] for x in sums)) for i in (0, 1))
+    without = [(x[0].sum() - x[0]) / (N - 1) for x in sums]
+    spread = f(*without)
+    spread = jnp.sqrt(jnp.sum((spread - spread.mean()) ** 2) * (N - 1) / N)
+    bias = (fine - coarse) / 5
+    return [fine, jnp.hypot(student(N) * spread, bias).astype(fine.dtype)]
+
+
+def student(number: int) -> float:
+    """What widens an error of so few draws so that two of it hold 95 % of cases."""
+    z, nu = 1.96, number - 1
+    terms = z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return sum(x / nu**i for i, x in enumerate(terms)) / z
+
+
+@also_of_loss
 def spectral_sum(
     fn: Callable[[jax.Array], jax.Array],
-    loss_fn: LossFn,
-    params: Any,
-    batches: Any,
+    operator: Operator,
     key: ArrayLike,
     *,
     num_eigs: int = 30,
     num_top_matvecs: int = 60,
-    num_lanczos: int = 50,
-    num_probes: int = 10,
-    mask: Mask = None,
-    weights: ArrayLike | None = None,
-    axis_name: Any = None,
-    mode: Mode = "fwd_rev",
+    num_lanczos: int = 100,
+    num_probes: int = 6,
 ) -> SpectralSumResult:
-    r"""The sum of a function over all eigenvalues of the Hessian, outliers exactly.
+    r"""The sum of a function over all eigenvalues, outliers exactly.
 
     .. math:: \operatorname{tr} f(H) \approx \sum_{i \text{ found}} f(\lambda_i)
        + \frac{1}{N} \sum_{p=1}^{N} \sum_j \omega_j^{(p)} f(\theta_j^{(p)})
@@ -101,30 +132,24 @@ def spectral_sum(
     network). A function with a kink at zero, where most eigenvalues lie, does not:
     ``abs(x)**0.5`` has 7 %, of either sign, and more probes do not help.
 
-    Cost: ``num_top_matvecs + num_probes * num_lanczos`` Hessian-vector products;
+    Cost: ``num_top_matvecs + num_probes * num_lanczos`` products;
     memory: ``num_eigs`` vectors and about two times the larger number of Lanczos steps.
 
     Args:
       fn: the function, of arrays, entry by entry, such as ``jnp.square``. For
         ``f(x) = x`` use :func:`hessian_trace`.
-      loss_fn: as in :func:`hessian_eigenvalues`.
-      params: the weights.
-      batches: a tree of arrays ``(B, m, ...)``.
+      operator: as in :func:`trace`.
       key: for the probes: an int or a key.
       num_eigs: at most so many eigenvalues are taken out.
       num_top_matvecs: Lanczos steps to find them.
       num_lanczos: Lanczos steps for each probe.
       num_probes: random vectors, at least 2.
-      mask: the leaves to look at, as in :func:`hvp`.
-      weights: ``(B,)``, the examples that count in each batch.
-      axis_name: name of a mapped axis over which the batches are spread.
-      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`SpectralSumResult`.
 
     Raises:
-      ValueError: if a number is out of range, or for what :func:`hvp` raises.
+      ValueError: if a number is out of range, or for what :func:`hessian` raises.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -139,15 +164,6 @@ def spectral_sum(
       Ubaru, Chen, Saad, "Fast Estimation of tr(f(A)) via Stochastic Lanczos
       Quadrature", SIAM J. Matrix Anal. Appl., 2017.
     """
-    operator = hessian_operator(
-        loss_fn,
-        params,
-        batches,
-        mode=mode,
-        mask=mask,
-        weights=weights,
-        axis_name=axis_name,
-    )
     quadrature = deflated_quadrature(
         operator,
         key,
@@ -156,27 +172,25 @@ def spectral_sum(
         num_lanczos=num_lanczos,
         num_probes=num_probes,
     )
-    return spectral_sum_of(fn, quadrature)
+    return quadrature.sum(fn)
 
 
 def spectral_sum_of(
     fn: Callable[[jax.Array], jax.Array], quadrature: Quadrature
 ) -> SpectralSumResult:
-    """The sum of ``fn`` over a spectrum that :func:`deflated_quadrature` has found."""
-    sums = quadrature.sums(fn)
-    stderr = jnp.std(sums, ddof=1) / jnp.sqrt(len(sums))
-    count = quadrature.is_deflated.sum()
-    return SpectralSumResult(sums.mean(), stderr.astype(sums.dtype), count)
+    """``quadrature.sum(fn)``, under its name of before."""
+    return quadrature.sum(fn)
 
 
+@also_of_loss
 def deflated_quadrature(
     operator: Operator,
     key: ArrayLike,
     *,
     num_eigs: int = 30,
     num_top_matvecs: int = 60,
-    num_lanczos: int = 50,
-    num_probes: int = 10,
+    num_lanczos: int = 100,
+    num_probes: int = 6,
 ) -> Quadrature:
     r"""The spectrum of an operator: outliers found, the rest by quadrature.
 
@@ -190,51 +204,49 @@ def deflated_quadrature(
     schedules.check_integer("num_lanczos", num_lanczos, 1)
     schedules.check_integer("num_probes", num_probes, 2)
     start_key, probe_key = jax.random.split(typed_key(key))
-    top = lanczos(operator, normals(start_key, operator.like), num_top_matvecs)
-    size = jnp.abs(top.eigenvalues)
-    found = top.live & (top.residuals < 1e-3 * size)
+    top = lanczos(operator, random_vector(start_key, operator), num_top_matvecs)
+    theta, live, _, residuals, U = top.rule()
+    size = jnp.abs(theta)
+    found = live & (residuals < 1e-3 * size)
     order = jnp.argsort(jnp.where(found, -size, jnp.inf))[:num_eigs]
-    found, deflated = found[order], top.eigenvalues[order]
-    V = jax.tree.map(
-        lambda v: jnp.where(jnp.expand_dims(found, range(1, v.ndim)), v, 0),
-        top.vectors(order),
-    )
+    found, deflated = found[order], theta[order]
+    V = jnp.where(found[:, None], product(U[:, order].T, top.basis), 0)
+    project = lambda v: v - product(product(V, v), V)
+    through = lambda v: project(operator.times(project(v)))
+    like = jax.ShapeDtypeStruct(V.shape[1:], V.dtype)
+    rest = Operator(through, like, operator.size, lambda v: v, operator.on_host)
 
-    def project(v: Any) -> Any:
-        dots = jax.tree.map(lambda a, x: jnp.tensordot(a, x, axes=x.ndim), V, v)
-        along = sum(jax.tree.leaves(dots))
-        part = lambda a, x: x - jnp.tensordot(along, a, axes=1).astype(x.dtype)
-        return jax.tree.map(part, V, v)
-
-    rest = operator._replace(matvec=lambda v: project(operator.matvec(project(v))))
-
-    def probe(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = project(normals(key, operator.like))
+    def probe(key: jax.Array) -> tuple[Any, ...]:
+        z = project(random_vector(key, operator))
         krylov = lanczos(rest, z, num_lanczos)
-        total = krylov.weights.sum()
-        left = (operator.size - found.sum()) / jnp.where(total > 0, total, 1)
-        return krylov.eigenvalues, krylov.weights * left
+        left = jnp.where(jnp.linalg.norm(z) > 0, operator.size - found.sum(), 0)
 
-    nodes, weights = jax.lax.map(probe, jax.random.split(probe_key, num_probes))
-    return Quadrature(jnp.where(found, deflated, 0), found, nodes, weights)
+        def rules(m: int) -> tuple[jax.Array, jax.Array]:
+            # With and without a node near zero, where most eigenvalues lie and powers
+            # have a kink, so that their errors have opposite signs.
+            pair = [krylov.rule(x) for x in (m, max(m - 1, 1))]
+            weights = jnp.concatenate([x.weights for x in pair]) * left / 2
+            return jnp.concatenate([x.nodes for x in pair]), weights
+
+        K = len(krylov.diagonal)
+        return *rules(K), *rules(max(K // 2, 1))
+
+    keys = jax.random.split(probe_key, num_probes)
+    rest_of_it = each(operator.on_host, probe, keys)
+    return Quadrature(jnp.where(found, deflated, 0), found, *rest_of_it)
 
 
+@also_of_loss
 def spectral_density(
-    loss_fn: LossFn,
-    params: Any,
-    batches: Any,
+    operator: Operator,
     key: ArrayLike,
     *,
     num_lanczos: int = 80,
     num_probes: int = 10,
     sigma: ArrayLike | None = None,
     num_grid: int = 1000,
-    mask: Mask = None,
-    weights: ArrayLike | None = None,
-    axis_name: Any = None,
-    mode: Mode = "fwd_rev",
 ) -> SpectralDensity:
-    r"""The density of the Hessian's eigenvalues, smoothed.
+    r"""The density of the eigenvalues, smoothed.
 
     .. math:: p(t) = \frac{1}{N} \sum_{p=1}^{N} \sum_j \omega_j^{(p)}\,
        \mathcal{N}(t;\ \theta_j^{(p)}, \sigma^2)
@@ -244,28 +256,22 @@ def spectral_density(
     more probes only tell how sure it is; ``num_lanczos=50, num_probes=1`` is a quick
     look.
 
-    Cost: ``num_lanczos * num_probes`` Hessian-vector products; memory: about
+    Cost: ``num_lanczos * num_probes`` products; memory: about
     ``2 num_lanczos`` vectors.
 
     Args:
-      loss_fn: as in :func:`hessian_eigenvalues`.
-      params: the weights.
-      batches: a tree of arrays ``(B, m, ...)``.
+      operator: as in :func:`trace`.
       key: for the probes: an int or a key.
       num_lanczos: steps ``M`` for each probe.
       num_probes: ``N``.
       sigma: width of the smoothing; default 0.003 of the range.
       num_grid: points ``G`` of the grid, which spans the range and 5 sigma beyond.
-      mask: the leaves to look at, as in :func:`hvp`.
-      weights: ``(B,)``, the examples that count in each batch.
-      axis_name: name of a mapped axis over which the batches are spread.
-      mode: ``"rev_rev"`` for a loss without a forward derivative, see :func:`hvp`.
 
     Returns:
       A :class:`SpectralDensity`, for ``optax_sam.plots.spectral_density``.
 
     Raises:
-      ValueError: if a number is out of range, or for what :func:`hvp` raises.
+      ValueError: if a number is out of range, or for what :func:`hessian` raises.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -279,35 +285,6 @@ def spectral_density(
     References:
       Ghorbani, Krishnan, Xiao, 2019, arXiv 1901.10159.
     """
-    operator = hessian_operator(
-        loss_fn,
-        params,
-        batches,
-        mode=mode,
-        mask=mask,
-        weights=weights,
-        axis_name=axis_name,
-    )
-    return spectral_density_of(
-        operator,
-        key,
-        num_lanczos=num_lanczos,
-        num_probes=num_probes,
-        sigma=sigma,
-        num_grid=num_grid,
-    )
-
-
-def spectral_density_of(
-    operator: Operator,
-    key: ArrayLike,
-    *,
-    num_lanczos: int = 80,
-    num_probes: int = 10,
-    sigma: ArrayLike | None = None,
-    num_grid: int = 1000,
-) -> SpectralDensity:
-    """The density of an operator's spectrum, as :func:`spectral_density` has it."""
     schedules.check_integer("num_lanczos", num_lanczos, 1)
     schedules.check_integer("num_probes", num_probes, 1)
     schedules.check_integer("num_grid", num_grid, 2)
@@ -315,12 +292,12 @@ def spectral_density_of(
         schedules.check_number("sigma", sigma, 0, open_low=True)
 
     def probe(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        krylov = lanczos(operator, normals(key, operator.like), num_lanczos)
-        total = krylov.weights.sum()
-        return krylov.eigenvalues, krylov.live, krylov.weights / total
+        krylov = lanczos(operator, random_vector(key, operator), num_lanczos)
+        nodes, live, weights, *_ = krylov.rule()
+        return nodes, live, weights / weights.sum()
 
     keys = jax.random.split(typed_key(key), num_probes)
-    nodes, live, weights = jax.lax.map(probe, keys)
+    nodes, live, weights = each(operator.on_host, probe, keys)
     low = jnp.where(live, nodes, jnp.inf).min()
     high = jnp.where(live, nodes, -jnp.inf).max()
     if sigma is None:

@@ -21,11 +21,9 @@ def accumulate(
     .. math:: \frac{\sum_S m_S\, f(S)}{\sum_S m_S}
 
     with :math:`m_S` the number of examples in batch :math:`S`, so that a short last
-    batch counts for what it is. Measures take batches that lie on the device, all of
-    them; this takes them from the host one after another: for the loss, a gradient, a
-    Hessian-vector product or a measure that is a mean over batches, on data of any
-    size. While one batch is computed the next is fetched; no more than these two are on
-    the device.
+    batch counts for what it is. Measures take such batches themselves; this is for a
+    mean of your own: a gradient, a metric. While one batch is computed the next is
+    fetched; no more than these two are on the device.
 
     Let ``f`` be jitted, outside of the loops that call this, with what changes between
     calls as arguments. A batch of another size compiles once more.
@@ -62,7 +60,7 @@ def accumulate(
       >>> print(sharpness.accumulate(lambda batch: hvp(w, v, batch), batches))
       57.0
     """
-    count = _examples if weight is None else weight
+    count = count_examples if weight is None else weight
     sum_: Any = None
     total: Any = 0.0
     for batch in batches:
@@ -84,7 +82,8 @@ def accumulate(
     return _scale(1 / total, sum_)
 
 
-def _examples(batch: Any) -> int:
+def count_examples(batch: Any) -> int:
+    """The length of a batch's arrays."""
     lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(

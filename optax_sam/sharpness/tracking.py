@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_sam import keys, schedules
-from optax_sam.sharpness.hessian import hessian_eigenvalues
+from optax_sam.sharpness.data import Streamed, is_streamed
+from optax_sam.sharpness.eigen import eigenvalues
 from optax_sam.sharpness.objective import LossFn
 from optax_sam.sharpness.probes import typed_key
 from optax_sam.sharpness.scalars import small, to_scalars
@@ -48,7 +49,8 @@ class Probe:
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic.
-      batches: a tree of arrays ``(B, m, ...)``, as from :func:`stack_batches`.
+      batches: a tree of arrays ``(B, m, ...)``, as from :func:`stack_batches`; or a
+        list or a loader, which the host reads for each product.
       key: for the random parts of measures: an int or a key.
       every: number of steps from one measurement to the next, at least 1.
       measures: functions by name, called as ``measure(loss_fn, params, batches)``, with
@@ -97,7 +99,7 @@ class Probe:
     ):
         schedules.check_integer("every", every, 1)
         keys.check_key(key)
-        measures = {"lambda_max": hessian_eigenvalues} if measures is None else measures
+        measures = {"lambda_max": eigenvalues} if measures is None else measures
         if not (
             isinstance(measures, Mapping)
             and measures
@@ -111,7 +113,10 @@ class Probe:
         takes = {name: _arguments(f) for name, f in measures.items()}
         self._warm = [name for name in measures if "init" in takes[name]]
         self._every, self._prefix = every, prefix
-        self._key, self._batches = key, batches
+        self._key = key
+        on_host = isinstance(batches, list) or is_streamed(batches)
+        # An iterator is read once, for all measurements.
+        self._batches = Streamed(batches) if on_host else batches
 
         def run(params: Any, batches: Any, key: jax.Array, state: ProbeState) -> Any:
             values, starts = {}, {}
@@ -128,7 +133,8 @@ class Probe:
                     starts[name] = _next_start(name, result, state.starts[name])
             return values, ProbeState(starts)
 
-        self._run = jax.jit(run)
+        # What the host reads cannot run inside jit; a measure compiles by itself then.
+        self._run = run if on_host else jax.jit(run)
 
     def init(self, params: Any) -> ProbeState:
         """The state before the first measurement."""

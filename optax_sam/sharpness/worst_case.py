@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from optax_sam import schedules
 from optax_sam.masks import Mask
 from optax_sam.sharpness.auto_pgd import Ball, maximize
+from optax_sam.sharpness.data import Stacked
 from optax_sam.sharpness.objective import LossFn, Objective, objective
 from optax_sam.trees import wide
 
@@ -77,7 +78,8 @@ def worst_case_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples.
+      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+        list, a loader or a generator of them, as for :func:`hessian`.
       rho: radius, above 0, in units of the weights; relative to them if adaptive. The
         paper's: 0.25 to 2 (CNN, l2), 0.5 to 4 (ViT, adaptive l2), 5e-4 to 4e-3 (CNN,
         linf), 5e-4 to 4e-3 (ViT, adaptive linf).
@@ -182,10 +184,11 @@ def worst_cases(
       The result of the measure.
     """
     check_ascent(rho, norm, num_steps, num_restarts, random_init)
-    alone = len(o.share) == 1 and o.axis_name is None
     start = (0 if key is None else key) if random_init else None
 
-    def of_batch(batch: Any) -> tuple[Any, ...]:
+    alone = isinstance(o.data, Stacked) and o.data.number == 1 and o.axis_name is None
+
+    def of_batch(o: Objective, batch: Any) -> tuple[Any, ...]:
         phi = lambda u: o.loss(point(u), batch)
         found = maximize(
             jax.value_and_grad(phi),

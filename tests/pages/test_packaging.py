@@ -23,7 +23,6 @@ CORE = {"jax", "optax", "numpy", "optax_sam"}
 EXTRAS = {
     "equinox": {"equinox.py"},
     "flax": {"linen.py", "nnx.py"},
-    "matfree": {"sharpness"},
     "matplotlib": {"plots"},
     "rich": {"sharpness"},  # a progress bar, which is text without it
 }

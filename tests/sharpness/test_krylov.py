@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matfree import decomp
 
 from optax_sam import sharpness
 from optax_sam.sharpness.krylov import lanczos
@@ -37,7 +36,7 @@ def compiled(function, as_operator=diagonal, **options):
 
 
 def largest(values, **options):
-    return compiled(sharpness.eigenvalues_of, **options)(values)
+    return compiled(sharpness.eigenvalues, **options)(values)
 
 
 @DTYPES
@@ -56,13 +55,6 @@ def test_exhausted_spaces(name, dtype, which, x64):
     np.testing.assert_allclose(jnp.linalg.norm(result.eigenvectors[0]), 1, rtol=1e-5)
 
 
-def test_matfree_alone_would_be_wrong(x64):
-    # If this fails, matfree has a guard of its own and ours may go.
-    run = decomp.tridiag_sym(K, reortho="full")
-    T = run(lambda v: v, jax.random.normal(jax.random.key(0), (N,)))[1]
-    assert not abs(jnp.linalg.eigvalsh(T).max() - 1) < 1  # 50 to 150, or nan
-
-
 @DTYPES
 def test_what_has_not_converged_is_said_to_be_off_by_its_residual(dtype, x64):
     values = jnp.arange(1.0, N + 1, dtype=dtype)
@@ -74,10 +66,9 @@ def test_what_has_not_converged_is_said_to_be_off_by_its_residual(dtype, x64):
     assert not result.converged[0]
 
 
-def test_a_start_of_zero_has_no_weight():
+def test_a_start_of_zero_is_another_one():
     krylov = lanczos(diagonal(jnp.arange(5.0)), jnp.zeros(5), 5)
-    assert krylov.weights.sum() == 0
-    assert jnp.isfinite(krylov.eigenvalues).all()
+    assert jnp.isfinite(krylov.rule().nodes).all()
 
 
 def test_repeated_eigenvalues_are_found_once():
@@ -97,7 +88,7 @@ def test_an_operator_that_is_not_finite_says_so(bad):
 def test_warm_starts():
     values = jnp.linspace(0.0, 1, N) ** 0.5
     find = jax.jit(
-        lambda init: sharpness.eigenvalues_of(
+        lambda init: sharpness.eigenvalues(
             diagonal(values), 0, init=init, num_matvecs=4
         )
     )
@@ -108,14 +99,14 @@ def test_warm_starts():
     np.testing.assert_allclose(find(0 * top).eigenvalues, cold.eigenvalues, rtol=1e-3)
     # At an eigenvector the others are found still.
     lesser = jnp.zeros(10).at[5].set(1)
-    result = sharpness.eigenvalues_of(diagonal(jnp.arange(10.0)), 0, init=lesser)
+    result = sharpness.eigenvalues(diagonal(jnp.arange(10.0)), 0, init=lesser)
     np.testing.assert_allclose(result.eigenvalues, [9], rtol=1e-5)
     assert result.converged[0]
 
 
 def test_more_steps_than_dimensions():
     values = jnp.array([3.0, -1.0, 2.0])
-    result = sharpness.eigenvalues_of(diagonal(values), 0, k=3)
+    result = sharpness.eigenvalues(diagonal(values), 0, k=3)
     np.testing.assert_allclose(result.eigenvalues, [3, 2, -1], atol=1e-5)
     assert result.num_matvecs == 3
 
@@ -128,9 +119,9 @@ def test_probes_on_exhausted_spaces(name, dtype, x64):
     trace, diagonal, norm = (
         compiled(function, curvature.matrix, num_matvecs=number)(H)
         for function, number in (
-            (sharpness.trace_of, 60),
-            (sharpness.diagonal_of, 60),
-            (sharpness.frobenius_norm_of, 20),
+            (sharpness.trace, 60),
+            (sharpness.diagonal, 60),
+            (sharpness.frobenius_norm, 20),
         )
     )
     size = abs(values).sum()
@@ -150,11 +141,11 @@ def test_probes_on_exhausted_spaces(name, dtype, x64):
 @pytest.mark.parametrize(
     ("function", "options", "of", "factor"),
     [
-        (sharpness.trace_of, {}, np.trace, 2),
-        (sharpness.trace_of, {"method": "hutchinson"}, np.trace, 1.25),
-        (sharpness.diagonal_of, {}, np.diag, 2),
-        (sharpness.diagonal_of, {"method": "hutchinson"}, np.diag, 1.25),
-        (sharpness.frobenius_norm_of, {}, np.linalg.norm, 1.25),
+        (sharpness.trace, {}, np.trace, 2),
+        (sharpness.trace, {"method": "hutchinson"}, np.trace, 1.25),
+        (sharpness.diagonal, {}, np.diag, 2),
+        (sharpness.diagonal, {"method": "hutchinson"}, np.diag, 1.25),
+        (sharpness.frobenius_norm, {}, np.linalg.norm, 1.25),
     ],
 )
 def test_errors_of_estimates_are_as_large_as_they_say(
@@ -179,8 +170,8 @@ def test_errors_of_estimates_are_as_large_as_they_say(
 def test_as_many_products_as_dimensions_are_exact():
     H = curvature.rotated(np.arange(-3.0, 9.0), "float32")
     operator = curvature.matrix(H)
-    trace = sharpness.trace_of(operator, 0, num_matvecs=12)
-    diagonal = sharpness.diagonal_of(operator, 0, num_matvecs=12)
+    trace = sharpness.trace(operator, 0, num_matvecs=12)
+    diagonal = sharpness.diagonal(operator, 0, num_matvecs=12)
     np.testing.assert_allclose(trace.estimate, jnp.trace(H), rtol=1e-5)
     np.testing.assert_allclose(diagonal.estimate, jnp.diagonal(H), atol=1e-5)
     assert trace.stderr == 0
@@ -189,7 +180,7 @@ def test_as_many_products_as_dimensions_are_exact():
 
 @DTYPES
 def test_closed_forms_of_entropies(dtype, x64):
-    entropies = compiled(sharpness.renyi_entropy_of, alpha=(0.5, 1.0, 1.5, 3.0))
+    entropies = compiled(sharpness.renyi_entropy, alpha=(0.5, 1.0, 1.5, 3.0))
     tolerance = 1e-4 if dtype == "float32" else 1e-10
     for scale in (1e-30, 1.0, 1e30) if dtype == "float64" else (1e-8, 1.0, 1e8):
         same = entropies(jnp.full(N, scale, dtype))
@@ -197,7 +188,7 @@ def test_closed_forms_of_entropies(dtype, x64):
     # One copy of a repeated eigenvalue is found, so the other six are estimated.
     projector = entropies(jnp.where(jnp.arange(N) < 7, 1, 0).astype(dtype))
     assert (abs(projector.value - np.log(7)) <= 4 * projector.stderr).all()
-    assert (projector.stderr < 0.3).all()
+    assert (projector.stderr < 0.4).all()  # six probes
     p = BREAKDOWNS["rank 3"][:3] / 9
     three = entropies(jnp.asarray(BREAKDOWNS["rank 3"], dtype)).value
     np.testing.assert_allclose(three[1], -(p * np.log(p)).sum(), atol=tolerance)
@@ -217,7 +208,7 @@ def test_power_sums_of_a_geometric_spectrum(x64):
     quadrature = compiled(sharpness.deflated_quadrature)(BREAKDOWNS["geometric"])
     for power in (0.5, 1.0, 1.5, 2.0):
         of = functools.partial(lambda power, x: jnp.abs(x) ** power, power)
-        result = sharpness.spectral_sum_of(of, quadrature)
+        result = quadrature.sum(of)
         expected = 1 / (1 - 2.0**-power)  # up to 2^-100
         # Thirty powers of two are found; roots of the rest are what is left.
         rest = 2.0 ** (-30 * power) / (1 - 2.0**-power)
@@ -232,9 +223,9 @@ def test_sums_count_what_is_taken_out_once(x64):
         curvature.rotated(values, "float64")
     )
     assert quadrature.is_deflated.any()
-    ones = sharpness.spectral_sum_of(jnp.ones_like, quadrature)
+    ones = quadrature.sum(jnp.ones_like)
     assert abs(ones.estimate - N) <= 4 * ones.stderr + 1e-9
-    exp = sharpness.spectral_sum_of(jnp.exp, quadrature)
+    exp = quadrature.sum(jnp.exp)
     assert abs(exp.estimate - np.exp(values).sum()) <= 4 * exp.stderr
     assert exp.stderr < 0.001 * exp.estimate
 
@@ -242,7 +233,7 @@ def test_sums_count_what_is_taken_out_once(x64):
 def test_only_what_has_converged_is_taken_out(x64):
     values = np.arange(1.0, N + 1)
     quadrature = compiled(sharpness.deflated_quadrature, num_top_matvecs=8)(values)
-    result = sharpness.spectral_sum_of(jnp.square, quadrature)
+    result = quadrature.sum(jnp.square)
     assert result.num_deflated == 0
     assert abs(result.estimate - (values**2).sum()) <= 4 * result.stderr
 
@@ -250,7 +241,7 @@ def test_only_what_has_converged_is_taken_out(x64):
 @NAMES
 def test_density_integrates_to_one(name, x64):
     values = BREAKDOWNS[name]
-    result = compiled(sharpness.spectral_density_of, num_lanczos=20, num_probes=3)(
+    result = compiled(sharpness.spectral_density, num_lanczos=20, num_probes=3)(
         jnp.asarray(values)
     )
     assert jnp.isfinite(result.density).all()
@@ -265,7 +256,7 @@ def test_density_integrates_to_one(name, x64):
 def test_a_density_is_that_of_the_eigenvalues(x64):
     """Smoothed by ``sigma``, where a space holds them all."""
     values = jnp.array([-1.0, 0.5, 2.0])
-    result = sharpness.spectral_density_of(
+    result = sharpness.spectral_density(
         diagonal(values), 0, num_lanczos=3, num_probes=400, sigma=0.1
     )
     truth = jax.scipy.stats.norm.pdf(result.grid[:, None], values, 0.1).mean(1)

@@ -78,7 +78,7 @@ def test_leaves_left_out_stay():
     still = d | {"b": jax.tree.map(jnp.zeros_like, d["b"])}
     expected = sharpness.loss_line(*args, still, ALPHAS)
     found = sharpness.loss_line(*args, wild, ALPHAS, mask=mask)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, rtol=3e-7)  # another program
     between = sharpness.interpolate_loss(*args, wild, [1.0], mask=mask)
     end = mean_loss(loss_fn, d | {"b": params["b"]}, batches)
     assert between[0] == pytest.approx(end)

@@ -212,6 +212,84 @@ def test_eight_devices_find_what_one_does(name, how):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * abs(b).max() + 1e-6)
 
 
+def split(batches):
+    return [jax.tree.map(lambda x: x[i], batches) for i in range(8)]  # noqa: B023
+
+
+class Loader:
+    """Gives its batches as often as it is asked for them."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        yield from self.batches
+
+
+# Of a product, a result for each batch, an ascent over all batches, draws and points.
+STREAMED = {"eigenvalues", "subspace", "average", "line"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=[] if x in STREAMED else pytest.mark.slow)
+        for x in MEASURES
+    ],
+)
+def test_a_list_of_batches_is_their_stack(name, x64):
+    params, batches = problem("float64")
+    measure, weights = MEASURES[name][0], jnp.arange(8.0)
+    run = lambda w, b: measure(loss_fn, w, b, key=0, weights=weights)
+    expected, found = jax.jit(run)(params, batches), run(params, split(batches))
+    if name == "eigenvalues":
+        expected, found = expected.eigenvalues, found.eigenvalues
+    if hasattr(expected, "perturbation"):
+        expected = expected._replace(perturbation=None)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8 * abs(b).max() + 1e-12)
+
+
+def test_data_of_all_kinds_are_one(x64):
+    params, batches = problem("float64")
+    product = bind(sharpness.hvp, loss_fn, params, v=params)
+    expected = product(batches)
+    host = jax.tree.map(np.asarray, split(batches))
+    operator = sharpness.hessian(loss_fn, params, iter(host))
+    kinds = product(host), product(Loader(host)), product(lambda: iter(host))
+    # An iterator is used up by one pass, and the operator kept what it gave.
+    for found in (*kinds, operator.matvec(params), operator.matvec(params)):
+        jax.tree.map(bind(np.testing.assert_allclose, rtol=1e-10), found, expected)
+    # Inside jit a list is stacked.
+    jitted = jax.jit(lambda b: product(b))(host)
+    jax.tree.map(bind(np.testing.assert_allclose, rtol=1e-10), jitted, expected)
+    # A shorter batch counts for what it is, and so do weights.
+    whole = jax.tree.map(lambda x: x.reshape(64, *x.shape[2:]), batches)
+    uneven = [jax.tree.map(lambda x: x[i : i + 24], whole) for i in (0, 24, 48)]  # noqa: B023
+    found = product(uneven)
+    jax.tree.map(bind(np.testing.assert_allclose, rtol=1e-10), found, expected)
+    per_batch = sharpness.sam_sharpness(loss_fn, params, uneven, RHO)
+    mean = (per_batch.per_batch * np.array([24, 24, 16])).sum() / 64
+    np.testing.assert_allclose(per_batch.value, mean)
+    found = product(uneven, weights=lambda batch: 1.0 * (len(batch[1]) < 24))
+    last = product([uneven[2]])
+    jax.tree.map(bind(np.testing.assert_allclose, rtol=1e-10), found, last)
+
+
+def test_a_stream_compiles_once_and_is_counted():
+    params, batches = problem()
+    with sharpness.progress(loss_fn) as counted:
+        run = bind(sharpness.hessian_trace, counted, params, split(batches), 0)
+        run(num_matvecs=4, method="hutchinson")
+        assert counted.count == 4 * 8
+    of = jax.jit(sharpness.operators._fwd_rev)
+    before = of._cache_size()
+    for scale in (1.0, 2.0):
+        w = jax.tree.map(lambda x: scale * x, params)  # noqa: B023
+        sharpness.hvp(loss_fn, w, split(batches), w)
+    assert of._cache_size() == before + 1
+
+
 def mean_loss(params, batches):
     return jnp.mean(jax.lax.map(lambda batch: loss_fn(params, batch), batches))
 
@@ -278,7 +356,7 @@ def test_a_model_without_forward_derivatives():
 
 def test_keys_of_all_kinds_are_one():
     H = curvature.matrix(curvature.rotated(np.arange(40.0), "float32"))
-    of = lambda key: float(sharpness.trace_of(H, key, num_matvecs=8).estimate)
+    of = lambda key: float(sharpness.trace(H, key, num_matvecs=8).estimate)
     assert of(3) == of(jax.random.key(3)) == of(jax.random.PRNGKey(3)) != of(4)
 
 
@@ -305,13 +383,3 @@ def test_stack_batches():
     batches = sharpness.stack_batches({"x": x, "y": y}, 3)
     np.testing.assert_array_equal(batches["x"][1], x[3:])
     np.testing.assert_array_equal(batches["y"], [[0, 1, 2], [3, 4, 5]])
-
-
-def test_without_matfree(monkeypatch):
-    import importlib
-    import sys
-
-    monkeypatch.setitem(sys.modules, "matfree", None)
-    monkeypatch.delitem(sys.modules, "optax_sam.sharpness.krylov")
-    with pytest.raises(ImportError, match=r"pip install 'optax_sam\[sharpness\]'"):
-        importlib.import_module("optax_sam.sharpness.krylov")

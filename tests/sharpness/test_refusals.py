@@ -72,6 +72,20 @@ REFUSED = {
     r"hessian_trace: \[\]\. .*stack_batches": dict(batches={}),
     r"hessian_trace: \(2,\), \(3,\)": dict(batches=(DATA, jnp.ones(3))),
     r"hessian_trace: \[\(\)\]\. .*stack_batches": dict(batches=jnp.ones(())),
+    r"hessian_trace: not stacked.*\(4, 3\), \(4,\).*\[batch\].*jnp.ones\(4\)": dict(
+        batches=(jnp.ones((4, 3)), jnp.ones(4))
+    ),
+    "hessian_trace worst_case_sharpness: not stacked": dict(
+        batches=(jnp.ones((4, 3)), jnp.ones((4, 5)))
+    ),
+    "hessian_trace: no batch": dict(batches=lambda: iter(())),
+    "hessian_trace sam_sharpness: 3 numbers, and there are 2 batches": dict(
+        batches=[DATA[0], DATA[1]], weights=jnp.ones(3)
+    ),
+    "hessian_trace: function of a batch for a list": dict(weights=len),
+    "hessian_trace: outside of it. Leave axis_name out": dict(
+        batches=[DATA[0]], axis_name="d"
+    ),
     "hessian_trace: 'step'.*int32.*mask=": dict(params={"w": W, "step": jnp.array(3)}),
     "hessian_trace geodesic_sharpness: complex64": dict(params={"A": W * 1j, "B": W}),
     "hessian_trace: params is empty": dict(params={}),
@@ -216,6 +230,18 @@ def test_it_is_refused(name, message, change):
 def test_all_measures_refuse_what_the_objective_does(name):
     with pytest.raises(ValueError, match="loss_fn must return a scalar"):
         getattr(sharpness, name)(**GOOD[name] | dict(loss_fn=lambda w, x: jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("message", "batches"),
+    [
+        ("a function, which the host reads.* Call it outside", lambda: iter(DATA)),
+        (r"same shapes; these have \(3, 3\), \(4, 3\)", [DATA[0], DATA[0][:3]]),
+    ],
+)
+def test_streams_are_read_outside_of_programs(message, batches):
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda w: sharpness.hessian_trace(QUADRATIC, w, batches, 0))(W)
 
 
 def test_scalars_are_no_part_of_a_program():

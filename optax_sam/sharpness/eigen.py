@@ -1,0 +1,134 @@
+"""Eigenvalues of an operator, with eigenvectors and what is known of their error."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_sam import schedules
+from optax_sam.sharpness.krylov import lanczos, product
+from optax_sam.sharpness.objective import chosen_part
+from optax_sam.sharpness.operators import Operator, also_of_loss, ravel
+from optax_sam.sharpness.probes import random_vector
+
+
+class EigenResult(NamedTuple):
+    """Eigenpairs, with what is known of their error.
+
+    Attributes:
+      eigenvalues: ``(k,)``, in the order that was asked for; loss per squared
+        parameter. ``nan`` where fewer than ``k`` were there to be found.
+      eigenvectors: a tree like the parameters with leaves ``(k, ...)``, each of length
+        one, zero in leaves that are left out.
+      residuals: ``(k,)``, ``|H v - lambda v|``: an eigenvalue lies within it.
+      converged: ``(k,)``, whether the residual is below the tolerance.
+      num_matvecs: the Hessian-vector products that were spent.
+    """
+
+    eigenvalues: jax.Array
+    eigenvectors: Any
+    residuals: jax.Array
+    converged: jax.Array
+    num_matvecs: jax.Array
+
+
+@also_of_loss
+def eigenvalues(
+    operator: Operator,
+    key: ArrayLike,
+    *,
+    k: int = 1,
+    num_matvecs: int = 20,
+    which: Literal["LA", "SA", "LM"] = "LA",
+    init: Any = None,
+    tol: ArrayLike | None = None,
+) -> EigenResult:
+    r"""The ``k`` largest or smallest eigenvalues, with eigenvectors.
+
+    .. math:: H v_i = \lambda_i v_i, \qquad \lambda_1 \ge \dots \ge \lambda_n
+
+    by Lanczos with full re-orthogonalization, which stops where the Krylov space is
+    exhausted. ``lambda_max`` in the literature is the algebraically largest, ``"LA"``;
+    power iteration finds the largest in magnitude, ``"LM"``, which may be negative.
+
+    Cost: ``num_matvecs`` products; memory: as many vectors, and a few.
+
+    Args:
+      operator: from :func:`hessian`, :func:`ggn` or :func:`fisher`; or, for the
+        Hessian, ``loss_fn, params, batches`` with the options of :func:`hessian`.
+      key: for the random start: an int or a key.
+      k: how many, at most ``num_matvecs``.
+      num_matvecs: steps of Lanczos. 20 do for up to five large eigenvalues of a trained
+        network; the smallest takes 40 to 80, and so may a network at initialization.
+      which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest magnitude.
+      init: a tree like ``params`` to start near, as the last top eigenvector.
+      tol: an eigenvalue has converged once its residual is at most ``tol`` times its
+        magnitude; default 1e-3, and 1e-6 in float64.
+
+    Returns:
+      An :class:`EigenResult`. Copies of a repeated eigenvalue may be missed.
+
+    Raises:
+      ValueError: if ``k`` exceeds the number of parameters or ``num_matvecs``, or for
+        what :func:`hessian` raises.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: 0.5 * jnp.sum(jnp.mean(batch, 0) * w**2)
+      >>> batches = jnp.array([[[1.0, -7.0, 5.0]]])  # H = diag(1, -7, 5)
+      >>> top = sharpness.hessian_eigenvalues(loss, jnp.ones(3), batches, 0, k=2)
+      >>> print(top.eigenvalues.round(3), top.converged)
+      [5. 1.] [ True  True]
+
+    References:
+      Ghorbani, Krishnan, Xiao, "An Investigation into Neural Net Optimization via
+      Hessian Eigenvalue Density", ICML 2019, arXiv 1901.10159.
+    """
+    schedules.check_integer("k", k, 1)
+    schedules.check_integer("num_matvecs", num_matvecs, 1)
+    if k > operator.size:
+        raise ValueError(
+            f"k={k} eigenvalues were asked for, but there are only {operator.size}"
+            f" parameters to look at. Write k={operator.size} or less."
+        )
+    if k > num_matvecs:
+        raise ValueError(
+            f"k={k} eigenvalues need at least as many products; num_matvecs is"
+            f" {num_matvecs}. Write num_matvecs={max(20, 4 * k)}: twenty find up to"
+            " five well."
+        )
+    orders = {"LA": lambda x: x, "SA": lambda x: -x, "LM": jnp.abs}
+    if which not in orders:
+        raise ValueError(f'which must be "LA", "SA" or "LM"; got {which!r}.')
+    krylov = lanczos(operator, _start(operator, key, init), num_matvecs)
+    theta, live, _, residuals, U = krylov.rule()
+    _, best = jax.lax.top_k(jnp.where(live, orders[which](theta), -jnp.inf), k)
+    found = live[best]
+    eps = jnp.finfo(theta.dtype).eps
+    tol = (1e-3 if eps > 1e-10 else 1e-6) if tol is None else tol
+    scale = jnp.maximum(jnp.abs(theta), eps * jnp.abs(jnp.where(live, theta, 0)).max())
+    residuals = jnp.where(found, residuals[best], jnp.inf)
+    vectors = product(U[:, best].T, krylov.basis)
+    return EigenResult(
+        eigenvalues=jnp.where(found, theta[best], jnp.nan),
+        eigenvectors=jax.vmap(operator.unravel_params)(vectors),
+        residuals=residuals,
+        converged=residuals <= tol * scale[best],
+        num_matvecs=jnp.asarray(min(num_matvecs, operator.size)),
+    )
+
+
+def _start(operator: Operator, key: ArrayLike, init: Any) -> jax.Array:
+    z = random_vector(key, operator)
+    if init is None:
+        return z
+    params = operator.to_params(operator.like)
+    init = ravel(chosen_part("init", init, params, operator.like)).astype(z.dtype)
+    # A random part, or a start that is an eigenvector would show nothing else.
+    norm = jnp.linalg.norm(init)
+    unit = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
+    return unit * init + 0.1 / jnp.linalg.norm(z) * z

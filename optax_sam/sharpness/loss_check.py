@@ -1,0 +1,102 @@
+"""What a loss should not do: draw random numbers, or mix the examples of a batch."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_DRAWS = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}
+_COMBINE = {"add", "sub", "mul", "div"}
+_checked: weakref.WeakSet[Any] = weakref.WeakSet()
+
+RANDOM = (
+    "loss_fn draws random numbers: is dropout on? A measure is then of another function"
+    " than the one that is evaluated, or of a new one in every product. Call the model"
+    " in evaluation mode: train=False or deterministic=True in Linen, model.eval() in"
+    " NNX, eqx.nn.inference_mode(model) in Equinox."
+)
+MIXED = (
+    "loss_fn takes statistics over the examples of a batch and applies them to each:"
+    " is BatchNorm in training mode? The loss of an example then depends on its batch,"
+    " and the mean over batches is another function. Call the model with its running"
+    " averages: train=False or use_running_average=True in Linen, model.eval() in NNX,"
+    " eqx.nn.inference_mode(model) in Equinox."
+)
+
+
+def check_loss(loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> None:
+    """Warns once about a loss that is no mean of deterministic losses of examples.
+
+    It looks at the program of the loss and runs nothing.
+    """
+    try:
+        if loss_fn in _checked:
+            return
+        _checked.add(loss_fn)
+        jaxpr = jax.make_jaxpr(loss_fn)(*map(_shapes, (params, batch))).jaxpr
+    except Exception:
+        return  # the measure itself is about to say what is wrong
+    if any(eqn.primitive.name in _DRAWS for eqn in _all(jaxpr)):
+        warnings.warn(RANDOM, stacklevel=2)
+    sizes: Any = {jnp.shape(x)[:1] or (0,) for x in jax.tree.leaves(batch)}
+    (size,) = sizes.pop() if len(sizes) == 1 else (0,)
+    if size > 1:
+        number = len(jax.tree.leaves(batch))
+        kinds = [_NONE] * (len(jaxpr.invars) - number) + [_EXAMPLES] * number
+        if _MIXED in _propagated(jaxpr, kinds, size):
+            warnings.warn(MIXED, stacklevel=2)
+
+
+# What depends on no example, on each example for itself, on a statistic of them.
+_NONE, _STATISTIC, _EXAMPLES, _MIXED = range(4)
+
+
+def _propagated(jaxpr: Any, kinds: list[int], size: int) -> list[int]:
+    """The kinds of the outputs, given those of the inputs; or that it mixes."""
+    known = dict(zip(jaxpr.invars, kinds, strict=True))
+    of = lambda x: _NONE if hasattr(x, "val") else known.get(x, _NONE)
+    for eqn in jaxpr.eqns:
+        given = [of(x) for x in eqn.invars]
+        inner = next(_inner(eqn), None)
+        if inner is not None and len(inner.invars) == len(given):
+            outs = _propagated(inner, given, size)
+        else:
+            outs = [max(given, default=_NONE)] * len(eqn.outvars)
+            if eqn.primitive.name in _COMBINE and {_STATISTIC, _EXAMPLES} <= {*given}:
+                return [_MIXED]
+            shape: Any = getattr(eqn.invars[0].aval, "shape", ()) if given else ()
+            pools = 0 in eqn.params.get("axes", ()) and "reduce" in eqn.primitive.name
+            if pools and given[0] == _EXAMPLES and shape[0] % size == 0:
+                # A scalar, as a loss or a number of tokens, is no statistic.
+                outs = [_STATISTIC if eqn.outvars[0].aval.shape else _NONE]
+        if _MIXED in outs:
+            return [_MIXED]
+        known.update(zip(eqn.outvars, outs, strict=True))
+    return [of(x) for x in jaxpr.outvars]
+
+
+def _inner(eqn: Any) -> Iterator[Any]:
+    """The programs within an operation: of jit, scan, a custom derivative."""
+    for value in eqn.params.values():
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(x, "jaxpr") and hasattr(x.jaxpr, "eqns"):
+                yield x.jaxpr
+            elif hasattr(x, "eqns"):
+                yield x
+
+
+def _all(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in _inner(eqn):
+            yield from _all(inner)
+
+
+def _shapes(tree: Any) -> Any:
+    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    return jax.tree.map(shape, tree)

@@ -1,0 +1,82 @@
+"""Which leaves are weights: what running statistics, functions and counters are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_sam.trees import wide
+
+NNX = (
+    "Split the model: graphdef, weights, rest = nnx.split(model, nnx.Param, ...);"
+    " measure loss_fn = lambda weights, batch: loss(nnx.merge(graphdef, weights, rest),"
+    " batch) at weights, after model.eval()."
+)
+LINEN = (
+    'Measure at variables["params"], with loss_fn = lambda params, batch: loss('
+    '{**variables, "params": params}, batch); or leave the others out with'
+    ' mask=lambda variables: {name: name == "params" for name in variables}.'
+)
+EQUINOX = (
+    "Measure at the arrays: params, static = eqx.partition(model,"
+    " eqx.is_inexact_array); loss_fn = lambda params, batch:"
+    " loss(eqx.combine(params, static), batch), with any eqx.nn.State inside loss."
+)
+
+
+def weights_of(params: Any, chosen: Any) -> Any:
+    """The chosen leaves in float32 or wider, ``None`` in the place of the others.
+
+    Args:
+      params: all of them.
+      chosen: a bool for each.
+    """
+    structure: Any = jax.tree.structure(params)
+    kept = iter(structure.flatten_up_to(chosen))
+    found: list[Any] = []
+    nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_variable)[0]
+    for path, node in nodes:
+        leaves = jax.tree.leaves(node)
+        at = f"The parameter at {jax.tree_util.keystr(path) or 'the root'}"
+        for leaf in leaves:
+            found.append(_weight(at, path, node, leaf) if next(kept) else None)
+    return jax.tree.unflatten(structure, found)
+
+
+def _weight(at: str, path: Any, node: Any, leaf: Any) -> jax.Array:
+    names = [getattr(key, "key", None) for key in path]
+    kinds = _kinds(node)
+    if _is_variable(node) and not kinds & {"Param", "State"}:
+        raise ValueError(f"{at} is a {min(kinds, key=len)}, no weight. {NNX}")
+    if "batch_stats" in names:
+        raise ValueError(
+            f"{at} is a running statistic of BatchNorm, no weight. {LINEN}"
+        )
+    if "State" in kinds or (callable(leaf) and not hasattr(leaf, "dtype")):
+        raise ValueError(f"{at} is a {type(node).__name__}, no weight. {EQUINOX}")
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{at} has dtype {dtype}, and sharpness is about real ones. Leave it out"
+            " with mask=lambda params: jax.tree.map(lambda x: jnp.issubdtype(x.dtype,"
+            " jnp.floating), params)."
+        )
+    # A half-precision weight would round the offsets away that are measured here.
+    return wide(jnp.asarray(leaf))
+
+
+def _is_variable(x: Any) -> bool:
+    """Whether it is a variable of NNX or a state of Equinox, of whatever version."""
+    module = type(x).__module__
+    if module.startswith("flax.nnx"):
+        return any(c.__name__ in ("Variable", "VariableState") for c in type(x).__mro__)
+    return module.startswith("equinox.nn") and type(x).__name__ == "State"
+
+
+def _kinds(x: Any) -> set[str]:
+    """The names of the classes of a variable, up to that of all variables."""
+    kind = getattr(x, "type", type(x)) if _is_variable(x) else type(x)
+    names = [c.__name__ for c in getattr(kind, "__mro__", ())]
+    return set(names[: names.index("Variable")] if "Variable" in names else names[:1])

@@ -1,0 +1,137 @@
+"""What is no weight, no deterministic loss, or no mean over devices is refused."""
+
+import warnings
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from optax_sam import sharpness
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 3)), "float32")
+trace = lambda loss_fn, params, **options: float(
+    sharpness.hessian_trace(loss_fn, params, X, 0, **options).estimate
+)
+
+
+class Net(nn.Module):
+    dropout: bool = False
+    norm: bool = True
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(4)(x)
+        if self.norm:
+            x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.LayerNorm()(jnp.tanh(x))
+        if self.dropout:
+            x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(1)(x)
+
+
+def linen(train=False, **options):
+    net = Net(**options)
+    variables = net.init(jax.random.key(0), X[0])
+
+    def loss(variables, x):
+        draws = {"dropout": jax.random.key(2)}
+        state = ["batch_stats"] if train else False
+        y = net.apply(variables, x, train, rngs=draws, mutable=state)
+        # Padding is no statistic, though it is counted over the batch.
+        losses, real = jnp.square(y[0] if train else y)[:, 0], x[:, 0] > -9
+        return jnp.sum(losses * real) / jnp.sum(real)
+
+    return loss, variables
+
+
+def test_running_statistics_of_linen():
+    loss, variables = linen()
+    with pytest.raises(ValueError, match=r"BatchNorm_0'\]\['mean'\] is a running stat.*"
+                       r'variables\["params"\].*mask=lambda variables'):  # fmt: skip
+        trace(loss, variables)
+    of_params = lambda params, x: loss({**variables, "params": params}, x)
+    right = trace(of_params, variables["params"])
+    mask = lambda variables: {name: name == "params" for name in variables}
+    assert trace(loss, variables, mask=mask) == pytest.approx(right, rel=1e-4)
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.LoRALinear(4, 1, lora_rank=1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(jnp.tanh(self.norm(self.first(x)))))
+
+
+def test_variables_of_nnx():
+    model = Model(nnx.Rngs(0))
+    model.eval()
+    graphdef, state = nnx.split(model)
+    loss = lambda model, x: jnp.mean(model(x) ** 2)
+    for whole in (state, model):
+        with pytest.raises(ValueError, match=r"is a (BatchStat|Rng\w+), no weight.*"
+                           r"nnx.split\(model, nnx.Param, ...\)"):  # fmt: skip
+            trace(lambda m, x: 0.0, whole)
+    graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
+    of_weights = lambda weights, x: loss(nnx.merge(graphdef, weights, rest), x)
+    assert trace(of_weights, weights) > 0
+
+
+def test_models_of_equinox():
+    model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
+    loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
+    with pytest.raises(ValueError, match=r"activation.*eqx.partition\(model"):
+        trace(loss, model)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    assert trace(lambda p, x: loss(eqx.combine(p, static), x), params) > 0
+    norm = eqx.nn.make_with_state(eqx.nn.BatchNorm)
+    _, state = norm(3, "batch", mode="batch")
+    with pytest.raises(ValueError, match=r"\[1\] is a State, no weight"):
+        trace(lambda p, x: 0.0, (params, state))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(train=True, dropout=True, norm=False), "draws random numbers"),
+        (dict(train=True), "statistics over the examples"),
+        (dict(dropout=True), None),
+    ],
+)
+def test_a_loss_in_training_mode(options, message):
+    loss, variables = linen(**options)
+    of_params = lambda params, x: loss({**variables, "params": params}, x)
+    product = lambda p: sharpness.hvp(of_params, p, X, p)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):  # and it is said once
+            jax.make_jaxpr(product)(variables["params"])
+    assert len(caught) == (message is not None)
+    if message:
+        assert message in str(caught[0].message)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_batches_of_one_device_need_an_axis(check):
+    loss = lambda w, x: jnp.mean((x @ w) ** 2)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def on_devices(batches, **options):
+        run = lambda w, x: sharpness.hessian_trace(loss, w, x, 0, **options).estimate
+        specs = dict(in_specs=(P(), batches), out_specs=P(), check_vma=check)
+        return jax.jit(jax.shard_map(run, mesh=mesh, **specs))(jnp.ones(3), X)
+
+    with pytest.raises(ValueError, match=r"along 'd'.*axis_name='d'"):
+        on_devices(P("d"))
+    right = trace(loss, jnp.ones(3))
+    assert on_devices(P("d"), axis_name="d") == pytest.approx(right, rel=1e-5)
+    if check:  # the same on all devices, as JAX knows
+        assert on_devices(P()) == pytest.approx(right, rel=1e-5)
