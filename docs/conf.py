@@ -110,6 +110,8 @@ def defaults_as_written(_app, obj, bound):
     """Show defaults as the source has them, also where a decorator wrote them in."""
     preserving = SimpleNamespace(config=SimpleNamespace(autodoc_preserve_defaults=True))
     whole = vars(obj).get("__signature__") if inspect.isfunction(obj) else None
+    if whole and obj.__name__ not in optax_sam.method.METHODS:
+        return  # put together from two functions, with plain values for defaults
     if whole:
         del obj.__signature__
     update_defvalue(preserving, obj, bound)

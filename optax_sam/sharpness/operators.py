@@ -53,7 +53,7 @@ class Operator(NamedTuple):
         return ravel(self.matvec(self.unravel(v)))
 
     def unravel(self, v: jax.Array) -> Any:
-        """A vector ``(n,)`` as a tree that :attr:`matvec` takes."""
+        """A vector ``(n,)`` as a tree that ``matvec`` takes."""
         leaves, structure = jax.tree.flatten(self.like)
         ends = np.cumsum([x.size for x in leaves])[:-1]
         parts = zip(jnp.split(v, ends), leaves, strict=True)

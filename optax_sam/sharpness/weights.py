@@ -15,12 +15,12 @@ NNX = (
     " batch) at weights, after model.eval()."
 )
 LINEN = (
-    'Measure at variables["params"], with loss_fn = lambda params, batch: loss('
+    'Pass variables["params"], with loss_fn = lambda params, batch: loss('
     '{**variables, "params": params}, batch); or leave the others out with'
     ' mask=lambda variables: {name: name == "params" for name in variables}.'
 )
 EQUINOX = (
-    "Measure at the arrays: params, static = eqx.partition(model,"
+    "Pass the arrays: params, static = eqx.partition(model,"
     " eqx.is_inexact_array); loss_fn = lambda params, batch:"
     " loss(eqx.combine(params, static), batch), with any eqx.nn.State inside loss."
 )
