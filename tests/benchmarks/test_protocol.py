@@ -136,7 +136,8 @@ def test_every_row_trains_and_its_gradients_are_counted(name):
     assert training.run(values, 0, tested=True).loss == result.loss
 
 
-@pytest.mark.parametrize("name", ["SAM-5", slow("MSAM"), slow("MESA"), slow("AE-SAM")])
+@pytest.mark.parametrize("name", ["SAM-5", "MSAM", "MESA", "AE-SAM"])
+@pytest.mark.slow
 def test_a_scan_computes_what_the_loop_does(mini, name):
     values = rows.start(rows.ROWS[name], {})
     found = []
@@ -228,6 +229,7 @@ def test_early_stopping_takes_an_epoch_of_the_search_of_sgd(tmp_path):
     assert all("curve" not in line for line in tested)
 
 
+@pytest.mark.slow
 def test_without_a_search_seeds_take_turns(tmp_path, mini):
     """So that time that runs out costs seeds, not rows."""
     source = mini(budget=0, epochs=1, starts=(("rate", 0.2), ("rho", 0.05)))

@@ -264,6 +264,7 @@ def test_a_filter_axis_of_a_stack_leaves_its_layers_apart(x64):
     np.testing.assert_allclose(lengths(d), lengths(params), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_renyi_entropy_of_a_stack_is_that_of_its_layers(x64):
     """Small enough that each spectrum is found exactly, whatever the key."""
     w = jax.tree.map(lambda x: 0.7 * x, filled({"kernel": (2, 2, 2), "bias": (2, 2)}))

@@ -235,7 +235,10 @@ def test_all_measures_refuse_what_the_objective_does(name):
 @pytest.mark.parametrize(
     ("message", "batches"),
     [
-        ("a function, which the host reads.* Call it outside", lambda: iter(DATA)),
+        (
+            "a function, which the host reads.* must be called outside",
+            lambda: iter(DATA),
+        ),
         (r"same shapes; these have \(3, 3\), \(4, 3\)", [DATA[0], DATA[0][:3]]),
     ],
 )
