@@ -18,6 +18,7 @@ TABLES = [
     ("methods/index.md", "## What a step costs", "Cost"),
     ("methods/index.md", "## Hyperparameters", "Hyperparameters"),
     ("results/accuracy.md", "## Digits with wrong labels", "Digits, 36 % wrong labels"),
+    ("results/accuracy.md", "## Fashion-MNIST with an MLP", "Fashion-MNIST, an MLP"),
     (BENCHMARKS, "**MLP**", "Time and memory of a step, MLP on a CPU"),
     (BENCHMARKS, "**CNN**", "Time and memory of a step, CNN on a CPU"),
     (BENCHMARKS, "**transformer**", "Time and memory of a step, transformer on a CPU"),

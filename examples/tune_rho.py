@@ -105,7 +105,7 @@ def main() -> None:
     means, best = percents.mean(1), int(percents.mean(1).argmax())
     table, console = Table("rho", "Held-out accuracy (%)", "seeds", ""), Console()
     for rho, mean, found in zip(RADII, means, percents, strict=True):
-        bar = "━" * int(30 * (mean - means.min()) / (means.max() - means.min() + 1e-6))
+        bar = "━" * int(2 * (mean - means.max()) + 30)  # two signs a point, at most 15
         spread = f"{found.min():.1f} to {found.max():.1f}"
         table.add_row(f"{rho:g}", f"{mean:.1f}", spread, bar)
     console.print(table)

@@ -209,6 +209,7 @@ def main() -> None:
     parser.add_argument("--task", choices=tasks.TASKS, default="digits")
     parser.add_argument("--data", type=Path, help=".npz, or a folder of the archive")
     parser.add_argument("--rows", nargs="+", choices=rows.ROWS, default=list(rows.ROWS))
+    parser.add_argument("--seeds", type=int, help="how many, if not the task's")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     out = Path("out/protocol.jsonl")
     parser.add_argument("--out", type=Path, default=out, help=f"added to ({out})")
@@ -217,7 +218,10 @@ def main() -> None:
     options = parser.parse_args()
     if not options.report:
         end = time.perf_counter() + options.seconds
-        source = tasks.Source(tasks.TASKS[options.task], options.data)
+        task = tasks.TASKS[options.task]
+        if options.seeds:
+            task = dataclasses.replace(task, seeds=tuple(range(options.seeds)))
+        source = tasks.Source(task, options.data)
         protocol = Protocol(
             *(options.task, source, Results(options.out)),
             late=lambda: time.perf_counter() > end,

@@ -165,7 +165,8 @@ def test_msam_is_judged_without_its_perturbation():
 
 @pytest.mark.slow
 def test_sgd_learns_colours(mini):
-    training = Training(mini(epochs=40, augmentation="none"), "SGD")
+    still = {"network": "mlp", "augmentation": "none", "epochs": 40}
+    training = Training(mini(images=90, held_out=10, **still), "SGD")
     result = training.run({"rate": 0.1, "decay": 1e-4}, 0, tested=True)
     assert result.accuracy > 90
 

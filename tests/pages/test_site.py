@@ -296,7 +296,7 @@ def test_numbers_are_those_of_the_pages_that_are_quoted():
     sources = "results/accuracy", "guide/quantization"
     numbers = lambda text: set(re.findall(r"\d+\.\d+ ± \d+\.\d+", text))
     known = set().union(*(numbers(PAGES[f"docs/{name}.md"]) for name in sources))
-    for page in ("docs/start/choosing.md", *METHOD_PAGES):
+    for page in ("README.md", "docs/start/choosing.md", *METHOD_PAGES):
         assert numbers(PAGES[page]) <= known, page
     assert len(numbers(PAGES["docs/start/choosing.md"])) > 10
 
