@@ -1,4 +1,4 @@
-"""What the pods train: ResNet-50 on images and a stack of decoder blocks on tokens.
+"""What the pods train: ResNet-50 on images, decoders of two sizes on tokens.
 
 Both compute in bfloat16 from float32 parameters, as is usual on TPUs. Everything that
 a step needs is here as shapes; nothing is allocated.
@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.lib import networks
@@ -89,13 +90,79 @@ class Decoder(nn.Module):
         return embedding.attend(normed(x)).astype(jnp.float32)
 
 
+def placed(x: jax.Array, spread: NamedSharding | None) -> jax.Array:
+    """The activations, put where they belong."""
+    return x if spread is None else jax.lax.with_sharding_constraint(x, spread)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and SwiGLU, as one round of a scan over layers."""
+
+    width: int
+    heads: int
+    hidden: int
+    spread: NamedSharding | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        """What goes on to the next layer, and nothing beside it."""
+        x = placed(x, self.spread)
+        normed = lambda x: nn.RMSNorm(dtype=HALF)(x)
+        dense = lambda name, shape, axis=-1: nn.DenseGeneral(
+            shape, axis=axis, use_bias=False, dtype=HALF, name=name
+        )
+        heads = self.heads, self.width // self.heads
+        y = normed(x)
+        q, k, v = (dense(name, heads)(y) for name in "qkv")
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + dense("out", self.width, (-2, -1))(y)
+        y = normed(x)
+        y = nn.silu(dense("gate", self.hidden)(y)) * dense("up", self.hidden)(y)
+        return x + dense("down", self.width)(y), None
+
+
+class ScannedDecoder(nn.Module):
+    """A decoder as large ones are written: a loop over layers, which keeps their inputs.
+
+    The layers' parameters are stacked, and the backward pass computes each layer again.
+    The defaults are those of Llama with 7 billion parameters, but without rotation.
+
+    Attributes:
+      spread: where the activations lie. Without it XLA cuts them as the weights are
+        cut, along the width, and each chip has the whole batch.
+    """
+
+    layers: int = 32
+    width: int = 4096
+    heads: int = 32
+    hidden: int = 11008
+    vocabulary: int = 32000
+    spread: NamedSharding | None = None
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits of the next tokens, (batch, length, vocabulary)."""
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+        )(self.width, self.heads, self.hidden, self.spread, name="layers")
+        x = nn.Embed(self.vocabulary, self.width, dtype=HALF)(tokens)
+        x, _ = layers(x, None)
+        x = nn.RMSNorm(dtype=HALF)(placed(x, self.spread))
+        head = nn.Dense(self.vocabulary, use_bias=False, dtype=HALF, name="head")
+        return head(x).astype(jnp.float32)
+
+
 # How Megatron cuts a block: heads and hidden units over the axis model.
 _OVER_MODEL = {
     **dict.fromkeys("qkv", P("data", "model", None)),
     "out": P("model", None, "data"),
-    "up": P("data", "model"),
+    **dict.fromkeys(("up", "gate"), P("data", "model")),
     "down": P("model", "data"),
     "Embed": P(("model", "data"), None),
+    "head": P("data", "model"),
 }
 
 
@@ -103,7 +170,10 @@ def tensor_parallel(params: Any) -> Any:
     """The place of each leaf of a decoder, cut over both axes of the mesh."""
 
     def spec(path: Any, leaf: Any) -> P:
-        return _OVER_MODEL.get(path[0].key.split("_")[0], P())
+        names = [key.key for key in path]
+        stacked = names[0] == "layers"
+        own = _OVER_MODEL.get(names[stacked].split("_")[0], P())
+        return P(None, *own) if stacked else own
 
     return jax.tree_util.tree_map_with_path(spec, params)
 
@@ -133,6 +203,13 @@ class Task(NamedTuple):
             for x in (self.example, self.labels)
         )
         return x, y
+
+    def on(self, mesh: Mesh) -> Task:
+        """The task of a model that wants to know where its activations lie."""
+        if not hasattr(self.model, "spread"):
+            return self
+        spread = NamedSharding(mesh, P("data"))
+        return self._replace(model=self.model.clone(spread=spread))
 
     def init(self) -> tuple[Any, Any]:
         """Shapes of the parameters and of the model's other collections."""
@@ -165,3 +242,9 @@ def decoder(length: int = 1024, per_chip: int = 4, **model: Any) -> Task:
     """A decoder on sequences of tokens, AdamW."""
     tokens = jax.ShapeDtypeStruct((length,), jnp.int32)
     return Task(Decoder(**model), optax.adamw(1e-3), tokens, tokens, per_chip)
+
+
+def seven_billion(length: int = 2048, per_chip: int = 4, **model: Any) -> Task:
+    """The scanned decoder, AdamW."""
+    tokens = jax.ShapeDtypeStruct((length,), jnp.int32)
+    return Task(ScannedDecoder(**model), optax.adamw(1e-3), tokens, tokens, per_chip)

@@ -42,10 +42,13 @@ TASKS = {
     "ResNet-50": models.resnet(),
     "decoder": models.decoder(),
     "decoder, 4 times the batch": models.decoder(per_chip=16),
+    "7 billion": models.seven_billion(),
 }
 LAYOUTS = "data parallel", "FSDP", "FSDP x TP"
 # The chips among which FSDP x TP cuts the axis model: a side of the pod.
-MODEL_PARALLEL = {"2x4": 4, "8x8": 8, "16x16": 16, "4x4x8": 8}
+MODEL_PARALLEL = {"2x4": 4, "8x8": 8, "16x16": 16, "4x4x8": 8, "4x8x8": 8}
+# Of m-SAM; a sequence of each chip is in one.
+SHARDS = 4
 
 
 # The base optimizer, and the number of examples, to the whole optimizer.
@@ -64,6 +67,9 @@ METHODS: dict[str, Build] = {
     "looksam": first(optax_sam.looksam()),
     "gsam": first(optax_sam.gsam()),
     "msam": lambda base, _: optax_sam.msam(base, rho=3.0),
+    "m_sam": first(
+        optax_sam.micro_sharpness(optax_sam.sam(axis_name="shards"), SHARDS)
+    ),
     "asam": first(optax_sam.asam()),
     # It keeps one example less than gamma says: the chips must divide what is left.
     "esam": lambda base, n: optax.chain(optax_sam.esam(gamma=0.5 + 1 / n), base),
@@ -86,10 +92,14 @@ METHODS: dict[str, Build] = {
 }
 
 
+# ESAM's half of the batch less one, and what all shards together cost.
+_PRICED_AS = {"esam_unplaced": "esam", "m_sam": "sam"}
+
+
 @functools.cache
 def promised(method: str) -> costs.Cost:
     """What an ascended step is to cost."""
-    build = METHODS[method.removesuffix("_unplaced")]  # half of the batch less one
+    build = METHODS[_PRICED_AS.get(method, method)]
     # The training loop reports the loss of the incoming gradient.
     forwards = method in costs.WITHOUT_FIRST
     return costs.cost(build(costs.BASE, costs.EXAMPLES), forwards=forwards)
@@ -121,8 +131,9 @@ _SIX = (
     ("gsam", True),
     ("msam", True),
 )
-_NAMED = {"plain", "esam_unplaced", *dict(_SIX)}
+_NAMED = {"plain", "esam_unplaced", "m_sam", *dict(_SIX)}
 _ALL = (*_SIX, *((name, True) for name in METHODS if name not in _NAMED))
+_LARGE = (*_SIX[:4], ("msam", True), ("m_sam", True))
 _ESAM = ("esam", True), ("esam_unplaced", True)
 GROUPS = (
     ("ResNet-50", "data parallel", "v5e:2x4", _SIX[:1]),
@@ -141,6 +152,10 @@ GROUPS = (
     ("decoder", "FSDP x TP", "v5e:16x16", _SIX[:4]),
     ("decoder", "FSDP x TP", "v6e:16x16", _SIX[:4]),
     ("decoder", "FSDP x TP", "v5p:4x4x8", _SIX[:4]),
+    ("7 billion", "FSDP", "v6e:16x16", _LARGE),
+    ("7 billion", "FSDP", "v5p:4x8x8", _LARGE),
+    ("7 billion", "FSDP x TP", "v6e:16x16", _LARGE),
+    ("7 billion", "FSDP x TP", "v5p:4x8x8", _LARGE),
 )
 
 
@@ -151,6 +166,11 @@ def rows() -> Iterator[Row]:
         yield Row(*group, "gradient")
         for method, ascend in methods:
             yield Row(*group, method, ascend)
+
+
+def shard(batch: Any, i: Any) -> Any:
+    """The shard's examples, of each chip as many, so that none leaves its chip."""
+    return jax.tree.map(lambda x: x.reshape(-1, SHARDS, *x.shape[1:])[:, i], batch)
 
 
 def train_step(task: models.Task, row: Row, tx: Any, mesh: Any) -> Callable[..., Any]:
@@ -182,6 +202,13 @@ def train_step(task: models.Task, row: Row, tx: Any, mesh: Any) -> Callable[...,
             return task.losses(logits, chosen[1])
 
         value_and_grad = optax_sam.linen.value_and_grad(loss_fn, has_aux=True)
+
+        def on_shard(params: Any, i: Any) -> Any:
+            return value_and_grad(params, model_state, shard(batch, i))[2](params)
+
+        if row.method == "m_sam":  # nor does it report the loss of the whole batch
+            updates, opt_state = tx.update(None, opt_state, params, grad_fn=on_shard)
+            return (optax.apply_updates(params, updates), opt_state), None
         value, grads, grad_fn = value_and_grad(params, model_state, batch)
         loss, (new_state, losses) = value
         if row.method == "gradient":
@@ -204,10 +231,10 @@ def train_step(task: models.Task, row: Row, tx: Any, mesh: Any) -> Callable[...,
 def compiled(row: Row) -> dict[str, Any]:
     """Compiles one row."""
     start = time.perf_counter()
-    task = TASKS[row.model]
     shape = row.topology.split(":")[1]
     parallel = MODEL_PARALLEL[shape] if row.layout == "FSDP x TP" else 1
     mesh = programs.pod(row.topology, parallel)
+    task = TASKS[row.model].on(mesh)
     rows = mesh.shape["data"]  # of chips that share their examples
     params, model_state = task.init()
     if row.layout == "FSDP x TP":

@@ -6,10 +6,10 @@ any machine. All chips run the same program; every number here is of one chip.
 
 from __future__ import annotations
 
-import math
-import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +18,22 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.pods import hlo
+
 
 class Program(NamedTuple):
     """Costs of one step on each chip.
 
     Attributes:
-      flops: floating-point operations; those of a loop's body once.
+      flops: floating-point operations; of what is in a loop products alone count as
+        often as it runs, the rest once.
       seconds: the compiler's estimate of the arithmetic and of the memory's traffic,
-        without what chips wait for each other; None if it has none for some operation.
+        without what chips wait for each other; None if it has none for some operation,
+        and if there are loops, of which it counts one round.
+      cycles: the sum of the estimates that operations carry, as often as each runs;
+        sums over chips and copies carry none.
       arguments: bytes of the parameters, the optimizer's state and the batch.
       temporaries: bytes beyond those, at their most.
       reductions: how many all-reduces and reduce-scatters; each has many arrays.
@@ -39,6 +47,7 @@ class Program(NamedTuple):
 
     flops: float
     seconds: float | None
+    cycles: float
     arguments: int
     temporaries: int
     reductions: int
@@ -115,15 +124,18 @@ def compile_step(
 def read(compiled: Any) -> Program:
     """The costs of a compiled step."""
     costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    text = compiled.as_text()
     # An operation without an estimate counts -1, far more than all others together.
     seconds = costs.get("optimal_seconds", -1)
-    sent = list(collectives(compiled.as_text()))
+    again = hlo.products_again(text)
+    sent = list(hlo.collectives(text))
     count, total = Counter(kind for kind, _ in sent), Counter[str]()
     for kind, size in sent:
         total[kind] += size
     return Program(
-        flops=costs["flops"],
-        seconds=seconds if seconds > 0 else None,
+        flops=costs["flops"] + again,
+        seconds=seconds if seconds > 0 and not again else None,
+        cycles=hlo.cycles(text),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         reductions=count["reduce"],
@@ -134,82 +146,3 @@ def read(compiled: Any) -> Program:
         moves=count["move"],
         moved=total["move"],
     )
-
-
-_KINDS = {
-    "all-reduce": "reduce",
-    "all-gather": "gather",
-    "all-to-all": "move",
-    "collective-permute": "move",
-}
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%[\w.-]+ = (.*?) ([a-z][a-z-]*)\(")
-_CALLED = re.compile(
-    r"(?:calls|body|branch_computations|true_computation|false_computation)="
-    r"\{?((?:%[\w.-]+(?:, )?)+)"
-)
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_ARRAY = re.compile(r"\b[a-z]+(\d+)\w*\[([\d,]*)\]")
-
-
-def collectives(text: str) -> Iterator[tuple[str, int]]:
-    """Kind and bytes of whatever a program sends, in a loop as often as that runs.
-
-    Both branches of a conditional count. A reduce-scatter is, on TPUs, a fusion of an
-    all-reduce and of what cuts out a part, and counts as the former.
-    """
-    computations = _computations(text)
-
-    def sent_in(name: str) -> Iterator[tuple[str, int]]:
-        lines = computations[name]
-        # What is sent beside other work is written where it starts, in every fusion
-        # that works meanwhile, and where it ends.
-        elsewhere = name.startswith("async_collective_fusion") or any(
-            '"AsyncCollectiveDone"' in line for line in lines
-        )
-        for line in lines:
-            if not (found := _OPERATION.match(line)):
-                continue
-            result, operation = found.groups()
-            if operation.endswith(("-done", "-update")):
-                continue
-            if operation.startswith(("reduce-scatter", "ragged-all-to-all")):
-                raise NotImplementedError(f"How much does {operation} send?")
-            kind = _KINDS.get(operation.removesuffix("-start"))
-            if kind and not elsewhere:
-                yield kind, _bytes(result, operation)
-            inner = [
-                sent
-                for group in _CALLED.findall(line)
-                for called in re.findall(r"%([\w.-]+)", group)
-                for sent in sent_in(called)
-            ]
-            if operation == "while" and inner:
-                trips = _TRIPS.search(line)
-                if trips is None:
-                    raise NotImplementedError("How often does a loop run that sends?")
-                inner *= int(trips[1])
-            yield from inner
-
-    return sent_in("ENTRY")
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    """The lines of each function of the program, by its name."""
-    found: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if line.endswith("{") and line.startswith(("%", "ENTRY")):
-            name = "ENTRY" if line.startswith("ENTRY") else line[1:].split(" ")[0]
-            found[name] = []
-        elif line.startswith("  "):
-            found[name].append(line)
-    return found
-
-
-def _bytes(result: str, operation: str) -> int:
-    sizes = [
-        int(bits) // 8 * math.prod(int(n) for n in shape.split(",") if n)
-        for bits, shape in _ARRAY.findall(result)
-    ]
-    if operation in ("all-gather-start", "collective-permute-start"):
-        sizes = sizes[len(sizes) // 2 :]  # what goes in is listed too
-    return sum(sizes)

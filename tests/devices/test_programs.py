@@ -44,9 +44,9 @@ ENTRY %main (p: f32[4]) -> f32[16] {
 
 
 def test_what_a_program_sends(benchmark):
-    programs = benchmark("programs")
+    hlo = benchmark("hlo")
     trips = 'backend_config={"known_trip_count":{"n":"3"}}'
-    sent = Counter(programs.collectives(PROGRAM.replace("TRIPS", trips)))
+    sent = Counter(hlo.collectives(PROGRAM.replace("TRIPS", trips)))
     assert sent == {
         ("gather", 64): 1,
         ("reduce", 4): 1,
@@ -54,7 +54,53 @@ def test_what_a_program_sends(benchmark):
         ("move", 16): 1,
     }
     with pytest.raises(NotImplementedError, match="loop"):
-        list(programs.collectives(PROGRAM))
+        list(hlo.collectives(PROGRAM))
+
+
+# Scores of 2 examples and 3 heads, 4 x 5 of 8 products each, as TPUs write them, and a
+# layer of 16 x 8 x 32; in a loop of six rounds, which another runs twice.
+LOOPS = """\
+%scores (l: f32[3,2,8], r: f32[3,2,8]) -> f32[3,2,4,5] {
+  %l = f32[2,3,8,4]{3,2,1,0} parameter(0)
+  %r = f32[2,5,3,8]{3,2,1,0} parameter(1)
+  ROOT %c = f32[2,3,4,5]{3,2,1,0} convolution(%l, %r), \
+window={size=2x3 stride=1x2 lhs_dilate=2x3}, dim_labels=01fb_0o1i->01bf, \
+backend_config={"estimated_cycles":"70"}
+}
+
+%layer (p: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %x = f32[16,8]{1,0} get-tuple-element(%p), index=1
+  %w = f32[8,32]{1,0} constant({...})
+  %y = f32[16,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf, \
+backend_config={"estimated_cycles":"30"}
+  %s = f32[2,3,4,5] fusion(%x, %y), kind=kOutput, calls=%scores
+}
+
+%cond (p: (s32[], f32[16,8])) -> pred[] {
+  %six = s32[]{:T(128)} constant(6)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %six), direction=LT
+}
+
+%shard (p: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  ROOT %layers = (s32[], f32[16,8]) while(%p), condition=%cond, body=%layer
+}
+
+ENTRY %main (p: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %more = f32[4] fusion(%p), kind=kLoop, backend_config={"estimated_cycles":"5"}
+  %none = f32[4] fusion(%p), backend_config={"estimated_cycles":"9223372036854775807"}
+  ROOT %w = (s32[]) while(%p), condition=%c, body=%shard, "known_trip_count":{"n":"2"}
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_it_runs(benchmark):
+    hlo = benchmark("hlo")
+    assert hlo.cycles(LOOPS) == 2 * 6 * (70 + 30) + 5
+    one = 2 * (16 * 8 * 32 + 2 * 3 * 4 * 5 * 8)
+    assert hlo.products_again(LOOPS) == (2 * 6 - 1) * one
+    with pytest.raises(NotImplementedError, match="loop"):
+        hlo.products_again(LOOPS.replace("direction=LT", "direction=GT"))
 
 
 def test_the_study_is_whole_and_costs_are_those_promised(benchmark):
