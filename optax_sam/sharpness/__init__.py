@@ -4,7 +4,13 @@ from optax_sam.sharpness.data import stack_batches
 from optax_sam.sharpness.directions import filter_normalized_direction
 from optax_sam.sharpness.eigen import EigenResult, eigenvalues
 from optax_sam.sharpness.geodesic import geodesic_sharpness
-from optax_sam.sharpness.gl_pairs import GLBlock, GLPair, attention_gl_pairs, gl_pair
+from optax_sam.sharpness.gl_pairs import (
+    GLBlock,
+    GLPair,
+    attention_gl_pairs,
+    gl_pair,
+    lora_gl_pairs,
+)
 from optax_sam.sharpness.kendall import (
     GranulatedKendall,
     KendallInterval,
@@ -118,6 +124,7 @@ __all__ = [
     "kendall_interval",
     "kendall_tau",
     "keskar_sharpness",
+    "lora_gl_pairs",
     "loss_line",
     "loss_surface",
     "normalize_logits",
