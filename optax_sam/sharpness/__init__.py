@@ -22,6 +22,7 @@ from optax_sam.sharpness.keskar import KeskarSharpness, keskar_sharpness
 from optax_sam.sharpness.landscape import interpolate_loss, loss_line, loss_surface
 from optax_sam.sharpness.live import sam_metrics, sam_stability_edge
 from optax_sam.sharpness.logits import chunked_cross_entropy, normalize_logits
+from optax_sam.sharpness.memory import Memory, memory
 from optax_sam.sharpness.operators import (
     Operator,
     empirical_fisher,
@@ -30,6 +31,7 @@ from optax_sam.sharpness.operators import (
     hessian,
     hvp,
     of_hessian,
+    to_scipy,
 )
 from optax_sam.sharpness.pac_bayes import (
     PacBayesFlatness,
@@ -89,6 +91,7 @@ __all__ = [
     "GranulatedKendall",
     "KendallInterval",
     "KeskarSharpness",
+    "Memory",
     "Operator",
     "PacBayesFlatness",
     "Probe",
@@ -127,6 +130,7 @@ __all__ = [
     "lora_gl_pairs",
     "loss_line",
     "loss_surface",
+    "memory",
     "normalize_logits",
     "pac_bayes_bound",
     "pac_bayes_flatness",
@@ -140,6 +144,7 @@ __all__ = [
     "spectral_sum",
     "stack_batches",
     "to_scalars",
+    "to_scipy",
     "trace",
     "worst_case_sharpness",
 ]

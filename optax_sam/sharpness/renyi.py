@@ -139,7 +139,7 @@ def _renyi_entropy(
         nodes=quadrature.nodes / unit,
         coarse_nodes=quadrature.coarse_nodes / unit,
     )
-    values, stderrs = zip(*[_entropy(scaled, a) for a in orders], strict=True)
+    values, stderrs = zip(*[entropy_of(scaled, a) for a in orders], strict=True)
     is_zero = largest == 0
     return RenyiResult(
         value=jnp.where(is_zero, 0, jnp.stack(values)),
@@ -238,7 +238,7 @@ def renyi_sharpness(*args: Any, **options: Any) -> Any:
     )
 
 
-def _entropy(spectrum: Quadrature, alpha: float) -> list[jax.Array]:
+def entropy_of(spectrum: Quadrature, alpha: float) -> list[jax.Array]:
     """``H_alpha`` and its standard error, from sums that share their probes."""
     total = spectrum.sums(jnp.abs)
     if alpha == 1:
