@@ -244,8 +244,9 @@ def _hutchinson(
 
 
 def _mean_and_stderr(values: jax.Array) -> Estimate:
-    # The estimates share their probes. In benchmarks/studies/coverage.py their spread
-    # alone is up to 1.5 times too small, and with this factor two of it hold the truth.
+    # The estimates share their probes. On a positive spectrum of
+    # benchmarks/studies/coverage.py two of their plain errors hold the true trace with
+    # 80 of 100 keys, two of these with 92.
     stderr = jnp.std(values, axis=0, ddof=1) * jnp.sqrt(2 / len(values))
     return Estimate(jnp.mean(values, axis=0), stderr.astype(values.dtype))
 
