@@ -4,7 +4,13 @@ from optax_sam.sharpness.data import stack_batches
 from optax_sam.sharpness.directions import filter_normalized_direction
 from optax_sam.sharpness.eigen import EigenResult, eigenvalues
 from optax_sam.sharpness.geodesic import geodesic_sharpness
-from optax_sam.sharpness.gl_pairs import GLBlock, GLPair, attention_gl_pairs, gl_pair
+from optax_sam.sharpness.gl_pairs import (
+    GLBlock,
+    GLPair,
+    attention_gl_pairs,
+    gl_pair,
+    lora_gl_pairs,
+)
 from optax_sam.sharpness.kendall import (
     GranulatedKendall,
     KendallInterval,
@@ -16,6 +22,7 @@ from optax_sam.sharpness.keskar import KeskarSharpness, keskar_sharpness
 from optax_sam.sharpness.landscape import interpolate_loss, loss_line, loss_surface
 from optax_sam.sharpness.live import sam_metrics, sam_stability_edge
 from optax_sam.sharpness.logits import chunked_cross_entropy, normalize_logits
+from optax_sam.sharpness.memory import Memory, memory
 from optax_sam.sharpness.operators import (
     Operator,
     empirical_fisher,
@@ -24,6 +31,7 @@ from optax_sam.sharpness.operators import (
     hessian,
     hvp,
     of_hessian,
+    to_scipy,
 )
 from optax_sam.sharpness.pac_bayes import (
     PacBayesFlatness,
@@ -83,6 +91,7 @@ __all__ = [
     "GranulatedKendall",
     "KendallInterval",
     "KeskarSharpness",
+    "Memory",
     "Operator",
     "PacBayesFlatness",
     "Probe",
@@ -118,8 +127,10 @@ __all__ = [
     "kendall_interval",
     "kendall_tau",
     "keskar_sharpness",
+    "lora_gl_pairs",
     "loss_line",
     "loss_surface",
+    "memory",
     "normalize_logits",
     "pac_bayes_bound",
     "pac_bayes_flatness",
@@ -133,6 +144,7 @@ __all__ = [
     "spectral_sum",
     "stack_batches",
     "to_scalars",
+    "to_scipy",
     "trace",
     "worst_case_sharpness",
 ]

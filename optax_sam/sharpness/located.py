@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_sam.roles import named_leaves
-from optax_sam.sharpness.gl_pairs import GLBlock, GLPair, describe
+from optax_sam.sharpness.gl_pairs import ATTENTION, GLBlock, GLPair, describe
 
 
 class Located(NamedTuple):
@@ -30,7 +31,7 @@ class Located(NamedTuple):
         """Both factors, ``(number, n, h)`` and ``(number, m, h)``."""
 
         def rows(block: GLBlock) -> jax.Array:
-            x = leaves[block.path].reshape(_shape(block))
+            x = leaves[block.path].reshape(_whole(block))[_place(block)]
             x = x.transpose(_order(block))
             return x.reshape(self.number, -1, x.shape[-1])
 
@@ -44,13 +45,14 @@ class Located(NamedTuple):
         """The leaves with these factors in their places."""
         leaves = dict(leaves)
         for blocks, matrix in ((self.G, G), (self.H, H)):
-            sizes = [leaves[x.path].size // (self.number * G.shape[-1]) for x in blocks]
+            sizes = [_size(x) // (self.number * G.shape[-1]) for x in blocks]
             parts = jnp.split(matrix, np.cumsum(sizes)[:-1], axis=1)
             for block, part in zip(blocks, parts, strict=True):
                 old, order = leaves[block.path], _order(block)
                 x = part.reshape([_shape(block)[i] for i in order])
-                x = x.transpose(np.argsort(order)).reshape(old.shape)
-                leaves[block.path] = x.astype(old.dtype)
+                x = x.transpose(np.argsort(order)).astype(old.dtype)
+                whole = old.reshape(_whole(block)).at[_place(block)].set(x)
+                leaves[block.path] = whole.reshape(old.shape)
         return leaves
 
 
@@ -70,18 +72,22 @@ def locate(gl_pairs: Sequence[GLPair], params: Any, w: Any) -> list[Located]:
         )
     shapes = {name: jnp.shape(x) for name, x in named_leaves(params).items()}
     chosen = named_leaves(w)
-    taken: set[str] = set()
+    taken: dict[str, np.ndarray] = {}
     located = []
     for pair in gl_pairs:
         pair = GLPair(*(tuple(_find(x, shapes) for x in side) for side in pair))
         paths = [x.path for side in pair for x in side]
-        twice = [x for i, x in enumerate(paths) if x in taken or x in paths[:i]]
-        if twice:
-            raise ValueError(
-                f"{twice[0]} is in gl_pairs twice. A leaf can be in one pair only, for"
-                " its symmetries would not be those of each pair alone; leave one out."
-            )
-        taken.update(paths)
+        for block in (x for side in pair for x in side):
+            places = np.zeros(_whole(block), bool)
+            places[_place(block)] = True
+            before = taken.setdefault(block.path, np.zeros(places.size, bool))
+            if (before & places.ravel()).any():
+                raise ValueError(
+                    f"{block.path} is in gl_pairs twice. An entry can be in one pair"
+                    " only, for its symmetries would not be those of each pair alone;"
+                    " leave one out, or name a part of the leaf: GLBlock(part=)."
+                )
+            before |= places.ravel()
         inside = [x for x in paths if x in chosen]
         if inside and len(inside) < len(paths):
             absent = [x for x in paths if x not in chosen]
@@ -110,7 +116,7 @@ def _find(block: GLBlock, shapes: dict[str, tuple[int, ...]]) -> GLBlock:
             f"{block.path} has shape {own}, and cannot be read as {block.shape}. Give a"
             " shape of as many numbers: GLBlock(path, rank_axis, head_axis, shape)."
         ) from None
-    axes = [x for x in (block.rank_axis, block.head_axis) if x is not None]
+    axes = [block.rank_axis, *_heads(block)]
     inside = all(-len(as_read) <= x < len(as_read) for x in axes)
     if not inside or len({x % len(as_read) for x in axes}) < len(axes):
         raise ValueError(
@@ -119,6 +125,16 @@ def _find(block: GLBlock, shapes: dict[str, tuple[int, ...]]) -> GLBlock:
             " GLBlock(path, rank_axis, head_axis), or with shape=(n, h) the shape in"
             " which to read a leaf that has fewer."
         )
+    if not _heads(block) and block.shape is None and len(own) == 2:
+        module = block.path.split("/")[-2:][0]
+        if module in ATTENTION:
+            raise ValueError(
+                f"{block.path} has shape {own} and the name of an attention layer's"
+                " matrix, whose heads are pairs of their own. Say how many: "
+                "attention_gl_pairs(params, path, num_heads=8), or GLBlock(path,"
+                " rank_axis, head_axis, shape=(d, heads, k)). For a single head give"
+                f" shape={own}."
+            )
     return block._replace(shape=as_read)
 
 
@@ -127,7 +143,7 @@ def _fit(pair: GLPair) -> Located:
 
     def sizes(block: GLBlock) -> tuple[int, int]:
         shape = _shape(block)
-        heads = 1 if block.head_axis is None else shape[block.head_axis]
+        heads = math.prod(shape[x] for x in _heads(block))
         return heads, shape[block.rank_axis]
 
     blocks = pair.G + pair.H
@@ -150,7 +166,7 @@ def _fit(pair: GLPair) -> Located:
             f" not 0, but these are {described}."
         )
     for name, side in (("G", pair.G), ("H", pair.H)):
-        rows = sum(np.prod(_shape(x), dtype=int) for x in side) // (number * h)
+        rows = sum(map(_size, side)) // (number * h)
         if rows < h:
             raise ValueError(
                 f"{name} has {rows} rows and {h} columns; a factor cannot have more"
@@ -160,14 +176,37 @@ def _fit(pair: GLPair) -> Located:
     return Located(*pair, number)
 
 
-def _shape(block: GLBlock) -> tuple[int, ...]:
+def _whole(block: GLBlock) -> tuple[int, ...]:
     assert block.shape is not None  # as locate has left it
     return block.shape
+
+
+def _place(block: GLBlock) -> tuple[slice, ...]:
+    """Which entries of the leaf, as it is read, are the block."""
+    places = [slice(None)] * len(_whole(block))
+    if block.part is not None:
+        axis, start, stop = block.part
+        places[axis] = slice(start, stop)
+    return tuple(places)
+
+
+def _shape(block: GLBlock) -> tuple[int, ...]:
+    at = zip(_place(block), _whole(block), strict=True)
+    return tuple(len(range(*place.indices(n))) for place, n in at)
+
+
+def _size(block: GLBlock) -> int:
+    return math.prod(_shape(block))
+
+
+def _heads(block: GLBlock) -> tuple[int, ...]:
+    axes = block.head_axis
+    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
 
 
 def _order(block: GLBlock) -> list[int]:
     """The axes: heads, rows, rank."""
     number = len(_shape(block))
     rank = block.rank_axis % number
-    head = [] if block.head_axis is None else [block.head_axis % number]
+    head = [x % number for x in _heads(block)]
     return [*head, *(i for i in range(number) if i not in (*head, rank)), rank]

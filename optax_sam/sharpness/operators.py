@@ -21,7 +21,7 @@ from optax_sam.sharpness.objective import (
     chosen_part,
     objective,
 )
-from optax_sam.trees import wide
+from optax_sam.trees import wide, widest
 
 Mode = Literal["fwd_rev", "rev_rev"]
 ModelFn = Callable[[Any, Any], Any]  # (params, batch) -> outputs
@@ -63,6 +63,35 @@ class Operator(NamedTuple):
     def unravel_params(self, v: jax.Array) -> Any:
         """A vector ``(n,)`` as a tree like all parameters."""
         return self.to_params(self.unravel(v))
+
+
+def to_scipy(operator: Operator) -> Any:
+    """An operator for SciPy: its eigensolvers, its linear solvers, its norms.
+
+    Args:
+      operator: the operator, outside of ``jit``.
+
+    Returns:
+      A ``scipy.sparse.linalg.LinearOperator`` on vectors ``(n,)``, the raveled leaves.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import scipy.sparse.linalg
+      >>> from optax_sam import sharpness
+      >>> loss = lambda w, batch: 0.5 * jnp.sum(jnp.mean(batch, 0) * w**2)
+      >>> H = sharpness.hessian(loss, jnp.ones(3), jnp.array([[[1.0, -7.0, 5.0]]]))
+      >>> A = sharpness.to_scipy(H)
+      >>> values = scipy.sparse.linalg.eigsh(A, k=1, return_eigenvectors=False)
+      >>> print(values.round(3))
+      [-7.]
+    """
+    from scipy.sparse.linalg import LinearOperator
+
+    dtype = widest(*jax.tree.leaves(operator.like))
+    times = operator.times if operator.on_host else jax.jit(operator.times)
+    product = lambda v: np.asarray(times(jnp.asarray(np.ravel(v), dtype)))
+    shape = (operator.size, operator.size)
+    return LinearOperator(shape, matvec=product, rmatvec=product, dtype=dtype)
 
 
 def ravel(tree: Any) -> jax.Array:

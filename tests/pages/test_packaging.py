@@ -18,8 +18,8 @@ import pytest
 import optax_sam
 
 ROOT = Path(__file__).parents[2]
-# NumPy comes with JAX. The others are extras, each in the parts that need it.
-CORE = {"jax", "optax", "numpy", "optax_sam"}
+# NumPy and SciPy come with JAX. The others are extras, each in the parts that need it.
+CORE = {"jax", "optax", "numpy", "scipy", "optax_sam"}
 EXTRAS = {
     "equinox": {"equinox.py"},
     "flax": {"linen.py", "nnx.py"},

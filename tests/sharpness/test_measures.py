@@ -148,6 +148,21 @@ def test_memory_does_not_grow_with_repetitions(function, repeated, options):
     assert many - few < 8 * 50_000  # and not 38 more vectors
 
 
+def test_defaults_fit_ten_million_parameters():
+    """As compiled, which is known before anything runs."""
+    shape = lambda *x: jax.ShapeDtypeStruct(x, "float32")
+    mlp = lambda w, x: jnp.mean(jnp.tanh(x @ w["in"]) @ w["out"])
+    w = {"in": shape(1000, 5000), "out": shape(5000, 1000)}
+    of = bind(sharpness.memory, loss_fn=mlp, params=w, batches=shape(1, 8, 1000))
+    for measure in (sharpness.hessian_trace, sharpness.hessian_frobenius_norm):
+        assert of(measure, key=0).parameter_vectors < 12
+    assert of(sharpness.hessian_diagonal, key=0).parameter_vectors < 12
+    top = of(sharpness.hessian_eigenvalues, key=0, num_matvecs=20)
+    assert 20 < top.parameter_vectors < 30
+    with pytest.raises(ValueError, match="give one batch"):
+        sharpness.memory(sharpness.hessian_trace, mlp, w, [shape(8, 1000)], 0)
+
+
 def test_xtrace_keeps_vectors_and_not_activations():
     w = {"first": jnp.ones((64, 6)), "bias": jnp.ones(6), "second": jnp.ones((6, 10))}
     large = jnp.ones((1, 4096, 64)), jnp.zeros((1, 4096, 1), int)  # 100 kB of hidden
@@ -352,6 +367,8 @@ def test_a_model_without_forward_derivatives():
     with pytest.raises(TypeError, match="custom_vjp"):
         sharpness.hvp(*args)
     np.testing.assert_allclose(sharpness.hvp(*args, mode="rev_rev"), [12])
+    trace = sharpness.hessian_trace(*args[:3], 0, mode="rev_rev")
+    np.testing.assert_allclose(trace.estimate, 12)
 
 
 def test_keys_of_all_kinds_are_one():

@@ -290,10 +290,11 @@ def attention(**more):
 @pytest.mark.parametrize(
     ("message", "path", "params"),
     [
-        ("no parameter b/query/kernel.* at 'a/b'", "b", {"a": {"b": attention()}}),
+        ("no attention layer at 'b'.* at 'a/b'", "b", {"a": {"b": attention()}}),
         ("there are dense/kernel", "", {"dense": {"kernel": W}}),
         (r"query_ln/scale.*qk=False", "", attention(query_ln={"scale": W})),
-        (r"\(d, heads, k\).*GLBlock", "", attention(value={"kernel": jnp.eye(8)})),
+        (r"\(heads, k, f\).*GLBlock", "", attention(out={"kernel": W})),
+        ("no kernel of its outputs", "", attention(out={})),
     ],
 )
 def test_layers_that_are_no_attention(params, path, message):
