@@ -159,11 +159,14 @@ REFUSED = {
     r"sam_metrics: grads_perturbed has shape \(4,\) at": dict(
         grads_perturbed=jnp.ones(4)
     ),
+    "sam_metrics: updates must be a tree": dict(updates=[W]),
     "sam_metrics: loss_perturbed must be a scalar": dict(loss_perturbed=W),
     "sam_metrics sam_stability_edge: learning_rate must be": dict(learning_rate=-1.0),
     "sam_stability_edge: rho must be a number in": dict(rho=-0.1),
+    "sam_stability_edge: grad_norm must be a number in": dict(grad_norm=-0.1),
     "to_scalars: max_size": dict(max_size=0),
     "stack_batches: Take 4 of them": dict(batch_size=4),
+    "stack_batches: do not fill": dict(batch_size=8),
     "stack_batches: same number": dict(data=(np.ones(6), np.ones(5))),
     r"kendall_tau: \(2,\) and \(3,\)": dict(t=[1, 2, 3]),
     "kendall_tau: at least 2": dict(s=[1], t=[2]),
@@ -242,6 +245,8 @@ def test_a_probe_refuses(message, change):
 def test_a_progress_bar_refuses():
     with pytest.raises(ValueError, match="loss_fn must be a function"):
         sharpness.progress(3).__enter__()
+    with pytest.raises(ValueError, match="total must be an integer >= 1"):
+        sharpness.progress(QUADRATIC, total=0).__enter__()
 
 
 def attention(**more):
