@@ -170,17 +170,6 @@ def test_errors_of_estimates_are_as_large_as_they_say(
     assert 1 / factor <= ratio <= factor
 
 
-def test_as_many_products_as_dimensions_are_exact():
-    H = curvature.rotated(np.arange(-3.0, 9.0), "float32")
-    operator = curvature.matrix(H)
-    trace = sharpness.trace(operator, 0, num_matvecs=12)
-    diagonal = sharpness.diagonal(operator, 0, num_matvecs=12)
-    np.testing.assert_allclose(trace.estimate, jnp.trace(H), rtol=1e-5)
-    np.testing.assert_allclose(diagonal.estimate, jnp.diagonal(H), atol=1e-5)
-    assert trace.stderr == 0
-    assert not diagonal.stderr.any()
-
-
 @DTYPES
 def test_closed_forms_of_entropies(dtype, x64):
     entropies = compiled(sharpness.renyi_entropy, alpha=(0.5, 1.0, 1.5, 3.0))

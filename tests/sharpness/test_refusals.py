@@ -56,9 +56,6 @@ GOOD = {
 # What is called, what the message says, and what is changed.
 REFUSED = {
     # Of the objective, which all measures share.
-    r"hessian_trace: scalar.*shape \(4,\).*losses.mean": dict(
-        loss_fn=lambda w, x: (x @ w) ** 2
-    ),
     "hessian_trace: loss_fn, a function": dict(loss_fn=None),
     r"hessian_trace: empty.*\(0, 4, 3\)": dict(batches=jnp.ones((0, 4, 3))),
     r"hessian_trace: \[\]\. .*stack_batches": dict(batches={}),
@@ -135,7 +132,6 @@ REFUSED = {
         for G, H, message in (
             ("A", "b", "'b'.*there are A, B, C"),
             ("A", "C", r"h = 2, C \(2, 4\).*rank_axis=0"),
-            ("A", "A", "A is in gl_pairs twice. "),
             ("A", BLOCK("B", shape=(5, 1)), "cannot be read as"),
             (BLOCK("A", 2), "B", "rank_axis=2.*two different axes"),
             ("C", BLOCK("B", 0), "G has 2 rows and 4 columns"),
@@ -198,7 +194,8 @@ def test_it_is_refused(name, message, change):
 
 @pytest.mark.parametrize("name", [x for x, call in GOOD.items() if "loss_fn" in call])
 def test_all_measures_refuse_what_the_objective_does(name):
-    with pytest.raises(ValueError, match="loss_fn must return a scalar"):
+    message = r"(?s)loss_fn must return a scalar.*shape \(2,\).*losses.mean"
+    with pytest.raises(ValueError, match=message):
         getattr(sharpness, name)(**GOOD[name] | dict(loss_fn=lambda w, x: jnp.ones(2)))
 
 

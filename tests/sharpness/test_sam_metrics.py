@@ -138,6 +138,13 @@ def test_an_inert_perturbation_shows(jit, dtype):
     np.testing.assert_allclose(alive["perturbation_norm"], alive["rho"], rtol=1e-3)
 
 
+def test_norms_of_half_precision_do_not_overflow():
+    g = {"w": jnp.full(10_000, 1000, jnp.float16)}
+    found = sharpness.sam_metrics(1.0, 2.0, g, g, g)
+    np.testing.assert_allclose(found["grad_norm"], 1e5, rtol=1e-6)
+    np.testing.assert_allclose(found["cosine"], 1, rtol=1e-6)
+
+
 def test_the_edge_is_the_largest_stable_curvature(x64):
     """The root of ``eta lambda + eta rho lambda^2 / g = 2``."""
     g, rho, eta = np.meshgrid([1e-6, 0.01, 1, 50], [1e-9, 0.01, 0.5], [1e-3, 0.1, 1])
