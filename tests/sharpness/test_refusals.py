@@ -155,7 +155,6 @@ REFUSED = {
     r"sam_metrics: grads_perturbed has shape \(4,\) at": dict(
         grads_perturbed=jnp.ones(4)
     ),
-    "sam_metrics: updates must be a tree": dict(updates=[W]),
     "sam_metrics: loss_perturbed must be a scalar": dict(loss_perturbed=W),
     "sam_metrics sam_stability_edge: learning_rate must be": dict(learning_rate=-1.0),
     "sam_stability_edge: rho must be a number in": dict(rho=-0.1),
