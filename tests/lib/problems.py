@@ -59,20 +59,6 @@ def rosenbrock():
     return Problem(loss_fn, {"x": np.array(-0.5), "y": np.array(0.8)}, np.zeros((1,)))
 
 
-def logistic():
-    """Binary logistic regression on overlapping classes."""
-    rng = np.random.default_rng(2)
-    x = rng.normal(size=(4, 32, 4))
-    y = (x @ np.array([2.0, -1.0, 0.5, 0.0]) + rng.normal(size=(4, 32)) > 0) * 1.0
-
-    def loss_fn(w, batch):
-        x, y = batch
-        margin = (2 * y - 1) * (x @ w["kernel"] + w["bias"])
-        return jnp.mean(jnp.logaddexp(0, -margin)) + 0.005 * jnp.sum(w["kernel"] ** 2)
-
-    return Problem(loss_fn, {"kernel": np.zeros(4), "bias": np.array(0.0)}, (x, y))
-
-
 def mlp(sizes=(3, 4, 2), batch_size=8, num_batches=4):
     """A tanh network that learns the labels of a random linear map."""
     rng = np.random.default_rng(3)

@@ -108,8 +108,17 @@ def acted(params, pairs):
     return jax.tree.unflatten(jax.tree.structure(params), leaves.values())
 
 
-@pytest.mark.parametrize("name", ["scanned", "nnx", "grouped", "fused", "lora"])
-def test_geodesic_sharpness_of_whole_models(name, x64):
+@pytest.mark.parametrize(
+    ("name", "metric", "key", "dtype"),
+    [
+        *((name, "mix", None, "float64") for name in ("scanned", "fused", "lora")),
+        pytest.param("nnx", "mix", None, "float64", marks=pytest.mark.slow),
+        ("grouped", "inv", 3, "float64"),  # a random start moves along, too
+        pytest.param("scanned", "inv", 3, "float64", marks=pytest.mark.slow),
+        ("lora", "inv", 3, "float32"),
+    ],
+)
+def test_geodesic_sharpness_of_whole_models(name, metric, key, dtype, x64):
     apply, params, pairs, x = model(name)
     assert sum(pair.number for pair in locate(pairs, params, params)) == {
         "scanned": 12, "nnx": 12, "grouped": 4, "fused": 6, "lora": 1
@@ -120,14 +129,17 @@ def test_geodesic_sharpness_of_whole_models(name, x64):
 
     @jax.jit
     def measured(p):
-        few = dict(num_steps=3, random_init=False)
+        p, batches = jax.tree.map(lambda x: x.astype(dtype), (p, x))
+        args, few = (loss, p, batches, 0.1), dict(num_steps=3)
+        adaptive = dict(adaptive=True, random_init=False)
         return (
-            sharpness.geodesic_sharpness(loss, p, x, 0.1, pairs, num_steps=3).value,
-            sharpness.worst_case_sharpness(loss, p, x, 0.1, adaptive=True, **few).value,
+            sharpness.geodesic_sharpness(*args, pairs, key, metric=metric, **few).value,
+            sharpness.worst_case_sharpness(*args, **adaptive, **few).value,
         )
 
     (before, adaptive), (after, moved) = measured(params), measured(other)
     assert before > 0
+    assert before.dtype == dtype
     np.testing.assert_allclose(after, before, rtol=1e-5)
     assert abs(moved / adaptive - 1) > 1e-3
 

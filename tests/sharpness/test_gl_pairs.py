@@ -1,11 +1,10 @@
-"""Which entries of which leaves are a pair of factors, and the projector of all."""
+"""Which entries of which leaves are a pair of factors, and how they are moved."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 
 from optax_sam import sharpness
 from optax_sam.sharpness.gl_pairs import named_leaves
@@ -85,21 +84,6 @@ def test_points_of_the_same_coordinates_share_their_products(x64, layer, metric,
     ends = [end(w, u) for w in (params, acted)]
     np.testing.assert_allclose(*ends, rtol=1e-9, atol=1e-9)
     assert abs(ends[0] - read).max() > 0.1
-
-
-def test_the_projector_of_all_leaves(x64):
-    """Symmetric, idempotent, and it keeps what is free."""
-    rng = np.random.default_rng(0)
-    params, *_ = lora(lambda *shape: jnp.asarray(rng.normal(size=shape)))
-    params["other"] = jnp.array([1.0, 0.0, -2.0])
-    space = geometry(params, locate([LORA], params, params), "inv", 0.0)
-    flat, unravel = ravel_pytree(params)
-    project = lambda u: ravel_pytree(space.project(unravel(u)))[0]
-    matrix = jax.jit(jax.vmap(project))(jnp.eye(flat.size))
-    np.testing.assert_allclose(matrix, matrix.T, atol=1e-13)
-    np.testing.assert_allclose(matrix @ matrix, matrix, atol=1e-13)
-    # Four moves along the orbit, and the weight that is zero.
-    np.testing.assert_allclose(jnp.trace(matrix), flat.size - 4 - 1)
 
 
 def test_a_leaf_called_value():

@@ -21,7 +21,10 @@ BREAKDOWNS = {
     "geometric": 2.0 ** -np.arange(N),
     "tiny": 1e-12 * np.ones(N),
 }
-DTYPES = pytest.mark.parametrize("dtype", ["float64", "float32"])
+# Rounding is what breaks Lanczos, so the coarser precision is the harder one.
+DTYPES = pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)]
+)
 NAMES = pytest.mark.parametrize("name", BREAKDOWNS)
 eps = lambda dtype: float(jnp.finfo(dtype).eps)
 
@@ -167,17 +170,6 @@ def test_errors_of_estimates_are_as_large_as_they_say(
     assert 1 / factor <= ratio <= factor
 
 
-def test_as_many_products_as_dimensions_are_exact():
-    H = curvature.rotated(np.arange(-3.0, 9.0), "float32")
-    operator = curvature.matrix(H)
-    trace = sharpness.trace(operator, 0, num_matvecs=12)
-    diagonal = sharpness.diagonal(operator, 0, num_matvecs=12)
-    np.testing.assert_allclose(trace.estimate, jnp.trace(H), rtol=1e-5)
-    np.testing.assert_allclose(diagonal.estimate, jnp.diagonal(H), atol=1e-5)
-    assert trace.stderr == 0
-    assert not diagonal.stderr.any()
-
-
 @DTYPES
 def test_closed_forms_of_entropies(dtype, x64):
     entropies = compiled(sharpness.renyi_entropy, alpha=(0.5, 1.0, 1.5, 3.0))
@@ -204,18 +196,6 @@ def test_closed_forms_of_entropies(dtype, x64):
     np.testing.assert_array_equal(zero.stderr, 0)
 
 
-def test_power_sums_of_a_geometric_spectrum(x64):
-    quadrature = compiled(sharpness.deflated_quadrature)(BREAKDOWNS["geometric"])
-    for power in (0.5, 1.0, 1.5, 2.0):
-        of = functools.partial(lambda power, x: jnp.abs(x) ** power, power)
-        result = quadrature.sum(of)
-        expected = 1 / (1 - 2.0**-power)  # up to 2^-100
-        # Thirty powers of two are found; roots of the rest are what is left.
-        rest = 2.0 ** (-30 * power) / (1 - 2.0**-power)
-        assert abs(result.estimate - expected) <= rest + 1e-9
-        assert result.num_deflated == 30
-
-
 def test_sums_count_what_is_taken_out_once(x64):
     # f(0) = 1: each direction counts once, whether it was deflated or not.
     values = np.r_[9.0, 7.0, np.linspace(-1, 1, N - 2)]
@@ -236,21 +216,6 @@ def test_only_what_has_converged_is_taken_out(x64):
     result = quadrature.sum(jnp.square)
     assert result.num_deflated == 0
     assert abs(result.estimate - (values**2).sum()) <= 4 * result.stderr
-
-
-@NAMES
-def test_density_integrates_to_one(name, x64):
-    values = BREAKDOWNS[name]
-    result = compiled(sharpness.spectral_density, num_lanczos=20, num_probes=3)(
-        jnp.asarray(values)
-    )
-    assert jnp.isfinite(result.density).all()
-    np.testing.assert_allclose(np.trapezoid(result.density, result.grid), 1, atol=1e-2)
-    np.testing.assert_allclose(result.weights.sum(), 1, rtol=1e-12)
-    mean = (result.weights * result.nodes).sum()
-    assert abs(mean - values.mean()) <= 0.3 * abs(values).max()
-    assert result.grid[0] <= values.min() + 1e-3
-    assert result.grid[-1] >= values.max()
 
 
 def test_a_density_is_that_of_the_eigenvalues(x64):

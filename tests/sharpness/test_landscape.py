@@ -11,7 +11,7 @@ ALPHAS = np.array([-1.0, -0.25, 0.0, 0.5])
 BETAS = np.array([0.0, 0.3, 2.0])
 
 
-def problem(dtype=jnp.float32, batches=3, act=jax.nn.tanh):
+def problem(dtype=jnp.float32):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     first = {"kernel": draw(3, 4), "bias": draw(4)}
@@ -19,10 +19,10 @@ def problem(dtype=jnp.float32, batches=3, act=jax.nn.tanh):
 
     def loss_fn(p, batch):
         x, y = batch
-        x = act(x @ p["a"]["kernel"] + p["a"]["bias"])
+        x = jnp.tanh(x @ p["a"]["kernel"] + p["a"]["bias"])
         return jnp.mean((x @ p["b"]["kernel"] + p["b"]["bias"] - y) ** 2)
 
-    return loss_fn, params, (draw(batches, 5, 3), draw(batches, 5, 2))
+    return loss_fn, params, (draw(3, 5, 3), draw(3, 5, 2))
 
 
 def pair(params, **options):
@@ -59,17 +59,6 @@ def test_it_is_the_loss_there(x64, weights):
     check(ends, [at(0.0, a, 1 - a) for a in ALPHAS])
 
 
-def test_the_centre_and_the_ends_are_exact():
-    args = loss_fn, params, batches = problem(batches=1)
-    d, e = pair(params)
-    loss, other = (
-        float(loss_fn(w, jax.tree.map(lambda x: x[0], batches))) for w in (params, e)
-    )
-    assert sharpness.loss_line(*args, d, [0.0]).tolist() == [loss]
-    assert sharpness.loss_surface(*args, (d, e), [0.0]).tolist() == [[loss]]
-    assert sharpness.interpolate_loss(*args, e, [0.0, 1.0]).tolist() == [loss, other]
-
-
 def test_leaves_left_out_stay():
     args = loss_fn, params, batches = problem()
     d, _ = pair(params)
@@ -82,16 +71,6 @@ def test_leaves_left_out_stay():
     between = sharpness.interpolate_loss(*args, wild, [1.0], mask=mask)
     end = mean_loss(loss_fn, d | {"b": params["b"]}, batches)
     assert between[0] == pytest.approx(end)
-
-
-def test_an_integer_leaf_may_be_left_out():
-    loss_fn = lambda p, batch: jnp.mean(batch) + p["w"] ** 2 * p["n"]
-    params, mask = {"w": jnp.array(2.0), "n": 3}, {"w": True, "n": False}
-    d = sharpness.filter_normalized_direction(0, params, ignore_1d=False, mask=mask)
-    assert abs(d["w"]) == 2
-    assert d["n"] == 0
-    args = loss_fn, params, jnp.zeros((1, 1)), d, [-1, 1]
-    assert sorted(sharpness.loss_line(*args, mask=mask).tolist()) == [0, 48]
 
 
 def lengths(tree, axes):
@@ -155,15 +134,3 @@ def test_leaves_and_keys_have_their_own_draws():
     others = make(key, w), make(jax.random.key_data(key), w), some | {"a": d["a"]}
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, other, d)
-
-
-def test_rescaled_networks_look_alike():
-    loss_fn, params, batches = problem(act=jax.nn.relu)
-    last = {"kernel": params["b"]["kernel"] / 16, "bias": params["b"]["bias"]}
-    rescaled = {"a": jax.tree.map(lambda x: 16 * x, params["a"]), "b": last}
-    line = lambda p, **options: sharpness.loss_line(
-        loss_fn, p, batches, pair(p, **options)[0], ALPHAS
-    )
-    np.testing.assert_allclose(line(params), line(rescaled), rtol=1e-5)
-    plain = line(params, norm=None), line(rescaled, norm=None)
-    assert abs(plain[0] / plain[1] - 1).max() > 0.5

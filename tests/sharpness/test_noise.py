@@ -91,15 +91,6 @@ def test_sam_has_its_closed_form(adaptive):
     assert run(quadratic(slope=0.0)[3], params, ONE, RHO).value == 0
 
 
-def test_sam_takes_each_batch_its_own_gradient():
-    loss = lambda w, batch: jnp.mean(batch) * w
-    batches = jnp.array([[1.0], [-1.0], [2.0]])
-    run = functools.partial(sharpness.sam_sharpness, loss, jnp.zeros(()), batches, RHO)
-    np.testing.assert_allclose(run().per_batch, [0.1, 0.1, 0.2], rtol=1e-6)
-    weighted = run(weights=jnp.array([1, 0, 3]))
-    np.testing.assert_allclose(weighted.value, 0.175, rtol=1e-6)
-
-
 @pytest.mark.parametrize("magnitude_aware", [False, True])
 def test_noise_that_a_linear_classifier_bears(magnitude_aware):
     """Examples that each see another weight, all with the same margin."""
@@ -146,7 +137,6 @@ def test_noise_for_a_rise_of_the_loss():
     assert 0 <= exact - result.sigma < 2 / 2**14 + 1e-6
     fine = run(num_steps=20)
     assert 0 <= exact - fine.sigma + 1e-6 < 2 / 2**19 + 1e-5
-    np.testing.assert_allclose(fine.drop / fine.sigma**2, unit, rtol=1e-4)
     first = run(weights=jnp.array([1.0, 0.0]))
     np.testing.assert_allclose(first.sigma, math.sqrt(2) * exact, rtol=1e-2)
 

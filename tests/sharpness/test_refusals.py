@@ -21,7 +21,6 @@ HESSIAN = (
 )
 ASCENTS = "worst_case_sharpness geodesic_sharpness keskar_sharpness"
 BALLS = "worst_case_sharpness geodesic_sharpness sam_sharpness average_sharpness"
-RANDOM = "worst_case_sharpness filter_normalized_direction"
 MEAN = dict(loss_fn=QUADRATIC, params=W, batches=DATA)
 WORST = MEAN | dict(rho=0.1)
 PLANE = dict(loss_fn=lambda w, x: 0.0, params=TREE, batches=DATA, alphas=[0.0])
@@ -54,29 +53,15 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("name", ["geodesic_sharpness", "sam_metrics", "loss_surface"])
-def test_what_the_cases_change_is_accepted(name):
-    getattr(sharpness, name)(**GOOD[name])
-
-
 # What is called, what the message says, and what is changed.
 REFUSED = {
     # Of the objective, which all measures share.
-    r"hessian_trace: scalar.*shape \(4,\).*losses.mean": dict(
-        loss_fn=lambda w, x: (x @ w) ** 2
-    ),
-    r"hessian_trace: scalar.*\[0\]": dict(loss_fn=lambda w, x: (QUADRATIC(w, x), 0)),
     "hessian_trace: loss_fn, a function": dict(loss_fn=None),
     r"hessian_trace: empty.*\(0, 4, 3\)": dict(batches=jnp.ones((0, 4, 3))),
-    r"hessian_trace: empty.*\(2, 0, 3\)": dict(batches=jnp.ones((2, 0, 3))),
     r"hessian_trace: \[\]\. .*stack_batches": dict(batches={}),
     r"hessian_trace: \(2,\), \(3,\)": dict(batches=(DATA, jnp.ones(3))),
-    r"hessian_trace: \[\(\)\]\. .*stack_batches": dict(batches=jnp.ones(())),
     r"hessian_trace: not stacked.*\(4, 3\), \(4,\).*\[batch\].*jnp.ones\(4\)": dict(
         batches=(jnp.ones((4, 3)), jnp.ones(4))
-    ),
-    "hessian_trace worst_case_sharpness: not stacked": dict(
-        batches=(jnp.ones((4, 3)), jnp.ones((4, 5)))
     ),
     "hessian_trace: no batch": dict(batches=lambda: iter(())),
     "hessian_trace sam_sharpness: 3 numbers, and there are 2 batches": dict(
@@ -90,12 +75,10 @@ REFUSED = {
     "hessian_trace geodesic_sharpness: complex64": dict(params={"A": W * 1j, "B": W}),
     "hessian_trace: params is empty": dict(params={}),
     "hessian_trace loss_line: selects nothing": dict(mask=False),
-    "hessian_trace: mask": dict(mask=[True]),
     r"hessian_trace: \(2,\).*got \(3,\)": dict(weights=jnp.ones(3)),
     "hessian_trace: not all zero": dict(weights=jnp.zeros(2)),
     "hessian_trace: >= 0": dict(weights=jnp.array([1.0, -1])),
     # Of products and estimates.
-    r"hvp: shape \(4,\).*parameter \(3,\)": dict(v=jnp.ones(4)),
     "hvp: tree like params": dict(v={"w": W}),
     "hvp: fwd_rev": dict(mode="fwd"),
     "hessian_eigenvalues: only 3 parameters": dict(k=4),
@@ -108,17 +91,13 @@ REFUSED = {
     'hessian_diagonal: "xdiag" or "hutchinson"': dict(method="xtrace"),
     "hessian_frobenius_norm: >= 2": dict(num_matvecs=1),
     "spectral_density: sigma": dict(sigma=0.0),
-    "spectral_density: num_probes must be an integer >= 1": dict(num_probes=0),
     "renyi_entropy: num_probes must be an integer >= 2": dict(num_probes=1),
     "renyi_entropy: alpha must.*got 0": dict(alpha=0.0),
-    "renyi_entropy: alpha must.*got -1": dict(alpha=(1.5, -1)),
     "renyi_entropy: two or more dimensions": dict(layerwise=True),
     # Of ascents and offsets.
     rf"{BALLS}: rho must be a number in \(0, inf\); got 0": dict(rho=0.0),
-    "sam_sharpness: rho must be.*got -1": dict(rho=-1.0),
     "worst_case_sharpness: rho must be.*got nan": dict(rho=float("nan")),
-    f"{RANDOM}: key must be an int": dict(key="a"),
-    "average_sharpness: key must be an int.*None": dict(key=None),
+    "worst_case_sharpness: key must be an int": dict(key="a"),
     'worst_case_sharpness average_sharpness: norm must be "l2" or': dict(norm="l1"),
     f"{ASCENTS} pac_bayes_flatness: num_steps must be": dict(num_steps=0),
     "average_sharpness pac_bayes_flatness: num_samples must be": dict(num_samples=0),
@@ -131,11 +110,9 @@ REFUSED = {
     "pac_bayes_flatness: target must be": dict(target=0.0),
     "pac_bayes_flatness: sigma_max must be": dict(sigma_max=0.0),
     "pac_bayes_flatness: first argument must be metric_fn": dict(metric_fn=None),
-    "pac_bayes_flatness: must return a scalar, such as": dict(metric_fn=lambda w, b: w),
     r"pac_bayes_flatness: it returned \(0.0, 1\)": dict(
         metric_fn=lambda w, b: (0.0, 1)
     ),
-    "pac_bayes_bound: initial is missing": dict(initial=None),
     "pac_bayes_bound: initial is missing, the weights": dict(
         initial=None, reference="orig", magnitude_aware=True
     ),
@@ -146,7 +123,6 @@ REFUSED = {
     "geodesic_sharpness: eps must be a number in": dict(eps=-1.0),
     "geodesic_sharpness: pass key=0": dict(num_restarts=2),
     "geodesic_sharpness: gl_pairs must be a list.*GLPair": dict(gl_pairs=PAIR),
-    "geodesic_sharpness: gl_pairs must be a list": dict(gl_pairs=[("A", "B")]),
     "geodesic_sharpness: A is in gl_pairs twice": dict(gl_pairs=[PAIR, PAIR]),
     "geodesic_sharpness: selects A but not B": dict(
         mask={"A": True, "B": False, "C": True}
@@ -156,26 +132,19 @@ REFUSED = {
         for G, H, message in (
             ("A", "b", "'b'.*there are A, B, C"),
             ("A", "C", r"h = 2, C \(2, 4\).*rank_axis=0"),
-            ("A", "A", "A is in gl_pairs twice. "),
             ("A", BLOCK("B", shape=(5, 1)), "cannot be read as"),
             (BLOCK("A", 2), "B", "rank_axis=2.*two different axes"),
-            (BLOCK("A", 1, -1), "B", "two different axes"),
             ("C", BLOCK("B", 0), "G has 2 rows and 4 columns"),
             (BLOCK("A", 1, 0), BLOCK("B", 1, 0), "multiples of the smallest"),
         )
     },
-    **{
-        f"gl_pair: G must be the path of a leaf.*got {end}": dict(G=factor)
-        for end, factor in (("3", 3), (r"\[]", []), (r"\['A", ["A", 3]), ("None", None))
-    },
+    r"gl_pair: G must be the path of a leaf.*got \['A": dict(G=["A", 3]),
     # Of directions.
     "loss_line: direction must be a tree like params": dict(direction=TREE["a"]),
     r"loss_line: \(2, 4\).*\['a'\]\['kernel'\].*\(3, 2\)": dict(direction=WRONG),
     r"loss_line: alphas.*linspace.*shape \(\)": dict(alphas=0.5),
-    r"loss_line: alphas.*shape \(0,\)": dict(alphas=[]),
     "loss_surface: pair of trees.*dict of 2": dict(directions=TREE | {"b": 0}),
     r"loss_surface: betas.*\(1, 3\)": dict(betas=np.ones((1, 3))),
-    "interpolate_loss: other must be a tree like params": dict(other=TREE["a"]),
     'filter_normalized_direction: "filter", "layer" or None': dict(norm="kernel"),
     r"filter_normalized_direction: \['kernel'\].*2 axes.*=3": dict(filter_axis=3),
     r"filter_normalized_direction: \['n'\].*int32.*mask=": dict(
@@ -186,8 +155,6 @@ REFUSED = {
     r"sam_metrics: grads_perturbed has shape \(4,\) at": dict(
         grads_perturbed=jnp.ones(4)
     ),
-    r"sam_metrics: params has shape \(4,\)": dict(params=jnp.ones(4)),
-    "sam_metrics: updates must be a tree": dict(updates=[W]),
     "sam_metrics: loss_perturbed must be a scalar": dict(loss_perturbed=W),
     "sam_metrics sam_stability_edge: learning_rate must be": dict(learning_rate=-1.0),
     "sam_stability_edge: rho must be a number in": dict(rho=-0.1),
@@ -199,13 +166,11 @@ REFUSED = {
     r"kendall_tau: \(2,\) and \(3,\)": dict(t=[1, 2, 3]),
     "kendall_tau: at least 2": dict(s=[1], t=[2]),
     "kendall_tau: s is nan at .1.*rank": dict(s=[1, np.nan]),
-    "kendall_tau: t is inf at .0": dict(t=[np.inf, 2]),
     'kendall_tau kendall_interval: or "b"': dict(variant="c"),
     "kendall_interval: confidence": dict(confidence=1),
     "kendall_interval: num_resamples": dict(num_resamples=0),
     "granulated_kendall: 3 models do not fill.*2, 2": dict(s=range(3), t=range(3)),
     "granulated_kendall: at least 2.*fixed": dict(grid_shape=(4, 1)),
-    r"granulated_kendall: grid_shape.*got \(\)": dict(grid_shape=()),
     "accumulate: no batch.*make a new one for each call": dict(batches=iter(())),
     "accumulate: same number of examples": dict(batches=[(jnp.ones(2), jnp.ones(3))]),
     "accumulate: weight=lambda batch": dict(batches=[1.0]),
@@ -228,7 +193,8 @@ def test_it_is_refused(name, message, change):
 
 @pytest.mark.parametrize("name", [x for x, call in GOOD.items() if "loss_fn" in call])
 def test_all_measures_refuse_what_the_objective_does(name):
-    with pytest.raises(ValueError, match="loss_fn must return a scalar"):
+    message = r"(?s)loss_fn must return a scalar.*shape \(2,\).*losses.mean"
+    with pytest.raises(ValueError, match=message):
         getattr(sharpness, name)(**GOOD[name] | dict(loss_fn=lambda w, x: jnp.ones(2)))
 
 
@@ -256,11 +222,8 @@ def test_scalars_are_no_part_of_a_program():
     ("message", "change"),
     [
         ("every must be an integer >= 1", dict(every=0)),
-        ("every must be an integer >= 1", dict(every=2.5)),
         ("key must be", dict(key="a")),
         ("measures must be a dict of functions", dict(measures={})),
-        ("measures must be a dict of functions", dict(measures=[len])),
-        ("measures must be a dict of functions", dict(measures={"a": 3})),
         ("'x' takes init, so", dict(measures={"x": lambda f, w, b, init: W})),
         ("batches are empty", dict(batches=jnp.ones((0, 4, 3)))),
     ],

@@ -181,26 +181,17 @@ def test_random_starts_lie_in_the_ball_and_are_spread():
 
 def test_restarts_keep_the_best():
     """One hill on either side; the start decides which of them is climbed."""
-    phi = lambda u: u["x"] ** 2 + 0.2 * jnp.maximum(u["x"], 0)
-    like, key = {"x": jnp.zeros(())}, jax.random.key(1)
-    run = lambda number: auto_pgd.maximize(
-        jax.value_and_grad(phi),
-        jnp.zeros(()),
-        like,
-        1.0,
-        key,
-        num_steps=3,
-        num_restarts=number,
+    loss = lambda w, batch: w**2 + 0.2 * jnp.maximum(w, 0)
+    run = lambda number, key: (
+        sharpness.worst_case_sharpness(
+            loss, jnp.zeros(()), ONE, 1.0, key, num_steps=3, num_restarts=number
+        ).value
     )
-    start = lambda key: float(auto_pgd.random_start(key, like, 1.0)["x"])
-    signs = [start(key) for key in jax.random.split(key, 6)]
-    assert signs[0] == signs[-1] == -1.0  # neither the first nor the last is the best
-    assert 1.0 in signs
-    assert start(jax.random.split(key, 1)[0]) == -1.0
-    one, several = run(1), run(6)
-    np.testing.assert_allclose(one.gain, 1.0, rtol=1e-6)
-    np.testing.assert_allclose(several.gain, 1.2, rtol=1e-6)
-    np.testing.assert_allclose(several.u["x"], 1.0, rtol=1e-6)
+    # Of six keys, so that no place among the starts is always the best one.
+    keys = jax.random.split(jax.random.key(1), 6)
+    one, several = (jax.lax.map(functools.partial(run, x), keys) for x in (1, 6))
+    np.testing.assert_allclose([one.min(), one.max()], [1, 1.2], rtol=1e-6)
+    np.testing.assert_allclose(several, 1.2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -276,6 +267,8 @@ def test_each_batch_has_its_own_worst_case():
     np.testing.assert_allclose(result.value, 0.4 / 3, rtol=1e-6)
     np.testing.assert_allclose(result.metric["high"], 2 / 3, rtol=1e-6)
     assert result.perturbation is None
+    sam = sharpness.sam_sharpness(loss, jnp.zeros(()), batches, RHO)
+    np.testing.assert_allclose(sam.per_batch, result.per_batch, rtol=1e-6)
     weighted = run(weights=jnp.array([1.0, 0.0, 3.0]))
     np.testing.assert_allclose(weighted.value, 0.175, rtol=1e-6)
     np.testing.assert_allclose(weighted.metric["high"], 1, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""SAM, its n-step forms, SAM on every k-th step and on random steps.
+"""SAM, its n-step forms, and SAM on random steps.
 
 P. Foret, A. Kleiner, H. Mobahi, B. Neyshabur: Sharpness-Aware Minimization for
 Efficiently Improving Generalization, ICLR 2021, arXiv 2010.01412;
@@ -36,11 +36,6 @@ def n_step(w, grad, rho, n, step_size, project=True):
         if project and norm(delta) > rho:
             delta = scaled(delta, rho / norm(delta))
     return grad(add(w, delta))
-
-
-def sam_k(t, w, grad, rho, k, phase=0):
-    """SAM where (t + phase) mod k = 0, else the plain gradient."""
-    return sam(w, grad, rho) if (t + phase) % k == 0 else grad(w)
 
 
 def bernoulli(u, w, grad, rho, p):
