@@ -47,7 +47,7 @@ def tables() -> dict[str, str]:
         "step_cost": cost_report.markdown(steps),
         "overhead": overhead.markdown(*variants),
         "torch_peers": torch_peers.markdown(read("torch_peers_cpu"), steps),
-        "pods": pods.markdown(read("pods")["rows"]),
+        **pods.markdown(read("pods")["rows"]),
     }
     for title, text in quality_report.markdown(trained).items():
         found[f"quality, {title.split(':')[0]}"] = f"{title}:\n\n{text}"
