@@ -45,7 +45,7 @@ def tables() -> dict[str, str]:
         "step_cost": cost_report.markdown(steps),
         "overhead": overhead.markdown(*variants),
         "torch_peers": torch_peers.markdown(read("torch_peers_cpu"), steps),
-        "pods": pods.markdown(read("pods")["rows"]),
+        **pods.markdown(read("pods")["rows"]),
     }
     lines = protocol.read(RESULTS / "protocol.jsonl")
     for part, text in report.markdown(lines).items():

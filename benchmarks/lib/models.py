@@ -122,7 +122,7 @@ class Layer(nn.Module):
 
 
 class ScannedDecoder(nn.Module):
-    """A decoder as large ones are written: a loop over layers, which keeps inputs.
+    """A decoder as large ones are written: a loop over layers that keeps their inputs.
 
     The layers' parameters are stacked, and the backward pass computes each layer again.
     The defaults are those of Llama with 7 billion parameters, but without rotation.

@@ -44,6 +44,7 @@ TASKS = {
     "decoder, 4 times the batch": models.decoder(per_chip=16),
     "7 billion": models.seven_billion(),
 }
+LOOPED = {"7 billion"}  # of which estimates in seconds count one round of each loop
 LAYOUTS = "data parallel", "FSDP", "FSDP x TP"
 # The chips among which FSDP x TP cuts the axis model: a side of the pod.
 MODEL_PARALLEL = {"2x4": 4, "8x8": 8, "16x16": 16, "4x4x8": 8, "4x8x8": 8}
@@ -133,7 +134,7 @@ _SIX = (
 )
 _NAMED = {"plain", "esam_unplaced", "m_sam", *dict(_SIX)}
 _ALL = (*_SIX, *((name, True) for name in METHODS if name not in _NAMED))
-_LARGE = (*_SIX[:4], ("msam", True), ("m_sam", True))
+_LARGE = ("sam", True), ("vsam", None), ("m_sam", True)
 _ESAM = ("esam", True), ("esam_unplaced", True)
 GROUPS = (
     ("ResNet-50", "data parallel", "v5e:2x4", _SIX[:1]),
@@ -153,9 +154,6 @@ GROUPS = (
     ("decoder", "FSDP x TP", "v6e:16x16", _SIX[:4]),
     ("decoder", "FSDP x TP", "v5p:4x4x8", _SIX[:4]),
     ("7 billion", "FSDP", "v6e:16x16", _LARGE),
-    ("7 billion", "FSDP", "v5p:4x8x8", _LARGE),
-    ("7 billion", "FSDP x TP", "v6e:16x16", _LARGE),
-    ("7 billion", "FSDP x TP", "v5p:4x8x8", _LARGE),
 )
 
 
@@ -279,9 +277,10 @@ def compared(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if row.method == "gradient" or not (this and plain and gradient):
             continue
         needed = 1.0 if row.ascend is False else promised(row.method).whole
+        unit = "cycles" if row.model in LOOPED else "seconds"
         ideal = None
-        if plain["seconds"] and gradient["seconds"]:
-            ideal = plain["seconds"] + (needed - 1) * gradient["seconds"]
+        if plain[unit] and gradient[unit]:
+            ideal = plain[unit] + (needed - 1) * gradient[unit]
         ratio = lambda key: this[key] / plain[key] if plain[key] else None  # noqa: B023
         beyond = lambda key: (this[key] - plain[key]) / 2**20  # noqa: B023
         yield {
@@ -294,7 +293,10 @@ def compared(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             "moved": _pair(ratio("moved"), this["moves"]),
             "state": f"{beyond('arguments'):.1f}",
             "peak": f"{beyond('temporaries'):.0f}",
-            "time": f"{this['seconds'] / ideal:.3f}" if ideal else "",
+            "time": f"{this[unit] / ideal:.3f}" if ideal else "",
+            "largest": f"{this['largest_gather'] / 2**20:,.0f}",
+            "held": f"{this['arguments'] / 2**20:,.0f}",
+            "temporaries": f"{this['temporaries'] / 2**20:,.0f}",
         }
 
 
@@ -311,6 +313,14 @@ COLUMNS = {
     "moved": "moved",
     "state": "state",
     "peak": "temp",
+    "time": "time",
+}
+# Of models of which memory is the question: all of it, and the largest all-gather.
+FULL_COLUMNS = {
+    **{key: COLUMNS[key] for key in COLUMNS if key not in ("state", "peak", "time")},
+    "largest": "largest",
+    "held": "held",
+    "temporaries": "temp",
     "time": "time",
 }
 
@@ -333,21 +343,26 @@ def title(group: Any, results: list[dict[str, Any]]) -> str:
         for key, word in (("arguments", "held"), ("temporaries", "temporary"))
     )
     kind = topology.split(":")[0]
-    seconds = f", {plain['seconds'] * 1e3:.1f} ms" if plain["seconds"] else ""
+    time = f", {plain['seconds'] * 1e3:.1f} ms" if plain["seconds"] else ""
+    if model in LOOPED:
+        time = f", {plain['cycles'] / 1e6:,.0f} million cycles"
     return (
         f"{model}, {layout}, {chips} {kind} chips"
-        f" (plain: {plain['flops'] / 1e9:,.0f} GFLOP, {memory}{seconds})"
+        f" (plain: {plain['flops'] / 1e9:,.0f} GFLOP, {memory}{time})"
     )
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
-    """The tables of the page."""
-    parts = []
+def markdown(results: list[dict[str, Any]]) -> dict[str, str]:
+    """The tables of the page, those of models with a loop over layers by themselves."""
+    parts: dict[str, list[str]] = {"pods": [], "pods, 7 billion": []}
     for group, cells in by_group(results).items():
-        rows = [[row[key] for key in COLUMNS] for row in cells]
-        text = tables.table(list(COLUMNS.values()), rows)
-        parts.append(f"**{title(group, results)}**\n\n{text}")
-    return "\n\n".join(parts)
+        looped = group[0] in LOOPED
+        columns = FULL_COLUMNS if looped else COLUMNS
+        rows = [[row[key] for key in columns] for row in cells]
+        text = tables.table(list(columns.values()), rows)
+        name = "pods, 7 billion" if looped else "pods"
+        parts[name].append(f"**{title(group, results)}**\n\n{text}")
+    return {name: "\n\n".join(texts) for name, texts in parts.items()}
 
 
 def save(results: list[dict[str, Any]], path: Path) -> None:

@@ -144,17 +144,28 @@ def test_a_step_costs_its_gradients_and_scalars(method, layout, ascend):
     assert_costs(method, layout, actual, gradients)
 
 
+LAYERS, LARGE_WIDTH, HIDDEN, VOCABULARY = 8, 256, 1024, 512
 TASKS = {
     "resnet": models.resnet(image=32, stages=(1, 1), width=16, classes=16),
     "decoder": models.decoder(length=128, blocks=1, width=256, vocabulary=512),
+    "scanned": models.seven_billion(
+        length=128,
+        layers=LAYERS,
+        width=LARGE_WIDTH,
+        heads=2,
+        hidden=HIDDEN,
+        vocabulary=VOCABULARY,
+    ),
 }
 
 
 def model_program(name, topology, tx):
     """The costs of a step with a model's own layers, statistics among them."""
-    task, mesh = TASKS[name], programs.pod(topology, 4 if name == "decoder" else 1)
+    mesh = programs.pod(topology, 4 if name == "decoder" else 1)
+    task = TASKS[name].on(mesh)
     params, model_state = task.init()
-    specs = jax.tree.map(lambda leaf: P(), params)
+    whole = lambda leaf: P()
+    specs = jax.tree.map(programs.fsdp(mesh) if name == "scanned" else whole, params)
     if name == "decoder":
         specs = models.tensor_parallel(params)
 
@@ -200,3 +211,19 @@ def test_models(name, topology):
     # Half of what small models keep for the backward pass: where XLA runs a part of
     # one pass beside a part of the other.
     assert sam.temporaries < 1.5 * plain.temporaries
+
+
+def test_a_loop_over_layers_gathers_one_layer_at_a_time():
+    base = optax.with_extra_args_support(TASKS["scanned"].optimizer)
+    plain = model_program("scanned", "v6e:4x4", base)
+    sam = model_program("scanned", "v6e:4x4", optax.chain(optax_sam.sam(), base))
+    assert sam.flops == pytest.approx(2 * plain.flops, rel=0.01)
+    assert sam.cycles < 2.1 * plain.cycles
+    assert sam.reduced <= 2 * plain.reduced * 1.001
+    assert sam.gathered <= 2 * plain.gathered
+    # The embedding, or one layer's matrix, in float32 at most.
+    one = 4 * LARGE_WIDTH * max(HIDDEN, VOCABULARY)
+    assert 0 < sam.largest_gather <= one
+    assert plain.largest_gather <= one
+    stacks = LAYERS * LARGE_WIDTH * (4 * LARGE_WIDTH + 3 * HIDDEN) * 4
+    assert sam.temporaries - plain.temporaries < stacks / 4
