@@ -37,7 +37,7 @@ ELSEWHERE = {
     "docs/guide/flax.md": 6,
     "docs/guide/frameworks.md": 4,  # one of them is PyTorch's
     "docs/guide/precision.md": 3,
-    "docs/measures/sharpness.md": 4,
+    "docs/measures/sharpness.md": 5,
     "docs/measures/tracking.md": 6,
     "docs/methods/ascent_batch.md": 2,
     "docs/start/migrating.md": 5,

@@ -111,7 +111,8 @@ def acted(params, pairs):
 @pytest.mark.parametrize(
     ("name", "metric", "key", "dtype"),
     [
-        *((name, "mix", None, "float64") for name in ("scanned", "fused", "lora")),
+        *((name, "mix", None, "float64") for name in ("fused", "lora")),
+        pytest.param("scanned", "mix", None, "float64", marks=pytest.mark.slow),
         pytest.param("nnx", "mix", None, "float64", marks=pytest.mark.slow),
         ("grouped", "inv", 3, "float64"),  # a random start moves along, too
         pytest.param("scanned", "inv", 3, "float64", marks=pytest.mark.slow),
@@ -140,7 +141,8 @@ def test_geodesic_sharpness_of_whole_models(name, metric, key, dtype, x64):
     (before, adaptive), (after, moved) = measured(params), measured(other)
     assert before > 0
     assert before.dtype == dtype
-    np.testing.assert_allclose(after, before, rtol=1e-5)
+    # In float32 the other factors are rounded: a hundred times its epsilon.
+    np.testing.assert_allclose(after, before, rtol=1e-5 if dtype == "float64" else 3e-5)
     assert abs(moved / adaptive - 1) > 1e-3
 
 
