@@ -362,7 +362,8 @@ def vsam(
     2,200 steps that start lost 1.1 of the 2.0 points that SAM gained over tuned SGD,
     ``initial_rate=0.33`` lost 0.2 at 1.6 gradients, and ``max_rate=0.4`` beside it 0.6
     at 1.4; a fixed period of 3 with the same reuse lost 0.2 at 1.33. On another task
-    ``initial_rate=0.33`` lost 0.4 of SAM's 0.5 points (docs/results/accuracy.md).
+    ``initial_rate=0.33`` lost 0.4 of SAM's 0.5 points at 1.5 gradients, and with
+    ``max_rate=0.4`` 0.1 at 1.4 (docs/results/accuracy.md).
     ``reuse_decay=0.0`` is vSAM-A: the same sampler without the reuse, and without the
     stored tree.
 
