@@ -88,8 +88,8 @@ def assert_costs(method, layout, actual, gradients):
     trees = local_tree(layout)
     flops = actual.flops
     if method.factory is optax_sam.random_sam:
-        # A normal number is 139 operations (counted), and XLA may draw it again where it
-        # is used again. Each chip draws its own.
+        # A normal number is 139 operations (counted). XLA may draw it again where it is
+        # used. Each chip draws its own.
         drawn = (flops - gradients * plain.flops) / (trees / 4)
         assert 100 < drawn < 280
         flops -= drawn * trees / 4
