@@ -230,7 +230,7 @@ def test_a_loop_keeps_the_same_for_any_number_of_shards(build):
     small = functools.partial(problems.mlp, sizes, batch_size=16)
     params = problems.mlp(sizes).params(jnp.float32)
     tree = sum(x.nbytes for x in jax.tree.leaves(params))
-    assert all(temporary("scan", small, build, n) < 5 * tree for n in (4, 16))
+    assert all(temporary("scan", small, build, n) < 5.5 * tree for n in (4, 16))
     assert temporary("scan", small, optax_sam.vsam, 16) > 16 * tree
 
 
