@@ -102,8 +102,11 @@ class Objective:
         return tree if self.axis_name is None else jax.lax.psum(tree, self.axis_name)
 
 
-jax.tree_util.register_dataclass(
-    Objective, ["params", "w"], ["loss_fn", "axis_name"], drop_fields=["data"]
+# Without the data, of which a compiled program has a batch at a time.
+jax.tree_util.register_pytree_node(
+    Objective,
+    lambda o: ((o.params, o.w), (o.loss_fn, o.axis_name)),
+    lambda static, leaves: Objective(static[0], *leaves, static[1]),
 )
 
 
