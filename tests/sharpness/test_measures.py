@@ -158,7 +158,7 @@ def test_defaults_fit_ten_million_parameters():
         assert of(measure, key=0).parameter_vectors < 12
     assert of(sharpness.hessian_diagonal, key=0).parameter_vectors < 12
     top = of(sharpness.hessian_eigenvalues, key=0, num_matvecs=20)
-    assert 20 < top.parameter_vectors < 30
+    assert 20 < top.parameter_vectors < 45  # the oldest compiler copies the basis
     with pytest.raises(ValueError, match="give one batch"):
         sharpness.memory(sharpness.hessian_trace, mlp, w, [shape(8, 1000)], 0)
 
