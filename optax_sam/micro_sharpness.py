@@ -14,7 +14,7 @@ from optax_sam import checks, schedules
 from optax_sam.axes import vary
 from optax_sam.engine import Found, Method, in_shards
 from optax_sam.parts import Call
-from optax_sam.summary import programs_in
+from optax_sam.summary import live, programs_in
 from optax_sam.trees import wide
 
 _CALL = (
@@ -185,6 +185,8 @@ class _Shards(NamedTuple):
         abstract = lambda x: isinstance(x, jax.ShapeDtypeStruct)
         if not all(map(abstract, jax.tree.leaves(call.g))):
             raise _NotSummed  # a second method in a chain, after the shards' mean
+        if _stores_a_gradient(find, method, call):
+            raise _NotSummed  # and not its mean over the shards
 
         def of_shard(i: Any) -> tuple[Any, Any]:
             own = lambda p: self.grad_fn(p, i)
@@ -277,6 +279,21 @@ def _vmapped(gradient: Callable[[Any], Any], numbers: jax.Array) -> Any:
 
 def _at(tree: Any, i: Any) -> Any:
     return jax.tree.map(lambda x: x[i], tree)
+
+
+def _stores_a_gradient(
+    find: Callable[[Call], Found], method: Method, call: Call
+) -> bool:
+    """Whether a state depends on what differs between shards."""
+
+    def states(g: Any, i: Any) -> Any:
+        g = vary(g, method.axis_name)
+        step = call.step._replace(device=i)
+        return find(call._replace(g=g, grad_fn=lambda p: g, step=step)).states
+
+    program = jax.make_jaxpr(states)(call.g, 0).jaxpr
+    _, used = live(program)
+    return not used.isdisjoint(map(id, program.invars))
 
 
 def _convolves(program: Any) -> bool:

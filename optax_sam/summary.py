@@ -269,13 +269,13 @@ def programs_in(equation: Any) -> list[Any]:
 def _calls(update: Callable[..., Any], params: Any, state: Any) -> Counter[str]:
     """How often a step takes gradients and forward passes of a batch."""
     program = jax.make_jaxpr(update)(params, state, params).jaxpr
-    counts, used = _live(program)
+    counts, used = live(program)
     incoming = program.invars[: len(jax.tree.leaves(params))]
     counts["gradient"] += any(id(x) in used for x in incoming)
     return counts
 
 
-def _live(program: Any) -> tuple[Counter[str], set[int]]:
+def live(program: Any) -> tuple[Counter[str], set[int]]:
     """The calls whose results a program uses, and the variables it needs for them."""
     counts: Counter[str] = Counter()
     used = {id(x) for x in program.outvars}
@@ -294,7 +294,7 @@ def _calls_in(equation: Any) -> Counter[str]:
     if called in ("_forward", "_forward_and_gradient"):
         kind = called.split("_")[-1]
         return Counter({kind: equation.outvars[0].aval.size / _BATCH})  # type: ignore[dict-item]
-    inside = [_live(program)[0] for program in programs_in(equation)]
+    inside = [live(program)[0] for program in programs_in(equation)]
     if equation.primitive.name == "cond":  # one of them runs, the dearest at worst
         return functools.reduce(operator.or_, inside)
     repeats = equation.params["length"] if equation.primitive.name == "scan" else 1

@@ -15,6 +15,7 @@ from registry import METHODS
 
 import optax_sam
 from optax_sam import micro_sharpness
+from optax_sam.parts import Blend, When, ascent_rule
 
 SHARDS = 4
 FORMS = ("unroll", "scan", "vmap")
@@ -97,7 +98,7 @@ def test_around_a_whole_optimizer(x64):
 
 @pytest.mark.parametrize("num_shards", [1, SHARDS])
 def test_sam_by_hand(num_shards, x64):
-    """The mean of the shards' ascended gradients; one shard is the whole batch."""
+    """The mean of the shards' perturbed gradients; one shard is the whole batch."""
     params = PROBLEM.params()
     grad = of_shards(cut(PROBLEM.batch(0), num_shards))
 
@@ -358,14 +359,33 @@ def raising(p, i):
     raise ValueError("mine")
 
 
+def one_shards_norm(part):
+    """A method with a part that stores a norm without averaging it."""
+    start = lambda params: jnp.zeros(())
+    parts = {
+        "ascent": ascent_rule(
+            lambda g, state, params, step, **extra: (g, optax.tree.norm(g)), start
+        ),
+        "when": When(
+            start,
+            now=lambda state, g, step: (True, state),
+            observe=lambda state, g, g_s, step: optax.tree.norm(g_s),
+        ),
+        "blend": Blend(start, lambda g, g_s, state, step: (g_s, optax.tree.norm(g_s))),
+    }
+    chosen = {"ascent": optax_sam.ascent.l2(0.1), part: parts[part]}
+    return optax_sam.sharpness_aware(**chosen, axis_name="shards")
+
+
 @pytest.mark.parametrize(
     "member",
     [
         optax_sam.sam(0.1),
         optax_sam.sam(0.1, axis_name="other"),
         optax_sam.msam(optax.sgd(0.1, momentum=0.9)),
+        *map(one_shards_norm, ("ascent", "when", "blend")),
     ],
-    ids=["no axis", "another axis", "msam"],
+    ids=["no axis", "another axis", "msam", "ascent", "when", "blend"],
 )
 def test_a_member_that_does_not_average_is_refused(member):
     params = harness.tree()
