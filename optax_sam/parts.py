@@ -72,7 +72,7 @@ class Step(NamedTuple):
           raw: raw key data, (2,) uint32.
 
         Returns:
-          A typed key; without several devices that of :meth:`key`.
+          A typed key; on a single device :meth:`key` itself.
         """
         key = self.key(raw)
         return key if self.device is None else jax.random.fold_in(key, self.device)

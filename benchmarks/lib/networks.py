@@ -1,4 +1,4 @@
-"""Flax Linen networks of the trainings.
+"""Flax Linen networks of the training runs.
 
 Parameters and BatchNorm's statistics are float32; ``dtype`` is what layers compute in.
 All take ``(batch, height, width, channels)`` and ``train``, and return float32 logits.

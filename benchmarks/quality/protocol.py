@@ -52,7 +52,7 @@ def search(begin: Values, score: Callable[[Values], float], budget: int) -> Valu
     """Walks along one value at a time while that is better, up to so many settings.
 
     Args:
-      begin: the first setting; the order of its values is that of the search.
+      begin: the first setting; the search takes its values in this order.
       score: of a setting, the larger the better.
       budget: how many settings may be scored.
 
@@ -147,7 +147,7 @@ class Protocol:
         self.trainings: dict[str, Training] = {}
 
     def run(self, row: str, values: Values, seed: int, **how: Any) -> dict[str, Any]:
-        """The line of a run, from the file or made anew."""
+        """The line of a run, from the file or made now."""
         line = {"task": self.name, "row": row, "values": values, "seed": seed, **how}
         name = self.results.identity(line)
         if name not in self.results.lines:

@@ -20,7 +20,7 @@ from optax_sam import ascent, blend, when
 
 Values = dict[str, Any]
 WINDOW = 30  # of vSAM: the tasks have too few steps for its default of 50
-PUBLISHED_STEPS = 391 * 200  # of the papers' trainings on CIFAR
+PUBLISHED_STEPS = 391 * 200  # of the papers' training runs on CIFAR
 
 
 class Setting(NamedTuple):
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
     @property
     def ascends(self) -> bool:
-        """Whether it perturbs the weights for a second gradient."""
+        """Whether it takes a perturbed gradient."""
         return self.member not in (None, _saf)
 
 

@@ -30,7 +30,7 @@ class Task:
       epochs: how many times through the training images.
       batch_size: examples of a step; an incomplete last batch is left out.
       augmentation: see ``datasets.augmented``.
-      redrawn: share of the training labels that are drawn anew from all classes.
+      redrawn: share of the training labels that are drawn again from all classes.
       budget: settings that the search tries for each row; 0 takes the start.
       search_seeds: seeds of the search; a setting's score is the mean over them.
       seeds: those of the runs that are tested, none of which the search has seen; more

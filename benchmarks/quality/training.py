@@ -263,7 +263,7 @@ class Training:
         """The accuracy in percent.
 
         MSAM is judged at the weights without its perturbation, where BatchNorm's
-        statistics are estimated anew, as the authors do after training.
+        statistics are estimated again, as the authors do after training.
         """
         params, model_state = state.params, state.model_state
         if self.row.base == "msam":

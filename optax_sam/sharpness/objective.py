@@ -140,7 +140,7 @@ def objective(
         )
     data = data_of(batches, weights, axis_name)
     check_axes(w, data, axis_name)
-    # Parameters that vary, else jax.grad would sum over devices of its own accord.
+    # Parameters that vary, else jax.grad would sum over devices by itself.
     w = axes.vary(w, axis_name)
     return Objective(loss_fn, params, w, axis_name, data)
 

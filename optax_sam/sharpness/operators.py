@@ -155,10 +155,8 @@ def hessian(
     """
     if mode not in ("fwd_rev", "rev_rev"):
         raise ValueError(f'mode must be "fwd_rev" or "rev_rev"; got {mode!r}.')
-    o = objective(
-        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
-    )
-    return _operator(o, _fwd_rev if mode == "fwd_rev" else _rev_rev)
+    product = _fwd_rev if mode == "fwd_rev" else _rev_rev
+    return _operator(product, loss_fn, params, batches, mask, weights, axis_name)
 
 
 def ggn(
@@ -216,15 +214,9 @@ def ggn(
     def curvature(z: Any, u: Any, batch: Any) -> Any:
         return jax.jvp(jax.grad(lambda z: loss_fn(z, batch)), (z,), (u,))[1]
 
-    o = objective(
-        lambda params, batch: loss_fn(model_fn(params, batch), batch),
-        params,
-        batches,
-        mask=mask,
-        weights=weights,
-        axis_name=axis_name,
-    )
-    return _operator(o, _through(model_fn, curvature))
+    loss = lambda params, batch: loss_fn(model_fn(params, batch), batch)
+    product = _through(model_fn, curvature)
+    return _operator(product, loss, params, batches, mask, weights, axis_name)
 
 
 def fisher(
@@ -280,15 +272,9 @@ def fisher(
         mean = jnp.sum(p * u, -1, keepdims=True)
         return p * (u - mean) * (z.shape[-1] / z.size)
 
-    o = objective(
-        lambda params, batch: jax.nn.logsumexp(model_fn(params, batch), -1).mean(),
-        params,
-        batches,
-        mask=mask,
-        weights=weights,
-        axis_name=axis_name,
-    )
-    return _operator(o, _through(model_fn, curvature))
+    loss = lambda params, batch: jax.nn.logsumexp(model_fn(params, batch), -1).mean()
+    product = _through(model_fn, curvature)
+    return _operator(product, loss, params, batches, mask, weights, axis_name)
 
 
 def empirical_fisher(
@@ -333,15 +319,9 @@ def empirical_fisher(
       Kunstner, Balles and Hennig, `Limitations of the Empirical Fisher Approximation
       for Natural Gradient Descent <https://arxiv.org/abs/1905.12558>`_, 2019
     """
-    o = objective(
-        lambda params, batch: losses_fn(params, batch).mean(),
-        params,
-        batches,
-        mask=mask,
-        weights=weights,
-        axis_name=axis_name,
-    )
-    return _operator(o, _through(losses_fn, lambda z, u, batch: u / z.size))
+    loss = lambda params, batch: losses_fn(params, batch).mean()
+    product = _through(losses_fn, lambda z, u, batch: u / z.size)
+    return _operator(product, loss, params, batches, mask, weights, axis_name)
 
 
 def hvp(loss_fn: LossFn, params: Any, batches: Any, v: Any, **options: Any) -> Any:
@@ -419,8 +399,19 @@ def of_hessian(estimator: Callable[..., Any]) -> Callable[..., Any]:
     return measure
 
 
-def _operator(o: Objective, product: Callable[..., Any]) -> Operator:
+def _operator(
+    product: Callable[..., Any],
+    loss_fn: LossFn,
+    params: Any,
+    batches: Any,
+    mask: Mask,
+    weights: Any,
+    axis_name: Any,
+) -> Operator:
     """The mean over batches of ``product(objective, batch, v)``."""
+    o = objective(
+        loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
+    )
     size = sum(x.size for x in jax.tree.leaves(o.w))
     matvec = lambda v: o.mean(product, v)
     return Operator(matvec, o.w, size, o.like_params, o.on_host)

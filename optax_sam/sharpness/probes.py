@@ -244,9 +244,7 @@ def _hutchinson(
 
 
 def _mean_and_stderr(values: jax.Array) -> Estimate:
-    # The estimates share their probes. On a positive spectrum of
-    # benchmarks/studies/coverage.py two of their plain errors hold the true trace with
-    # 80 of 100 keys, two of these with 92.
+    # The estimates share their probes, so that their spread alone is too small.
     stderr = jnp.std(values, axis=0, ddof=1) * jnp.sqrt(2 / len(values))
     return Estimate(jnp.mean(values, axis=0), stderr.astype(values.dtype))
 

@@ -1,4 +1,4 @@
-"""The protocol: its search, its trainings, what it resumes, and what it reports."""
+"""The protocol: its search, its training runs, what it resumes, and what it reports."""
 
 from __future__ import annotations
 
