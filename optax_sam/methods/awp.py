@@ -12,6 +12,7 @@ from optax_sam.masks import Mask
 from optax_sam.method import WithoutMask, method, on_engine
 from optax_sam.methods.look_layer_sam import trust_ratio
 from optax_sam.roles import resolve_roles
+from optax_sam.schedules import check_schedule
 
 
 def matrices(params: Any, *, roles: Any = None) -> Any:
@@ -82,6 +83,7 @@ def awp(
       Wu, Xia and Wang, `Adversarial Weight Perturbation Helps Robust Generalization
       <https://arxiv.org/abs/2004.05884>`_, 2020; code: csdongxian/AWP
     """
+    gamma = check_schedule("gamma", gamma, 0.0)
     if mask is matrices:
         mask = functools.partial(matrices, roles=roles)
     return on_engine("awp", options, ascent=trust_ratio(gamma, roles=roles), mask=mask)
