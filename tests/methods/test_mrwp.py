@@ -11,11 +11,12 @@ import pytest
 import recorded
 import side_by_side
 import trajectories as beside
+import trajectory_runs
 from reference import mrwp
 from side_by_side import generator
 
 import optax_sam
-from optax_sam import ascent, blend
+from optax_sam import ascent
 from optax_sam.keys import normal_like
 
 SIZE, SHARE = beside.rising(0.1), beside.rising(0.4)
@@ -91,37 +92,18 @@ def test_shards_draw_apart_and_their_mean_is_that_of_low_pass_filtering(x64):
     harness.assert_close(d, wanted, 1e-9)
 
 
-def test_costs():
-    """Two gradients; RWP alone, on zeros, costs one, and both besides the normals."""
+def test_the_noise_alone_costs_one_gradient():
+    """RWP, on zeros in place of the gradient at w."""
     problem = problems.mlp((32, 288, 320, 10), batch_size=128)
     params, batch = jax.eval_shape(lambda: (problem.params(), problem.batch(0)))
+    member = optax_sam.sharpness_aware(ascent.filter_noise(0.1))
 
-    def flops(
-        member, incoming=lambda params, batch: jax.grad(problem.loss_fn)(params, batch)
-    ):
-        def step(params, state, batch, noise):
-            updates, state = tx.update(
-                incoming(params, batch),
-                state,
-                params,
-                noise=noise,
-                grad_fn=lambda p: jax.grad(problem.loss_fn)(p, batch),
-            )
-            return optax.apply_updates(params, updates), state
+    def emitted(params, batch, normals):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grad_fn = lambda p: jax.grad(problem.loss_fn)(p, batch)
+        given = {"grad_fn": grad_fn, "noise": normals}
+        return member.update(zeros, member.init(params), params, **given)[0]
 
-        tx = optax.chain(member, optax.sgd(0.1))
-        lowered = jax.jit(step).lower(
-            params, jax.eval_shape(tx.init, params), batch, params
-        )
-        return lowered.compile().cost_analysis()["flops"]
-
-    sgd = flops(optax.with_extra_args_support(optax.identity()))
-    noise = ascent.filter_noise(0.1)
-    zeros = lambda params, batch: jax.tree.map(jnp.zeros_like, params)
-    for member, incoming, wanted in (
-        (optax_sam.mrwp(0.1), None, 2),
-        (optax_sam.sharpness_aware(noise), zeros, 1),
-        (optax_sam.sharpness_aware(noise, blend=blend.interpolate(0.5)), None, 2),
-    ):
-        found = flops(member, *filter(None, [incoming])) / sgd
-        assert found == pytest.approx(wanted, rel=0.02)
+    one = trajectory_runs.flops(jax.grad(problem.loss_fn), params, batch)
+    found = trajectory_runs.flops(emitted, params, batch, params)
+    assert found / one == pytest.approx(1, rel=0.02)
