@@ -61,6 +61,7 @@ def averaged(
         return AveragedState(cache(params), jnp.zeros((), bool))
 
     def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
+        g = optax.tree.cast_like(g, state.average)
         weight = jnp.where(state.started, at(theta, step.count), 1)
         m = weighted(1 - weight, state.average, weight, g)
         started = jnp.ones_like(state.started)
