@@ -79,8 +79,9 @@ def gcsam(
       >>> tx = optax.chain(optax_sam.gcsam(rho=0.05), optax.adam(1e-3))
 
     Differs from the authors' code in:
-      1. Nothing; their paper differs from both: it divides by the norm of the
-         centralized gradient and also centralizes the perturbed one.
+      1. A unit of an embedding is one of its features; there it is one of its rows.
+      2. Their paper differs from both: it divides by the norm of the centralized
+         gradient, and centralizes the perturbed one, too.
 
     References:
       Hassan et al., `GCSAM: Gradient Centralized Sharpness Aware Minimization
