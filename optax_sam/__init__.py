@@ -8,6 +8,7 @@ from optax_sam.ascent_batch import ascent_batch
 from optax_sam.decay import decay_after
 from optax_sam.dispatch import dispatch
 from optax_sam.engine import SharpnessAwareState, sharpness_aware
+from optax_sam.functional import functional_value_and_grad
 from optax_sam.loss_scale import update_loss_scale
 from optax_sam.methods import *  # noqa: F403
 from optax_sam.micro_sharpness import micro_sharpness
@@ -30,6 +31,7 @@ __all__ = [
     "blend",
     "decay_after",
     "dispatch",
+    "functional_value_and_grad",
     "metrics",
     "micro_sharpness",
     "replica_drift",

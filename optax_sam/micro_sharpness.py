@@ -80,8 +80,8 @@ def micro_sharpness(
         A member that stores no gradient and decides by none (``sam``, ``asam``,
         ``gsam``, ``gnp``, ``random_sam``, ..., on every step or every k-th) adds its
         shards up: a loop then keeps two sums and the gradients of one shard. Others
-        (``vsam``, ``looksam``, ``ae_sam``, ``friendly_sam``, ``wsam``) need means
-        over all shards before they go on, and keep two to three trees like the
+        (``vsam``, ``looksam``, ``ae_sam``, ``friendly_sam``, ``vasso``, ``wsam``) need
+        means over all shards before they go on, and keep two to three trees like the
         parameters for each shard.
       axis_name: the name that ``member`` was built with.
 

@@ -210,7 +210,8 @@ def _refuse_several(chosen: list[Momentum]) -> NoReturn:
     advice = "Leave one of them."
     if any(m.label.startswith("ScaleByAdemamixState") for m in chosen):
         advice = (
-            "AdEMAMix steps along both. optax.contrib.simplified_ademamix keeps one."
+            "AdEMAMix steps along both; its simplified form keeps one:"
+            " optax_sam.msam(optax.contrib.simplified_ademamix(learning_rate))."
         )
     raise ValueError(
         "msam needs one momentum to perturb along, but the inner optimizer keeps"

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_sam.keys import check_key, normal_like, raw_key
+from optax_sam.ascent.noise import unit_noise
+from optax_sam.keys import check_key, raw_key
 from optax_sam.masks import Mask, resolve_nonempty_mask
 from optax_sam.method import WithoutMask, method, on_engine
 from optax_sam.parts import OwnGradient, Step, ascent_rule
-from optax_sam.roles import Role, resolve_roles
 from optax_sam.schedules import at, check_schedule
-from optax_sam.trees import add, keep, norm, rescale, root, wide
+from optax_sam.trees import add, keep, norm, rescale, wide
 
 
 class SmoothedState(NamedTuple):
@@ -88,26 +87,10 @@ def smoothed(
     check_key(key)
 
     def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
-        if (noise := extra.get("noise")) is None:
-            generator = step.device_key(state.key)
-            noise = normal_like(generator, params)
-        elif jax.tree.map(jnp.shape, noise) != jax.tree.map(jnp.shape, params):
-            raise ValueError(
-                "noise must be a tree of standard normals, of the structure and the"
-                " shapes of the parameters: optax.tree.random_like(key, params,"
-                " jax.random.normal)."
-            )
-        sigma_now = at(sigma, step.count)
+        sigma_now, given = at(sigma, step.count), extra.get("noise")
         chosen = resolve_nonempty_mask(mask, params, name="mask")
-        delta = keep(
-            jax.tree.map(
-                lambda w, z, role: sigma_now * _sizes(w, role) * z,
-                params,
-                noise,
-                resolve_roles(roles, params),
-            ),
-            chosen,
-        )
+        delta = unit_noise(sigma_now, params, state.key, step, given, roles)
+        delta = keep(delta, chosen)
         g_1 = extra["grad_fn"](add(params, delta))
         weight = at(gradient_weight, step.count)
         d_1 = keep(jax.tree.map(lambda x, z: weight * wide(x) + z, g_1, delta), chosen)
@@ -117,13 +100,6 @@ def smoothed(
         return SmoothedState(raw_key(key))
 
     return ascent_rule(update, init, needs=("params", "grad_fn"))
-
-
-def _sizes(w: jax.Array, role: Role) -> jax.Array:
-    """The norm of each output unit of a kernel, or of the whole of another leaf."""
-    axes = role.within_unit(w.ndim)
-    sizes = root(jnp.sum(jnp.square(wide(w)), axes, keepdims=True))
-    return sizes if role.output else sizes + 1e-16
 
 
 @method(smoothed)

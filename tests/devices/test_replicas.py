@@ -18,7 +18,7 @@ import recorded
 import side_by_side
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from reference import ae_sam, base, esam, looksam, m_sharpness, random_sam, sam
+from reference import ae_sam, base, esam, looksam, m_sharpness, mrwp, random_sam, sam
 from registry import BY_NAME, METHODS, OTHERS, each
 
 import optax_sam
@@ -119,7 +119,9 @@ def trained(method, averaged_by, check_vma=False):
 # By hand, where something is kept of the gradients or drawn for a device.
 
 
-def random_sam_by_hand(settings):
+def drawing_by_hand(of_device):
+    """The mean of what each device makes of normals of its own."""
+
     @jax.jit
     def drawn(t, device):
         own = jax.random.fold_in(side_by_side.generator(0, t), device)
@@ -127,13 +129,22 @@ def random_sam_by_hand(settings):
 
     def direction(t, w, grads):
         normals = [jax.device_get(drawn(t, i)) for i in range(DEVICES)]
-        noise = [random_sam.noise(w, normal, 5e-4) for normal in normals]
-        pairs = zip(grads, noise, strict=True)
-        return m_sharpness.mean(
-            [random_sam.random_sam(w, grad, delta, **settings) for grad, delta in pairs]
-        )
+        pairs = zip(grads, normals, strict=True)
+        return m_sharpness.mean([of_device(w, *pair) for pair in pairs])
 
     return direction
+
+
+def random_sam_by_hand(settings):
+    def of_device(w, grad, normal):
+        delta = random_sam.noise(w, normal, 5e-4)
+        return random_sam.random_sam(w, grad, delta, **settings)
+
+    return drawing_by_hand(of_device)
+
+
+def mrwp_by_hand(settings):
+    return drawing_by_hand(functools.partial(mrwp.mrwp, alpha=0.5, **settings))
 
 
 def trend_by_hand(settings):
@@ -181,7 +192,9 @@ BY_HAND = {
     "ae_looksam": trend_by_hand,
     "esam": esam_by_hand,
     "random_sam": random_sam_by_hand,
+    "mrwp": mrwp_by_hand,
     "friendly_sam": lambda s: m_sharpness.FriendlySAM(**s, lam=0.6).direction,
+    "vasso": lambda s: m_sharpness.VaSSO(**s).direction,
 }
 SGD = {"lr": 0.1, "momentum": 0.9}  # as in the registry
 

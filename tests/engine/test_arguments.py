@@ -36,6 +36,9 @@ NUMBERS = """
     gam: grad_rho norm_rho [0, inf)       ascent.weight_scaled: rho [0, inf)
     wsam: learning_rate [0, inf)          wsam: gamma [0, 1)
     sampa: rho [0, inf)                   sampa: interpolation [0, 1]
+    vasso: rho [0, inf)                   vasso: theta [0, 1]
+    le_sam: sigma max_rho [0, inf)        gcsam: rho [0, inf)
+    awp: gamma [0, inf)                   mrwp: gamma alpha [0, inf)
     when.bernoulli: p [0, 1]              blend.reuse_difference: decay [0, 1]
     blend.surrogate_gap: alpha [0, inf)   blend.reuse_normal: alpha [0, inf)
 """

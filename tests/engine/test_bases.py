@@ -1,4 +1,4 @@
-"""Every method before, and others around, Muon, schedule-free and Prodigy."""
+"""Every method with the optimizers of today: Muon, schedule-free, Prodigy, AdEMAMix."""
 
 import harness
 import jax
@@ -15,13 +15,14 @@ BASES = {
     "muon": lambda: optax.contrib.muon(0.02),
     "schedule_free": lambda: optax.contrib.schedule_free_sgd(0.3),
     "prodigy": lambda: optax.contrib.prodigy(estim_lr0=0.01),
+    "ademamix": lambda: optax.contrib.ademamix(0.01),
 }
-
+LATER = "prodigy", "ademamix"
 
 some_bases = pytest.mark.parametrize(
     "base",
     [
-        pytest.param(x, marks=[pytest.mark.slow] * (name == "prodigy"), id=name)
+        pytest.param(x, marks=[pytest.mark.slow] * (name in LATER), id=name)
         for name, x in BASES.items()
     ],
 )
@@ -59,11 +60,41 @@ def trained(update, state, extra_args):
     return params
 
 
-@each(
+every_method = each(
     *METHODS,
     *(m for m in OTHERS if m.name in ("wsam", "sampa", "saf")),
     slow=lambda m: m.name not in ("sam", "wsam"),
 )
+
+
+@every_method
+@pytest.mark.parametrize("base", BASES)
+def test_the_base_is_fed_what_the_method_makes(method, base):
+    """A chain to the bit; what wraps is by hand, of gradients that are given."""
+    inner = optax.with_extra_args_support(BASES[base]())
+    tx, member = (
+        method.optimizer(inner),
+        None if method.place == "around" else method.build(),
+    )
+    params, rtol = harness.tree(), 0.0 if member else 1e-4
+    state, base_state = tx.init(params), inner.init(params)
+    alone = member.init(params) if member else None
+    for t in range(4):
+        g, g_s = harness.tree(t + 1), harness.tree(t + 20)
+        extra = {"grad_fn": lambda p, g_s=g_s: g_s}
+        found, state = tx.update(g, state, params, **extra)
+        fed = {"wsam": g, "sampa": g_s}.get(method.name)
+        if member:
+            fed, alone = member.update(g, alone, params, **extra)
+        wanted, base_state = inner.update(fed, base_state, params)
+        if method.name == "wsam":  # of weight 1/2, and the rate of the registry
+            step = lambda u, x, x_s: u - 0.1 * (x_s - x)
+            wanted = jax.tree.map(step, wanted, g, g_s)
+        harness.assert_close_in_size(found, wanted, rtol)
+        params = optax.apply_updates(params, found)
+
+
+@every_method
 @some_bases
 def test_a_method_before_or_around_it_trains(method, base):
     """Step by step it is what it is with others, in the tests of the method."""

@@ -190,7 +190,7 @@ def test_zero_gradients(method):
             assert harness.is_finite((d, state))
             if pair[0] is zero and pair[1] is zero:
                 harness.assert_equal(d, zero)
-                if method.uses_incoming:  # R-SAM climbs its noise
+                if method.name not in ("random_sam", "mrwp"):  # these add noise
                     harness.assert_equal(points[-1], params)
         d, state, _ = update(zero, zero, state, params, ascend=False)
         assert harness.is_finite((d, state))

@@ -216,7 +216,7 @@ REFUSED = {
     "acprop": (optimizer("acprop", 0.1), f"mu does not move the weights.*{SAM}"),
     "ademamix": (
         optimizer("ademamix", 0.1),
-        f"several: ScaleByAdemamixState.m1, .*m2.*simplified_ademamix.*{SAM}",
+        rf"several: ScaleByAdemamixState.m1, .*m2.*msam\(.*simplified_adem.*{SAM}",
     ),
     "cocob": (optimizer("cocob"), f"COCOBState.*{SAM}"),
     "dog": (optimizer("dog", 0.1), f"DoGState.*{SAM}"),

@@ -10,7 +10,7 @@ import optax
 import problems
 import pytest
 from harness import each_part
-from registry import BY_NAME, OTHERS, each, relative_norm
+from registry import BY_NAME, OTHERS, each, relative_norm, unit_norm
 
 import optax_sam
 
@@ -171,7 +171,7 @@ def test_survival_of_the_perturbation(method):
         ("float32", "bfloat16", 0.0, 0.05),
     ):
         # ASAM's ellipsoid is as wide as a weight; Look-LayerSAM's ball, as the layer.
-        rho = 0.0002 if method.norm is relative_norm else 0.02
+        rho = 0.0002 if method.norm in (relative_norm, unit_norm) else 0.02
         tx = method.build(ascent_dtype=ascent_dtype, **method.of_radius(rho))
         params = {"kernel": jnp.ones((100, 100), dtype)}
         grads = {"kernel": g["kernel"].astype(dtype)}

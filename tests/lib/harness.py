@@ -23,7 +23,7 @@ import optax_sam
 _FIRST = "sam vsam looksam ae_sam gsam random_sam friendly_sam gam"
 _THEN = (
     "sam_2_steps ss_sam asam look_layer_sam esam renyi_sam_after_warmup gnp fisher_sam"
-    " amp stable_sam"
+    " amp stable_sam vasso le_sam gcsam awp mrwp"
 )
 PARTS = [BY_NAME[name] for name in f"{_FIRST} {_THEN}".split()]
 

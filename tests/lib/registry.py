@@ -40,6 +40,12 @@ def esam_norm(offset, params, g):
     return 0.6 * optax.tree.norm(offset) * (n + 1e-7) / n
 
 
+def vasso_norm(offset, params, g):
+    """Without VaSSO's large epsilon, on the first step."""
+    n = optax.tree.norm(g)
+    return optax.tree.norm(offset) * (n + 1e-7) / n
+
+
 def renyi_norm(offset, params, g):
     """``rho`` from the length ``rho S / ||g||``, for ``alpha = 1.2``."""
     n = optax.tree.norm(g)
@@ -57,6 +63,25 @@ def ellipsoid_norm(eta, everywhere=False):
         return optax.tree.norm(jax.tree.map(jnp.divide, offset, sizes))
 
     return norm
+
+
+def centered_norm(offset, params, g):
+    """GCSAM's length is that of the gradient before its means are taken out."""
+    less = lambda x: x - x.mean(0, keepdims=True) if x.ndim == 2 else x
+    moved = optax.tree.norm(jax.tree.map(less, g))
+    return optax.tree.norm(offset) * optax.tree.norm(g) / moved
+
+
+def budget(offset, params, g):
+    """By how much LE-SAM lets the loss rise."""
+    return optax.tree.norm(offset) * optax.tree.norm(g)
+
+
+def unit_norm(offset, params, g):
+    """Relative to the weights of each unit, as normals that are 1 make it."""
+    units = lambda w: jnp.sqrt(jnp.sum(w**2, 0 if w.ndim == 2 else None, keepdims=True))
+    sizes = jax.tree.map(lambda w: units(w) * jnp.ones_like(w), params)
+    return optax.tree.norm(offset) / optax.tree.norm(sizes)
 
 
 def ascended(g, g_s):
@@ -141,6 +166,18 @@ def esam_by_grad_fn(*args, **kwargs):
         if callable(grad_fn):
             extra["per_example_loss_fn"] = per_example_loss_fn
         return method.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(method.init, update)
+
+
+@functools.wraps(optax_sam.mrwp)
+def mrwp_of_ones(*args, **kwargs):
+    """mRWP whose normals are all 1."""
+    method = optax_sam.mrwp(*args, **kwargs)
+
+    def update(updates, state, params=None, **extra):
+        ones = None if params is None else jax.tree.map(jnp.ones_like, params)
+        return method.update(updates, state, params, **({"noise": ones} | extra))
 
     return optax.GradientTransformationExtraArgs(method.init, update)
 
@@ -342,6 +379,41 @@ METHODS = (
         second=gam_of_one,
     ),
     Method("stable_sam", optax_sam.stable_sam, _RHO, seldom=True, fresh=renormalized),
+    Method(
+        "vasso",
+        optax_sam.vasso,
+        _RHO | {"theta": 0.5},
+        seldom=True,
+        norm=vasso_norm,
+        trees=1,
+    ),
+    Method(
+        "le_sam",
+        optax_sam.le_sam,
+        {"sigma": 0.1, "max_rho": 1e3},
+        seldom=True,
+        radius="sigma",
+        norm=budget,
+    ),
+    Method("gcsam", optax_sam.gcsam, _RHO, seldom=True, norm=centered_norm),
+    # The default mask is of one leaf here.
+    Method(
+        "awp",
+        optax_sam.awp,
+        {"gamma": 0.1, "mask": True},
+        seldom=True,
+        radius="gamma",
+        norm=relative_norm,
+    ),
+    Method(
+        "mrwp",
+        mrwp_of_ones,
+        {"gamma": 0.1},
+        seldom=True,
+        radius="gamma",
+        norm=unit_norm,
+        fresh=interpolated(0.5),
+    ),
     Method("product", product, _RHO, skips=True, trees=1),
 )
 METHODS += (

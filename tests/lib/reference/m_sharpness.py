@@ -93,6 +93,22 @@ class FriendlySAM:
         )
 
 
+class VaSSO:
+    """VaSSO: m is the average of the mean gradients; each one adds its own to it."""
+
+    def __init__(self, rho, theta):
+        self.rho, self.theta, self.m = rho, theta, None
+
+    def direction(self, t, w, grads):
+        """The mean of grad(w + rho a / ||a||), a = (1 - theta) m + theta g."""
+        gs = [grad(w) for grad in grads]
+        theta = 1.0 if self.m is None else self.theta
+        m = [add(scaled(self.m or g, 1.0 - theta), g, theta) for g in gs]
+        self.m = mean(m)
+        pairs = zip(m, grads, strict=True)
+        return mean([grad(add(w, ascend(w, a, self.rho, 1e-7))) for a, grad in pairs])
+
+
 class ESAM:
     """ESAM: the tensors drawn are the same for all, the examples each one's own.
 
