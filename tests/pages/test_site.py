@@ -35,7 +35,6 @@ ELSEWHERE = {
     "docs/guide/accumulation.md": 6,
     "docs/guide/devices.md": 8,
     "docs/guide/flax.md": 6,
-    "docs/guide/frameworks.md": 4,  # one of them is PyTorch's
     "docs/guide/precision.md": 3,
     "docs/measures/sharpness.md": 5,
     "docs/measures/tracking.md": 6,
