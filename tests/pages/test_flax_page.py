@@ -14,7 +14,6 @@ def test_flax():
     names = {}
     exec("\n".join(harness.code("flax.md")), names)
     assert names["state"].step == 7
-    # Read from the file.
     assert optax_sam.metrics(names["optimizer"].opt_state)["ascents"] == 3
     assert names["module"].dropout.rngs.count[...] == 3
     assert harness.is_finite((names["logits"], names["averaged"], names["loss"]))
