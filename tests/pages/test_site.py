@@ -138,6 +138,7 @@ def check_masks(names, _):
 def check_tuning(names, _):
     """The tuned values are those of the results."""
     tasks = "Digits with wrong labels", "Fashion-MNIST with an MLP"
+    tasks += ("Fashion-MNIST with a CNN",)
     rho = [
         {row.partition(" (")[0]: re.search(r"rho ([\d.]+)|$", setting)[1]}
         for task in tasks
