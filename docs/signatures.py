@@ -30,6 +30,15 @@ def defaults_as_written(_app, obj, bound):
         obj.__signature__ = whole.replace(parameters=parameters)
 
 
+def short_defaults(_app, _what, _name, _obj, _options, signature, returned):
+    """Show a function that is a default by its name, and a lambda by dots."""
+    if signature:
+        signature = re.sub(r"<function (?:\w+\.)*<lambda>>", "...", signature)
+        signature = re.sub(r"<function (?:\w+\.)*(\w+)>", r"\1", signature)
+        return signature, returned
+    return None
+
+
 def types(obj):
     """The annotations of arguments and attributes, as the source has them."""
     found = {}
@@ -64,6 +73,7 @@ def skip_tuple_fields(_app, _what, _name, obj, skip, _options):
 def setup(app):
     """Register the functions above; types are for napoleon, which comes at 500."""
     app.connect("autodoc-before-process-signature", defaults_as_written)
+    app.connect("autodoc-process-signature", short_defaults)
     app.connect("autodoc-process-docstring", with_types, priority=400)
     app.connect("autodoc-skip-member", skip_tuple_fields)
     return {"parallel_read_safe": True}
