@@ -47,7 +47,6 @@ KINDS = {
     "method": docstrings.method,
     "names": docstrings.names,
     "modules": lambda _: docstrings.modules(),
-    "code": docstrings.source,
     "errors": lambda _: errors.listing(),
     "results": lambda labels: excerpts.results(labels.split("; ")),
     "published": lambda labels: excerpts.published(labels.split("; ")),

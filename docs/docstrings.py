@@ -1,6 +1,5 @@
 """What docstrings say, as the Markdown that the pages show also where nothing runs."""
 
-import ast
 import importlib
 import inspect
 import re
@@ -101,13 +100,3 @@ def method(name):
     example, *_ = section(function, "Examples").split("\n\n")
     paper = code(section(function, "References"))
     return f"{summary(function)}\n\n```pycon\n{example}\n```\n\n**Paper.** {paper}"
-
-
-def source(place):
-    """A file, or ``function in file``, of which a test runs the whole."""
-    function, _, path = place.rpartition(" in ")
-    text = (ROOT / path).read_text()
-    for node in ast.parse(text).body if function else ():
-        if getattr(node, "name", None) == function:
-            text = ast.get_source_segment(text, node)
-    return f"```py\n{text.strip()}\n```"

@@ -134,7 +134,7 @@ _SIX = (
 )
 _NAMED = {"plain", "esam_unplaced", "m_sam", *dict(_SIX)}
 _ALL = (*_SIX, *((name, True) for name in METHODS if name not in _NAMED))
-_LARGE = ("sam", True), ("vsam", None), ("m_sam", True)
+_LARGE = (*_SIX[:4], ("msam", True), ("m_sam", True))
 _ESAM = ("esam", True), ("esam_unplaced", True)
 GROUPS = (
     ("ResNet-50", "data parallel", "v5e:2x4", _SIX[:1]),
@@ -154,6 +154,9 @@ GROUPS = (
     ("decoder", "FSDP x TP", "v6e:16x16", _SIX[:4]),
     ("decoder", "FSDP x TP", "v5p:4x4x8", _SIX[:4]),
     ("7 billion", "FSDP", "v6e:16x16", _LARGE),
+    ("7 billion", "FSDP", "v5p:4x8x8", _LARGE),
+    ("7 billion", "FSDP x TP", "v6e:16x16", _LARGE),
+    ("7 billion", "FSDP x TP", "v5p:4x8x8", _LARGE),
 )
 
 
@@ -391,10 +394,13 @@ def main() -> None:
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         bar = progress.add_task("steps compiled", total=len(missing))
-        for future in as_completed([pool.submit(compiled, row) for row in missing]):
-            results.append(future.result())
-            save(results, options.out)
-            progress.advance(bar)
+        try:
+            for future in as_completed([pool.submit(compiled, row) for row in missing]):
+                results.append(future.result())
+                save(results, options.out)
+                progress.advance(bar)
+        finally:  # what fails is said at once, not after all others
+            pool.shutdown(wait=False, cancel_futures=True)
     for group, cells in by_group(results).items():
         heads = COLUMNS.values()
         table = Table(*heads, title=title(group, results), box=None, pad_edge=False)

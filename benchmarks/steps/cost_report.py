@@ -106,7 +106,7 @@ def label(row: dict[str, Any]) -> str:
 def table(study: dict[str, Any]) -> str:
     """One model's rows."""
     heads = ["method", "gradients", "time / SGD", "time / ideal", "(quartiles)"]
-    heads += ["compile / SGD", "FLOPs / SGD", "peak MiB", "state MiB"]
+    heads += ["compile / SGD", "FLOPs / SGD", "bytes / SGD", "peak MiB", "state MiB"]
     lines = []
     number = lambda x: "" if x is None else f"{x:.2f}"
     for row in study["rows"]:
@@ -114,7 +114,8 @@ def table(study: dict[str, Any]) -> str:
         needed = f"{row['gradients']:.2f}" + " + 1 forward" * row["forwards"]
         cells = [label(row), needed, number(row["to_sgd"][1]), number(middle)]
         cells += [f"{low:.2f} to {high:.2f}", number(row["compile_to_sgd"])]
-        cells += [number(row["flops_to_sgd"]), f"{row['peak_mib']:.1f}"]
+        cells += [number(row["flops_to_sgd"]), number(row["bytes_to_sgd"])]
+        cells += [f"{row['peak_mib']:.1f}"]
         lines.append([*cells, f"{row['state_mib']:.1f}"])
     return tables.table(heads, lines)
 

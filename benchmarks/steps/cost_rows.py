@@ -78,6 +78,16 @@ class Row:
         self.programs = [program for program, _ in made]
         self.seconds.append(sum(seconds for _, seconds in made))
 
+    @functools.cached_property
+    def counted(self) -> list[Any]:
+        """The programs, of which the compiler counts each operation."""
+        if self.method.written_out is None:
+            return self.programs
+        tx = self.method.written_out(optax.sgd(0.01, momentum=0.9), self.model)
+        step = cost_methods.train_step(self.name, self.model, tx)
+        arguments = self.params, self.opt_state, *self.batches[:2]
+        return [compiled(step, *arguments)[0]]
+
     def warm(self) -> None:
         """Past the warm-up of what is sampled, and with all that dispatch compiles."""
         self.call = self.programs[0]

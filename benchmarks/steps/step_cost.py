@@ -112,8 +112,8 @@ def costs(row: Row) -> dict[str, float]:
         rate /= row.cost.gradients - 1
         shares = [rate, 1 - rate]
     total = {"flops": 0.0, "bytes": 0.0, "peak": 0.0, "temporary": 0.0}
-    for share, program in zip(shares, row.programs, strict=True):
-        counted, memory = program.cost_analysis(), program.memory_analysis()
+    for share, program, whole in zip(shares, row.programs, row.counted, strict=True):
+        counted, memory = whole.cost_analysis(), program.memory_analysis()
         total["flops"] += share * row.method.calls * counted["flops"]
         total["bytes"] += share * row.method.calls * counted["bytes accessed"]
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes

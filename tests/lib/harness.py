@@ -240,6 +240,16 @@ def code(name):
     return re.findall(r"```python\n(.*?)```", page(name), re.DOTALL)
 
 
+def before_and_after(text):
+    """Both programs of the one diff in a text."""
+    (program,) = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
+    lines = program.splitlines()
+    assert {line[:1] for line in lines} <= {" ", "+", "-", ""}
+    return tuple(
+        "\n".join(line[1:] for line in lines if line[:1] != sign) for sign in "+-"
+    )
+
+
 def defined(name, function, **given):
     """All names of the block of a page that defines a function, with ``given`` ones."""
     (block,) = [block for block in code(name) if f"def {function}(" in block]

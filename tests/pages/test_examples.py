@@ -1,4 +1,4 @@
-"""The examples run, and show what they promise; so does the one of the README."""
+"""The examples run, and show what they promise."""
 
 from __future__ import annotations
 
@@ -25,19 +25,6 @@ PARTS = {
 def run(folder: Path, name: str, *arguments: str, **env: str) -> str:
     """What an example prints, progress bars among it."""
     return printed.script(folder, EXAMPLES / name, *arguments, **env)
-
-
-@pytest.mark.parametrize(
-    ("steps", "least"), [(60, 1), pytest.param(500, 0.5, marks=pytest.mark.slow)]
-)
-def test_the_readme_runs(steps: int, least: float, capsys) -> None:
-    (code,) = harness.code("../README.md")
-    assert code.count("range(500)") == 1
-    code = code.replace("range(500)", f"range({steps})")
-    exec(compile(code, "README.md", "exec"), {})
-    rate, loss = capsys.readouterr().out.split()
-    assert 0 < float(rate) <= 1
-    assert float(loss) < least
 
 
 def test_the_page_has_every_example() -> None:
@@ -213,3 +200,10 @@ def test_rho_is_tuned_by_held_out_images(tmp_path: Path, method: str) -> None:
     assert means[float(chosen)] == max(means.values())
     assert float(tested) > 50
     assert re.search(r"18 trainings, .* s, one after the other [\d.]+ s", output)
+
+
+def test_the_page_on_own_methods_shows_the_example() -> None:
+    block = harness.code("own_method.md")[0]
+    function = block.partition("\n\n\n")[2]
+    assert function.startswith("def sparse_sam(")
+    assert function in (EXAMPLES / "own_method.py").read_text()

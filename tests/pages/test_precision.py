@@ -84,7 +84,7 @@ def weights_in(layer, params):
 def test_survival_within_a_layer():
     initialized = nn.initializers.lecun_normal()(jax.random.key(1), (1000, 1000))
     starts = {"as initialized": initialized, "all 1": jnp.ones((1000, 1000))}
-    rows = harness.table(PAGE, "What a layer makes of it")
+    rows = harness.table(PAGE, "Rounding inside a layer")
     assert len(rows) == 6
     for start, dtype, compute, *cells in rows:
         layer = nn.Dense(1000, use_bias=False, dtype=compute)
@@ -160,7 +160,7 @@ def test_the_difference_of_two_gradients():
     assert f"{100 * size(psf) / size(g):.1f} % of the gradient" in text.replace(
         "\n", " "
     )
-    rows = harness.table(PAGE, "Two gradients in one precision")
+    rows = harness.table(PAGE, "Methods that subtract the two gradients")
     assert len(rows) == 6
     for dtype, compute, taken, *cells in rows:
         first = "float32" if "copy" in taken else None

@@ -25,8 +25,7 @@ ELSEWHERE = {
     "README.md": 1,
     "docs/guide/accumulation.md": 6,
     "docs/guide/devices.md": 8,
-    "docs/guide/flax.md": 6,
-    "docs/guide/frameworks.md": 4,  # one of them is PyTorch's
+    "docs/guide/flax.md": 5,
     "docs/guide/precision.md": 3,
     "docs/measures/sharpness.md": 5,
     "docs/measures/tracking.md": 6,
@@ -106,7 +105,50 @@ def check_home(names, _):
     assert jnp.all(names["w"] > 0)
 
 
+def check_logging(names, _):
+    head, *rows = names["file"].getvalue().splitlines()
+    assert {"step", "sam/loss", "sam/ascent_rate"} <= set(head.split(","))
+    assert [row.split(",")[0] for row in rows] == ["0", "100", "200"]
+
+
+def check_checkpoints(names, _):
+    harness.assert_equal(names["resumed"], names["state"])
+    (old, momentum), (new, kept) = names["state"][1], names["new_state"]
+    harness.assert_equal(kept, momentum)
+    assert (old.count, new.count) == (20, 0)
+    assert harness.is_finite(names["nnx_target"])
+
+
+def check_masks(names, _):
+    assert not names["updates"]["base"]["kernel"].any()
+    assert names["updates"]["head"]["kernel"].all()
+    sizes = [x.size for x in jax.tree.leaves(names["adapter_state"])]
+    assert max(sizes) == names["adapters"]["down"].size
+
+
+def check_tuning(names, _):
+    """The tuned values are those of the results."""
+    tasks = "Digits with wrong labels", "Fashion-MNIST with an MLP"
+    tasks += ("Fashion-MNIST with a CNN",)
+    rho = [
+        {row.partition(" (")[0]: re.search(r"rho ([\d.]+)|$", setting)[1]}
+        for task in tasks
+        for row, setting, *_ in harness.table("accuracy.md", task)
+    ]
+    labels = "SAM", "vSAM .33", "quarter-batch SAM", "SAM-5", "MSAM"
+    rows = harness.table("tuning_rho.md", "Which values to try")
+    for label, (_, _, *cells) in zip(labels, rows, strict=False):
+        tuned = [cell.split(" ")[0] for cell in cells if cell]
+        assert tuned == [found[label] for found in rho if label in found]
+    assert not any(cell for _, _, *cells in rows[len(labels) :] for cell in cells)
+    assert names["state"].hyperparams["rho"] == pytest.approx(0.1)
+
+
 CHECKS = {
+    "docs/guide/checkpoints.md": check_checkpoints,
+    "docs/guide/logging.md": check_logging,
+    "docs/guide/masks.md": check_masks,
+    "docs/start/tuning_rho.md": check_tuning,
     "docs/index.md": check_home,
     "docs/start/getting_started.md": check_getting_started,
     "docs/start/concepts.md": check_concepts,
@@ -117,9 +159,8 @@ def test_blocks_are_of_kinds_that_are_looked_at():
     for page, text in PAGES.items():
         opened = re.findall(r"^ *```(\S*).*\n(?:.*\n)*?^ *```$", text, re.MULTILINE)
         kinds = {kind for kind in opened if not kind.startswith("{")}
-        # Those of docstrings and of whole examples run there.
-        elsewhere = {"pycon", "py"} if by_hand(page) != text else set()
-        assert kinds <= {"python", "console", "text", "diff"} | elsewhere, page
+        assert kinds <= {"python", "pycon", "console", "text", "diff"}, page
+        assert "```pycon" not in by_hand(page)  # a docstring's, which runs there
         assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(opened), page
 
 
@@ -289,7 +330,8 @@ def test_numbers_are_those_of_the_pages_that_are_quoted():
     sources = "results/accuracy", "guide/quantization"
     numbers = lambda text: set(re.findall(r"\d+\.\d+ ± \d+\.\d+", text))
     known = set().union(*(numbers(PAGES[f"docs/{name}.md"]) for name in sources))
-    for page in ("README.md", "docs/start/choosing.md", *METHOD_PAGES):
+    start = "docs/start/choosing.md", "docs/start/does_it_help.md"
+    for page in ("README.md", *start, *METHOD_PAGES):
         assert numbers(by_hand(page)) <= known, page
     assert len(numbers(by_hand("docs/start/choosing.md"))) > 10
 

@@ -6,6 +6,7 @@ import re
 import harness
 import jax
 import numpy as np
+import optax
 import pytest
 
 import optax_sam
@@ -17,6 +18,8 @@ PROGRAMS = {
     "Flax Linen with BatchNorm": ("state.params", "state"),
     "Flax NNX": ("nnx.state(model, nnx.Param)", "optimizer.opt_state"),
     "Equinox with a state": ("eqx.filter(model, eqx.is_inexact_array)", "opt_state"),
+    "Haiku": ("params", "opt_state"),
+    "Keras 3": ("params", "opt_state"),
     "`shard_map`": ("params", "opt_state"),
     "`pmap`, BatchNorm, loss scaling": ("state.params", "state"),
     "A sharded transformer": ("state.params", "state"),
@@ -31,12 +34,7 @@ METHOD = "optax_sam.vsam(0.05, window=10)", "optax_sam.sam(0.05)"
 def versions(heading):
     """A program before, with SAM, with vSAM, and with vSAM and ``dispatch``."""
     text = harness.section(PAGE, heading)
-    (program,) = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
-    lines = program.splitlines()
-    assert {line[:1] for line in lines} <= {" ", "+", "-", ""}
-    before, after = (
-        "\n".join(line[1:] for line in lines if line[:1] != sign) for sign in "+-"
-    )
+    before, after = harness.before_and_after(text)
     (compiler,) = re.findall(r"With vSAM: `(.*)` in place of `(.*?)`", text)
     vsam = replaced(after, *METHOD)
     return before, after, vsam, replaced(vsam, *compiler)
@@ -55,8 +53,17 @@ def count_changes(before, after):
     return sum(max(j - i, n - m) for tag, i, j, m, n in codes if tag != "equal")
 
 
+@pytest.fixture
+def keras_on_jax(monkeypatch, tmp_path):
+    """Keras reads its backend when it is imported, and writes into its folder."""
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+
+
 def run(program, heading):
     """Its names at the end, its parameters, and its optimizer's state."""
+    if "import keras" in program:
+        pytest.importorskip("keras")
     (shared,) = harness.code(PAGE)
     names = {}
     exec(compile(shared, PAGE, "exec"), names)
@@ -82,8 +89,11 @@ def test_at_most_five_lines_change(heading):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
+@pytest.mark.filterwarnings(  # the newest Haiku with the oldest JAX
+    "ignore:jax.core.(take|set)_current_trace is deprecated:DeprecationWarning"
+)
 @pytest.mark.parametrize("heading", PROGRAMS)
-def test_a_program_before_and_after(heading):
+def test_a_program_before_and_after(heading, keras_on_jax):
     found = [run(program, heading) for program in versions(heading)]
     before, sam, vsam, dispatched = found
     first = np.log(16 if "transformer" in heading else 4)
@@ -98,3 +108,23 @@ def test_a_program_before_and_after(heading):
     for a, b in zip(leaves(vsam), leaves(dispatched), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
     assert any((a != b).any() for a, b in zip(leaves(before), leaves(sam), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(  # the newest Haiku with the oldest JAX
+    "ignore:jax.core.(take|set)_current_trace is deprecated:DeprecationWarning"
+)
+@pytest.mark.parametrize("heading", ["Haiku", "Keras 3"])
+def test_a_step_is_sam_by_hand_with_the_old_state(heading, keras_on_jax):
+    _, after = harness.before_and_after(harness.section(PAGE, heading))
+    names, params, opt_state = run(after, heading)
+    prefix, more = ("hk", [jax.random.key(3)]) if heading == "Haiku" else ("keras", [])
+    loss_fn, step = names[f"{prefix}_loss"], names[f"{prefix}_step"]
+    batch, state = (names["x"], names["y"]), names["state"]
+    opt_state = names["tx"].init(params)  # without momentum
+    found = step(params, state, opt_state, *more, *batch)
+    by_hand = harness.sam_by_hand(loss_fn, 0.05, 0.1)
+    carry = params, optax.tree.zeros_like(params), state
+    (wanted, _, after), _ = by_hand(carry, *more, *batch)
+    # Absolute: the bias before BatchNorm is trained by rounding alone.
+    harness.assert_close(list(found[:2]), [wanted, after], 1e-4, atol=1e-6)
