@@ -87,7 +87,7 @@ def accuracy(params):
 
 # %% [markdown]
 # ## Without SAM, and with it
-# SAM stands before SGD in the chain. `rho` is the size of its perturbation, and the
+# SAM goes before SGD in the chain. `rho` is the size of its perturbation, and the
 # first number to tune. (This SGD is not tuned: a smaller learning rate helps it much.
 # `docs/results/accuracy.md` compares both, tuned with equal care.)
 
