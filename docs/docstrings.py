@@ -98,5 +98,7 @@ def method(name):
     """A method in short: what it does, an example, its paper."""
     function = getattr(optax_sam, name)
     example, *_ = section(function, "Examples").split("\n\n")
+    # As it stands in the docstring, where lines are shorter than the formatter's.
+    example = f"<!-- fmt: off -->\n\n```pycon\n{example}\n```\n\n<!-- fmt: on -->"
     paper = code(section(function, "References"))
-    return f"{summary(function)}\n\n```pycon\n{example}\n```\n\n**Paper.** {paper}"
+    return f"{summary(function)}\n\n{example}\n\n**Paper.** {paper}"
