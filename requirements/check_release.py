@@ -40,4 +40,4 @@ def read(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit("\n".join(problems(Path(sys.argv[1]), sys.argv[2])))
+    sys.exit("\n".join(problems(Path(sys.argv[1]), sys.argv[2])) or 0)
