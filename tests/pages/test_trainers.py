@@ -75,7 +75,7 @@ def test_every_program_is_run():
     headings = re.findall(r"^## (.*)$", harness.page(PAGE), re.MULTILINE)
     assert headings == [*PROGRAMS]
     new, old = (re.escape(code) for code in METHOD)
-    assert re.search(rf"`{new}` in place of `{old}`", harness.page(PAGE))
+    assert re.search(rf"`{new}` in\s+place\s+of\s+`{old}`", harness.page(PAGE))
 
 
 @pytest.mark.parametrize("heading", PROGRAMS)
