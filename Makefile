@@ -31,7 +31,7 @@ PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(CACHED) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-all sweep faults test-oldest test-newest test-pods test-dist dist lint \
-	format docs tables bench bench-gpu bench-pods clean
+	format docs tables conformance bench bench-gpu bench-pods clean
 .DEFAULT_GOAL := help
 # Two environments at a time would only fight for the same cores and network.
 .NOTPARALLEL:
@@ -89,6 +89,7 @@ dist: .venv/build/.stamp  ## Build the wheel and the sdist in dist/
 	@rm -rf dist
 	@log=$$(.venv/build/bin/python -m build --no-isolation 2>&1) || \
 		{ echo "$$log"; exit 1; }
+	@.venv/build/bin/python -m twine check --strict dist/* > /dev/null
 	@ls -1 dist/*
 
 test-dist: dist  ## Install the wheel alone in a new environment and use it there
@@ -111,6 +112,14 @@ docs: $(DOCS_ENV)/.stamp  ## Build the documentation in docs/_build
 
 tables: .venv/main/.stamp  ## Write the tables of the pages from the committed results
 	@JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/pages.py
+
+# Each comparison adds a line to the file; the largest deviations are kept.
+conformance: .venv/main/.stamp  ## Record how far methods are from papers' and authors' code
+	@mkdir -p out && rm -f out/conformance.jsonl
+	CONFORMANCE=out/conformance.jsonl $(call PYTEST,.venv/main) tests/methods \
+		-k "recorded or reference or authors" $(ARGS)
+	@.venv/main/bin/python tests/lib/conformance.py out/conformance.jsonl
+	@$(MAKE) --no-print-directory tables
 
 # glibc then keeps the memory of XLA's programs: see benchmarks/README.md.
 STEADY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000

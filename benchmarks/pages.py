@@ -1,10 +1,12 @@
-"""Writes the tables of results into their pages, from the committed results.
+"""Writes what is known elsewhere into the pages: results, docstrings, parity.
 
-A table stands between two comments, the first of which names it:
+It stands between two comments, the first of which says what it is, and of what:
 
     <!-- table lsq, 4 bits: written by make tables -->
 
     <!-- end -->
+
+A table comes from committed results; the other kinds are those of ``KINDS``.
 
     python benchmarks/pages.py
 """
@@ -21,7 +23,12 @@ import jax
 import optax_sam
 from optax_sam.method import METHODS
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1] / x) for x in ("", "docs")]
+
+import docstrings
+import errors
+import excerpts
+import parity
 
 from benchmarks.lib.study import RESULTS, ROOT
 from benchmarks.lib.study import read as read_json
@@ -31,9 +38,20 @@ from benchmarks.steps import cost_report, overhead, torch_peers
 from benchmarks.studies import correlation, lsq
 
 PAGES = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "benchmarks/README.md"]
+# Those that quote tables of others are written last.
+PAGES.sort(key=lambda page: "<!-- results " in page.read_text())
 MARKED = re.compile(
-    r"(<!-- table ([^:\n]+): written by make tables -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (\w+) ?([^:\n]*): written by make tables -->\n).*?(<!-- end -->)", re.DOTALL
 )
+KINDS = {
+    "method": docstrings.method,
+    "names": docstrings.names,
+    "modules": lambda _: docstrings.modules(),
+    "errors": lambda _: errors.listing(),
+    "results": lambda labels: excerpts.results(labels.split("; ")),
+    "published": lambda labels: excerpts.published(labels.split("; ")),
+    "parity": lambda part: getattr(parity, part)(),
+}
 
 
 def tables() -> dict[str, str]:
@@ -58,17 +76,23 @@ def tables() -> dict[str, str]:
 
 
 def names(text: str) -> list[str]:
-    """The tables that a page asks for."""
-    return [name for _, name, _ in MARKED.findall(text)]
+    """The tables of results that a page asks for."""
+    return [name for _, kind, name, _ in MARKED.findall(text) if kind == "table"]
 
 
 def rendered(text: str, made: dict[str, str]) -> str:
-    """A page with the tables that it asks for."""
+    """A page with all that it asks for."""
     if unknown := sorted({*names(text)} - made.keys()):
         raise SystemExit(
             f"no results have a table {unknown[0]!r}; there are {', '.join(made)}"
         )
-    return MARKED.sub(lambda m: f"{m[1]}\n{made[m[2]]}\n\n{m[3]}", text)
+
+    def written(found: re.Match) -> str:
+        start, kind, name, end = found.groups()
+        part = made[name] if kind == "table" else KINDS[kind](name)
+        return f"{start}\n{part}\n\n{end}"
+
+    return MARKED.sub(written, text)
 
 
 METHODS_PAGE = ROOT / "docs/methods/index.md"

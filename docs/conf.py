@@ -1,49 +1,52 @@
 """Sphinx configuration: MyST pages, and the API from the package's docstrings."""
 
 import importlib
-import inspect
 import os
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
-from sphinx.ext.autodoc.preserve_defaults import update_defvalue
 from sphinx.util import logging
 
 import optax_sam
 
 DOCS = Path(__file__).resolve().parent
-BENCHMARKS = DOCS.parent / "benchmarks"
 sys.path.append(str(DOCS))
-import errors  # noqa: E402
-import excerpts  # noqa: E402
+import docstrings  # noqa: E402
 
 project = "optax_sam"
 author = "The optax_sam maintainers"
 copyright = author
 version = release = optax_sam.__version__
 
+# The last three lie beside this file.
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "links",
+    "mathml",
+    "signatures",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"optax_sam {release}"
+html_math_renderer = "mathml"
+# What is copied is the program, without prompts and output.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-# Roles without a target are warnings too, as broken links are.
+# Docstrings' roles without a target are warnings too, as broken links are.
 nitpicky = True
 
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = False  # see defaults_as_written
-# Signatures would spell out aliases such as optax.ScalarOrSchedule over three lines.
+# See signatures.py, which writes types beside the arguments. Signatures would spell out
+# aliases such as optax.ScalarOrSchedule over three lines.
+autodoc_preserve_defaults = False
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 # As fields of the class: listed apart, they would clash with the real attributes.
@@ -51,87 +54,55 @@ napoleon_use_ivar = True
 napoleon_attr_annotations = False
 napoleon_custom_sections = ["Cost", "Differs from the authors' code in"]
 
-# Each module's section lists its __all__; modules that are absent are left out.
-MODULES = ["", ".ascent", ".when", ".blend", ".sharpness", ".plots"]
-MODULES += [".linen", ".nnx", ".equinox"]
+# A directive in a comment, which GitHub does not show.
+HIDDEN = re.compile(r"^<!-- (\{[\w-]+\}.*?)-->", re.DOTALL | re.MULTILINE)
+# A method in short, for those who read the file; here its docstring stands in full.
+SHORT = re.compile(r"^<!-- method .*?<!-- end -->\n", re.DOTALL | re.MULTILINE)
+# Files that pages include whole.
+INCLUDED = {
+    DOCS.parent / "benchmarks/README.md": DOCS / "results/benchmarks.md",
+    DOCS.parent / "CHANGELOG.md": DOCS / "reference/changelog.md",
+    DOCS.parent / "CONTRIBUTING.md": DOCS / "reference/contributing.md",
+}
 
 
-def modules():
-    """The names of the public modules that are there."""
-    names = [f"optax_sam{suffix}" for suffix in MODULES]
-    return [name for name in names if find_spec(name) is not None]
+def relinked(text, folder, here, start=""):
+    """A text whose links begin in a folder, with links for the page in another one.
 
+    What is no page is handed out as a file.
+    """
 
-def on_pages_of_methods():
-    """The names that the pages of the methods document, so that the API does not."""
-    pages = sorted((DOCS / "methods").glob("*.md"))
-    directive = r"auto(?:function|class):: optax_sam\.(\w+)"
-    return [name for page in pages for name in re.findall(directive, page.read_text())]
+    def link(found):
+        name, target, anchor = found[1], (folder / found[2]).resolve(), found[3] or ""
+        if target.is_dir():
+            return name
+        target = INCLUDED.get(target, target)
+        path = os.path.relpath(target, here)
+        inside = target.is_relative_to(DOCS)
+        return f"[{name}]({path}{anchor})" if inside else f"[{name}](path:{path})"
 
-
-def from_here(link):
-    """A link of the benchmarks' README, seen from the page that shows it."""
-    text, target = link.groups()
-    path = (BENCHMARKS / target).resolve()
-    if path.is_dir():
-        return text
-    # What is no page is handed out as a file.
-    kind = "" if path.is_relative_to(DOCS) else "path:"
-    return f"[{text}]({kind}{os.path.relpath(path, DOCS / 'results')})"
+    return re.sub(rf"\[([^]]*)\]\(({start}[^)#:\s]+)(#[^)\s]*)?\)", link, text)
 
 
 def fill_in(_app, docname, source):
-    """Replace the markers: of modules, errors, excerpts from tables, and a file."""
-    if docname == "reference/api":
-        excluded = f"   :exclude-members: {', '.join(on_pages_of_methods())}\n"
-        sections = [
-            f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n"
-            + (excluded if name == "optax_sam" else "")
-            + "```\n"
-            for name in modules()
-        ]
-        source[0] = source[0].replace("<!-- modules -->", "\n".join(sections))
-    if docname == "guide/troubleshooting":
-        source[0] = source[0].replace("<!-- errors -->", errors.listing())
-    excerpt = lambda found: getattr(excerpts, found[1])(found[2].split("; "))
-    source[0] = re.sub(r"<!-- (measured|published): (.*) -->", excerpt, source[0])
+    """Bring directives out of their comments, and links to where a file is shown."""
+    here = (DOCS / docname).parent
+    text = relinked(SHORT.sub("", source[0]), here, here, r"\.\./")
     if docname == "results/benchmarks":
-        readme = BENCHMARKS / "README.md"
-        source[0] = re.sub(r"\[([^]]*)\]\(([^)#:]+)\)", from_here, readme.read_text())
-    else:
-        source[0] = source[0].replace(
-            "../../benchmarks/README.md", "../results/benchmarks.md"
-        )
+        file = DOCS.parent / "benchmarks/README.md"
+        _, _, readme = file.read_text().partition("\n")
+        readme = relinked(readme, file.parent, here)
+        text = text.replace("<!-- the README of benchmarks -->", readme)
+    # Methods have pages of their own.
+    elsewhere = ", ".join(x.rpartition(".")[2] for x in docstrings.pages_of_methods())
+    text = HIDDEN.sub(r"```\1```", text).replace("PAGES_OF_METHODS", elsewhere)
     # A number and its error on one line.
-    source[0] = source[0].replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
-
-
-def defaults_as_written(_app, obj, bound):
-    """Show defaults as the source has them, also where a decorator wrote them in."""
-    preserving = SimpleNamespace(config=SimpleNamespace(autodoc_preserve_defaults=True))
-    whole = vars(obj).get("__signature__") if inspect.isfunction(obj) else None
-    if whole and obj.__name__ not in optax_sam.method.METHODS:
-        return  # put together from two functions, with plain values for defaults
-    if whole:
-        del obj.__signature__
-    update_defvalue(preserving, obj, bound)
-    if whole:
-        update_defvalue(preserving, optax_sam.sharpness_aware, False)
-        known = dict(inspect.signature(optax_sam.sharpness_aware).parameters)
-        known |= inspect.signature(obj).parameters
-        written = lambda x: known.get(x.name, x).default
-        parameters = [x.replace(default=written(x)) for x in whole.parameters.values()]
-        obj.__signature__ = whole.replace(parameters=parameters)
-
-
-def skip_tuple_fields(_app, _what, _name, obj, skip, _options):
-    """Leave out NamedTuple fields: the class docstring documents them."""
-    return skip or (getattr(obj, "__doc__", None) or "").startswith("Alias for field")
+    source[0] = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def public_names():
     """All names that have to be documented, with the methods of public classes."""
-    for module in map(importlib.import_module, modules()):
+    for module in map(importlib.import_module, docstrings.MODULES):
         for name in module.__all__:
             obj = getattr(module, name)
             if not callable(obj):
@@ -152,13 +123,11 @@ def require_documentation(_app, env):
         if name not in documented:
             logging.getLogger(__name__).warning(
                 f"{name} is public and on no page: write its docstring, and name it in"
-                " the __all__ of a module of MODULES or on a page of docs/methods."
+                " the __all__ of a module with a page, or on a page of docs/methods."
             )
 
 
 def setup(app):
     """Register the functions above."""
     app.connect("source-read", fill_in)
-    app.connect("autodoc-before-process-signature", defaults_as_written)
-    app.connect("autodoc-skip-member", skip_tuple_fields)
     app.connect("env-check-consistency", require_documentation)

@@ -1,7 +1,7 @@
 """What the tables of the pages, and of the papers, say about one method.
 
 The tables are printed from committed results and held to them by tests, so that a row
-is copied here, not computed again.
+is copied here, not computed again. `make tables` writes the copies into the pages.
 """
 
 import csv
@@ -19,9 +19,7 @@ TABLES = [
     ("methods/index.md", "## Hyperparameters", "Hyperparameters"),
     ("results/accuracy.md", "## Digits with wrong labels", "Digits, 36 % wrong labels"),
     ("results/accuracy.md", "## Fashion-MNIST with an MLP", "Fashion-MNIST, an MLP"),
-    (BENCHMARKS, "**MLP**", "Time and memory of a step, MLP on a CPU"),
-    (BENCHMARKS, "**CNN**", "Time and memory of a step, CNN on a CPU"),
-    (BENCHMARKS, "**transformer**", "Time and memory of a step, transformer on a CPU"),
+    *((BENCHMARKS, f"**{name}**", "") for name in ("MLP", "CNN", "transformer")),
 ]
 # These rows stand beside those of the method.
 BASELINES = {"SGD", "SAM", "sam"}
@@ -82,18 +80,39 @@ def published(labels):
     )
 
 
-def measured(labels):
+def about(labels, page, start):
+    """The rows of a table about the labels, between those of the baselines."""
+    head, _, *rows = table_behind(page, start)
+    if not any(is_about(row[0], labels) for row in rows):
+        return head, []
+    # Of several rows the first, that of the method as it is.
+    beside = {row[0]: row for row in reversed(rows) if row[0] in BASELINES}
+    return head, [r for r in rows if is_about(r[0], labels) or r in beside.values()]
+
+
+def step_times(labels):
+    """The time of a step on a CPU, relative to SGD's, a column for each network."""
+    columns = {start.strip("*"): page for page, start, shown in TABLES if not shown}
+    cells = {}
+    for network, page in columns.items():
+        head, rows = about(labels, page, f"**{network}**")
+        for row in rows:
+            cells.setdefault(row[0], {})[network] = row[head.index("time / SGD")]
+    row = lambda name: [name, *(cells[name].get(x, "") for x in columns)]
+    return cells and markdown(["step", *columns], *map(row, cells))
+
+
+def results(labels):
     """All that is known about the method with these labels, as Markdown."""
     parts = []
     for page, start, caption in TABLES:
-        head, _, *rows = table_behind(page, start)
-        if any(is_about(row[0], labels) for row in rows):
-            # Of several rows the first, that of the method as it is.
-            beside = {row[0]: row for row in reversed(rows) if row[0] in BASELINES}
-            rows = [r for r in rows if is_about(r[0], labels) or r in beside.values()]
-            heading = start.lstrip("# ").lower().replace(" ", "-")
-            anchor = f"#{heading}" if start.startswith("#") else ""
-            parts += [f"**[{caption}](../{page}{anchor})**", markdown(head, *rows)]
+        head, rows = about(labels, page, start)
+        if rows and caption:
+            anchor = start.lstrip("# ").lower().replace(" ", "-")
+            parts += [f"**[{caption}](../{page}#{anchor})**", markdown(head, *rows)]
+    page = "../../benchmarks/README.md#what-a-step-of-each-method-costs"
+    if table := step_times(labels):
+        parts += [f"**[Time of a step on a CPU, relative to SGD]({page})**", table]
     if table := published(labels):
         parts += ["**Published test accuracies (%)**", table]
     return "\n\n".join(parts)

@@ -58,8 +58,9 @@ def ascent_batch(batch: Any, divisor: int = 4) -> Any:
       ...     optax_sam.ascent_batch(batch) if ascend else batch)
 
     References:
-      that few examples do, or even serve better: Foret et al., `Sharpness-Aware
-      Minimization <https://arxiv.org/abs/2010.01412>`_, 2021, on m-sharpness
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021, on m-sharpness: few
+      examples serve as well, or better
     """
     check_integer("divisor", divisor, 1)
     lengths = {}

@@ -231,7 +231,8 @@ def ascents(opt_state):
 def page(name):
     """The text of a page of the documentation, by its path there or by its name."""
     docs = Path(__file__).parents[2] / "docs"
-    (path,) = [docs / name] if (docs / name).is_file() else docs.rglob(name)
+    named = (path for path in docs.rglob(name) if path.parent.name != "api")
+    (path,) = [docs / name] if (docs / name).is_file() else named
     return path.read_text()
 
 

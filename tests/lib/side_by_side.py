@@ -2,6 +2,7 @@
 
 import functools
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +111,7 @@ def reference(direction, w, batches):
 def assert_equal(trajectory, expected):
     for t, (w, w_expected) in enumerate(zip(trajectory, expected, strict=True)):
         assert recorded.deviation(w, w_expected) < TOLERANCE, t
+        conformance.hold(conformance.PAPER, w, w_expected, t)
 
 
 def only(*leaves):

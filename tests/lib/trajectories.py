@@ -6,6 +6,7 @@ A test file of a method hands its settings to :func:`ten_steps` and
 
 import itertools
 
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,6 +218,7 @@ def assert_met(name, tx, **kwargs):
     for t, wanted in saved.items():
         w = jax.tree.map(lambda x: x[t], trajectory)  # noqa: B023
         assert recorded.deviation(w, wanted) < recorded.atol(name, t), t
+        conformance.hold(recorded.RUNS[name]["source"], w, wanted, t)
     if "param_norm" in arrays:
         square = lambda x: np.sum(x[1:] ** 2, axis=tuple(range(1, x.ndim)))
         norms = np.sqrt(sum(map(square, jax.tree.leaves(trajectory))))

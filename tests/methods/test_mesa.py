@@ -1,5 +1,6 @@
 """MESA: whole runs, and the average of the weights."""
 
+import conformance
 import harness
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ def test_mesa_is_the_authors_procedure(x64):
     wanted, wanted_w = runs.transcribed(method)
     np.testing.assert_allclose(losses, wanted, rtol=0, atol=1e-10)
     assert recorded.deviation(w, wanted_w) < 1e-10
+    conformance.hold(conformance.PAPER, w, wanted_w, len(losses))
     assert recorded.deviation(optax_sam.mesa_params(state), method.v) < 1e-10
     assert np.max(np.abs(losses - runs.plain())) > 1e-3
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import conformance
 import harness
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def steps(tx, count):
 RUNS = recorded.runs("msam")
 
 
-def check(name, trajectory):
+def check(name, trajectory, held=lambda *_: None):
     """``trajectory``: live and unperturbed parameters, first and after each step."""
     wanted = recorded.saved(name)
     assert len(trajectory) == recorded.RUNS[name]["steps"] + 1
@@ -53,6 +54,7 @@ def check(name, trajectory):
             for leaf, x in tree.items()
         }
         assert recorded.deviation(found, trees) < recorded.atol(name, t), t
+        held(recorded.RUNS[name]["source"], found, trees, t)
     norms = [base.norm(jax.tree.map(np.asarray, live)) for live, _ in trajectory[1:]]
     atol = recorded.atol(name, max(wanted))
     saved = recorded.arrays(name)["param_norm"]
@@ -100,7 +102,7 @@ def test_package_is_as_recorded(name, x64):
         params, state = step(params, state, recorded.data(name, t))
         trajectory.append((params, optax_sam.msam_eval_params(state, params)))
     assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(trajectory[-1]))
-    check(name, trajectory)
+    check(name, trajectory, conformance.hold)
 
 
 # What must hold.

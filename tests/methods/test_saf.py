@@ -3,6 +3,7 @@
 import functools
 import re
 
+import conformance
 import harness
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,7 @@ def test_saf_is_the_authors_procedure(delay, start, end, x64):
     wanted, wanted_w = runs.transcribed(method)
     np.testing.assert_allclose(losses, wanted, rtol=0, atol=1e-10)
     assert recorded.deviation(w, wanted_w) < 1e-10
+    conformance.hold(conformance.PAPER, w, wanted_w, len(losses))
     # The term matters, in its epochs alone, of four batches each.
     differs = (np.abs(losses - runs.plain()) > 1e-6).reshape(EPOCHS, -1).any(axis=1)
     assert not np.any(differs[: start + 1])

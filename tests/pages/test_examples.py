@@ -135,6 +135,18 @@ def test_a_sharded_transformer_trains_as_on_one_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_quick_start_shows_sam(tmp_path: Path) -> None:
+    output = run(tmp_path, "quickstart.py")
+    found = dict(re.findall(r"^(\w+) ([\d.]+)", output, re.MULTILINE))
+    numbers = {name: float(value) for name, value in found.items()}
+    assert numbers["SAM"] > numbers["SGD"] + 5
+    assert numbers["ascended_norm"] > numbers["gradient_norm"]
+    text = (EXAMPLES / "quickstart.py").read_text()
+    kinds = re.findall(r"^# %%(.*)$", text, re.MULTILINE)
+    assert set(kinds) == {"", " [markdown]"}
+
+
+@pytest.mark.slow
 def test_own_method_trains(capsys) -> None:
     runpy.run_path(str(EXAMPLES / "own_method.py"), run_name="__main__")
     output = capsys.readouterr().out
