@@ -10,6 +10,9 @@ import optax_sam
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.filterwarnings(  # Flax's `replicate` with the oldest JAX
+    "ignore:jax.device_put_replicated is deprecated:DeprecationWarning"
+)
 def test_flax():
     names = {}
     exec("\n".join(harness.code("flax.md")), names)
