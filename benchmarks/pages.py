@@ -18,24 +18,23 @@ import re
 import sys
 from pathlib import Path
 
-import jax
-
-import optax_sam
-from optax_sam.method import METHODS
-
+# Of this tree, whatever is installed.
 sys.path[:0] = [str(Path(__file__).parents[1] / x) for x in ("", "docs")]
 
 import docstrings
 import errors
 import excerpts
+import jax
 import parity
 
+import optax_sam
 from benchmarks.lib.study import RESULTS, ROOT
 from benchmarks.lib.study import read as read_json
 from benchmarks.pods import pods
 from benchmarks.quality import protocol, report
 from benchmarks.steps import cost_report, overhead, torch_peers
 from benchmarks.studies import correlation, lsq
+from optax_sam.method import METHODS
 
 PAGES = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "benchmarks/README.md"]
 # Those that quote tables of others are written last.
