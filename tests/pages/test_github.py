@@ -55,7 +55,7 @@ def test_what_is_left_over_is_found(text):
 
 def test_pages_of_methods_say_what_when_and_how():
     for page in PAGES:
-        if page.startswith("docs/methods/") and not page.endswith("/index.md"):
+        if page.startswith("docs/methods/") and PAGES[page].count("<!-- method"):
             assert "**When to use it.**" in by_hand(page), page
             kinds = re.findall(
                 r"<!-- (\w+) [^\n]*: written by make tables", PAGES[page]
