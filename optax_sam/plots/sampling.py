@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_sam.plots.style import PALETTE, axes_or_new, by_name, label_axes
+from optax_sam.plots.colours import GREY, method_colour
+from optax_sam.plots.style import SMALL, axes_or_new, by_name, label_axes
 from optax_sam.schedules import check_integer
 
 if TYPE_CHECKING:
@@ -72,10 +73,14 @@ def sampling_rate(
     ax = axes_or_new(ax)
     right = ax.twinx()
     # A record speaks of the steps before it.
-    ax.plot(x, rate, color=PALETTE[0], lw=1.6, drawstyle="steps-pre")
-    right.plot(x, psf, color=PALETTE[3], lw=1)
-    label_axes(ax, "Step", "Steps that ascend (%)", color=PALETTE[0])
-    label_axes(right, "", f"PSF norm ({unit} per weight)", color=PALETTE[3])
+    colour = method_colour("vSAM")
+    ax.plot(x, rate, color=colour, lw=1.6, drawstyle="steps-pre")
+    right.plot(x, psf, color=GREY, lw=1)
+    label_axes(ax, "Step", "Steps that ascend (%)", color=colour)
+    label_axes(right, "", f"PSF norm ({unit} per weight)", color=GREY)
+    if not np.isfinite(rate).any():
+        center: Any = dict(transform=ax.transAxes, ha="center", fontsize=SMALL)
+        ax.text(0.5, 0.5, "No step has ascended yet", **center)
     ax.set_ylim(0, 105)
     right.set_ylim(bottom=0)
     right.spines[["top", "left"]].set_visible(False)
