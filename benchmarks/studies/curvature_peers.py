@@ -1,11 +1,11 @@
 """The same curvature by PyHessian, by curvlinops and here, of one network in float64.
 
-A small network on the digits has equal weights and data in PyTorch and in JAX. It is small
-enough for dense matrices, from which each error is taken: root mean squares over seeds.
+A small network on the digits has equal weights and data in PyTorch and in JAX. It is
+small enough for dense matrices. Errors are root mean squares over seeds, to these.
 Needs PyTorch and both packages, which are no dependencies of the project:
 
     pip install torch curvlinops-for-pytorch pyhessian
-    python benchmarks/studies/curvature_peers.py [--seeds 20] [--out FILE]
+    python benchmarks/studies/curvature_peers.py [--seeds 10] [--out FILE]
     python benchmarks/studies/curvature_peers.py --report [FILE]
 """
 
@@ -316,13 +316,14 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     """Measures and writes, or prints."""
     parser = study.parser(__doc__, NAME, out=study.RESULTS / NAME)
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=10)
     options = parser.parse_args()
     if not options.report:
         import torch
 
         jax.config.update("jax_enable_x64", True)
         torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(1)  # more only wait for each other
         packages = "jax", "torch", "curvlinops-for-pytorch", "pyhessian"
         settings = {**study.environment(*packages), "seeds": options.seeds}
         study.write({"settings": settings, **measure(options.seeds)}, options.out)

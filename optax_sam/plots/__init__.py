@@ -4,8 +4,8 @@ They need matplotlib (``pip install 'optax_sam[plots]'``), take arrays, and draw
 ``ax`` that they are given. Without one they make a figure that pyplot does not know, so
 that none piles up in a long run: ``plots.loss_line(...).figure.savefig("line.png")``.
 The colours are those of Okabe and Ito, which colour-blind readers can tell apart. A
-series with the name of a method (``"SGD"``, ``"SAM"``, ``"vSAM"``) has its colour in all
-pictures, see :func:`method_colour`. A series without a finite value says so in the
+series with the name of a method (``"SGD"``, ``"SAM"``, ``"vSAM"``) has its colour in
+all pictures, see :func:`method_colour`. A series without a finite value says so in the
 legend; if no series has one, that is an error.
 """
 

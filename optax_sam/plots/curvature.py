@@ -69,10 +69,10 @@ def spectral_density(
       >>> plots.spectral_density(result).get_yscale()
       'log'
     """
-    named, lowest = _densities(result, floor)
+    named, limits = _densities(result, floor)
     ax = axes_or_new(ax)
     for label, found, style in styled(named):
-        _draw_density(ax, label, found, style, lowest)
+        _draw_density(ax, label, found, style, limits)
     label_axes(ax, f"Eigenvalue ({unit} per squared weight)", "Density of eigenvalues")
     add_legend(ax)
     return ax
@@ -117,27 +117,25 @@ def spectral_panels(
       >>> [ax.get_title() for ax in plots.spectral_panels(found)]
       ['Hessian', 'GGN']
     """
-    named, lowest = _densities(results, floor)
+    named, limits = _densities(results, floor)
     number = len(named)
     make = lambda: new_figure(5, 1.5 * number + 0.6).subplots(
         number, 1, squeeze=False, sharex=True, sharey=True
     )[:, 0]
     axes = as_many_axes(ax, number, "densities", make)
     ends = [f(f(found.grid) for found in named.values()) for f in (min, max)]
-    top = max(float(np.nanmax(found.density)) for found in named.values())
     across = f"Eigenvalue ({unit} per squared weight)"
     for panel, (label, found, style) in zip(axes, styled(named), strict=True):
-        _draw_density(panel, "", found, style | {"ls": "-"}, lowest)
+        _draw_density(panel, "", found, style | {"ls": "-"}, limits)
         panel.axvline(0, color=GREY, lw=0.8, zorder=0)
         panel.set_xlim(*map(float, ends))
-        panel.set_ylim(lowest, 2 * top)
         panel.set_title(wrapped(label, 300), fontsize=SMALL + 1)
         label_axes(panel, across if panel is axes[-1] else "", "Density")
     return axes
 
 
-def _densities(result: Any, floor: float) -> tuple[dict[str, Any], float]:
-    """One or several densities by name, and the lowest value to be shown."""
+def _densities(result: Any, floor: float) -> tuple[dict[str, Any], tuple[float, float]]:
+    """One or several densities by name, and the limits of what is shown."""
     check_number("floor", floor, 0.0, 1.0, open_low=True, open_high=True)
     named = {"": result} if hasattr(result, "density") else result
     if isinstance(named, Mapping) and not named:
@@ -153,18 +151,19 @@ def _densities(result: Any, floor: float) -> tuple[dict[str, Any], float]:
             " have no density: draw them with ax.hist(eigenvalues)."
         )
     known = finite("The density", [found.density for found in named.values()])
-    return dict(named), floor * float(known.max())
+    top = float(known.max())
+    return dict(named), (floor * top, 2 * top)
 
 
-def _draw_density(ax: Any, label: str, found: Any, style: Any, lowest: float) -> None:
+def _draw_density(ax: Any, label: str, found: Any, style: Any, limits: Any) -> None:
     ax.set_yscale("log")
     grid, density = np.asarray(found.grid), np.asarray(found.density)
     ax.plot(grid, density, label=label, **style)
     error = np.asarray(found.stderr)
     if np.isfinite(error).all():
-        low, high = (np.maximum(density + k * error, lowest) for k in (-1, 1))
+        low, high = (np.maximum(density + k * error, limits[0]) for k in (-1, 1))
         ax.fill_between(grid, low, high, color=style["color"], alpha=0.25, lw=0)
-    ax.set_ylim(bottom=lowest)
+    ax.set_ylim(*limits)
 
 
 def sharpness_history(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.typing import ArrayLike
 
+from optax_sam.plots.colours import GREY
 from optax_sam.plots.style import (
     SMALL,
     add_legend,
@@ -112,10 +113,11 @@ def loss_along_eigenvectors(
     ):
         ax.plot(x, values, label=label, **style)
         ax.plot(x, parabolas[i], ls=":", lw=1.2, color=style["color"])
+    ax.plot([], [], ls=":", lw=1.2, color=GREY, label="to second order")
     low, high = known.min(), known.max()
     room = max(high - low, 1e-6 * max(1.0, abs(low)))
     ax.set_ylim(low - 0.1 * room, high + 0.25 * room)
-    label_axes(ax, "Offset along the eigenvector", f"Loss ({unit}); dotted: parabola")
+    label_axes(ax, "Offset along the eigenvector", f"Loss ({unit})")
     add_legend(ax)
     return ax
 
@@ -132,8 +134,8 @@ def loss_surface(
 ) -> Any:
     """Draws losses on a plane, several side by side on one scale of colours.
 
-    The levels are logarithmic if all losses are positive and span a decade; where a
-    loss is not finite the plane is left white. A cross marks the weights themselves, if
+    The levels are logarithmic if all losses are positive and the highest is five times
+    the lowest; where a loss is not finite the plane is left white. A cross marks the weights themselves, if
     they are on the surface. A path of training has a dot for each checkpoint, the first
     of them white.
 
@@ -170,10 +172,9 @@ def loss_surface(
     x, y = np.asarray(alphas), np.asarray(betas)
     named = by_name("losses", losses, x.shape + y.shape)
     shown = {name: np.ma.masked_invalid(values) for name, values in named.items()}
-    levels, norm = _levels(
-        finite("losses (look at a smaller part)", named.values()), num_levels
-    )
+    known = finite("losses (look at a smaller part)", named.values())
     axes = as_many_axes(ax, len(named), "surfaces", lambda: _side_by_side(len(named)))
+    levels, norm = _levels(known, num_levels)
     for panel, (name, values) in zip(axes, shown.items(), strict=True):
         style: Any = dict(levels=levels, norm=norm)
         filled = panel.contourf(x, y, values.T, cmap="viridis", **style)
@@ -201,7 +202,7 @@ def loss_surface(
 
 
 def _side_by_side(number: int) -> np.ndarray:
-    figure = new_figure(2.4 * number + 1.2, 2.9)
+    figure = new_figure(max(4.8, 2.4 * number + 1.2), 2.9 if number > 1 else 3.6)
     return figure.subplots(1, number, squeeze=False, sharex=True, sharey=True)[0]
 
 
@@ -216,13 +217,15 @@ def _draw_path(panel: Any, path: PathProjection, name: str, panels: set[str]) ->
     for label, points, style in styled(paths):
         x, y = np.asarray(points).T
         colour = style["color"]
-        panel.plot(x, y, "o-", color=colour, markersize=3, lw=1.4, **seen)
+        panel.plot(x, y, "o-", color=colour, markersize=2.5, lw=1.2, **seen)
         panel.plot(x[0], y[0], "o", color="w", markeredgecolor=colour, markersize=5)
         if label:
-            place: Any = dict(xytext=(5, 3), textcoords="offset points")
-            panel.annotate(
-                label, (x[-1], y[-1]), color=colour, fontsize=SMALL, **place, **seen
-            )
+            # Towards the middle, so that it stays on the surface.
+            left = x[-1] > np.mean(panel.get_xlim())
+            place: Any = dict(xytext=(-6 if left else 6, -3), va="center")
+            place |= dict(ha="right" if left else "left", textcoords="offset points")
+            end = {"color": colour, "fontsize": SMALL} | place | seen
+            panel.annotate(label, (x[-1], y[-1]), **end)
 
 
 def _levels(finite: np.ndarray, number: int) -> tuple[np.ndarray, Any]:
@@ -230,7 +233,7 @@ def _levels(finite: np.ndarray, number: int) -> tuple[np.ndarray, Any]:
     from matplotlib.colors import LogNorm, Normalize
 
     low, high = finite.min(), finite.max()
-    if low > 0 and high > 10 * low:
+    if low > 0 and high > 5 * low:
         return np.geomspace(low, high, number), LogNorm(low, high)
     high = max(high, low + 1e-6 * max(1.0, abs(low)))  # a plane has no levels
     return np.linspace(low, high, number), Normalize(low, high)

@@ -100,7 +100,9 @@ def project_path(
     moved = np.stack(points) - np.asarray(origin, np.float64)
     spread = moved - moved.mean(0)
     variance = np.sum(spread**2)
-    if not (np.isfinite(variance) and variance > 0):
+    if not variance > 1e-24 * np.sum(
+        np.square(points)
+    ):  # of float64's rounding, or nan
         raise ValueError(
             "The weights of the path are all the same, or not finite. Keep a copy of"
             " each checkpoint (arrays that are donated or written over are one)."
