@@ -100,7 +100,9 @@ def main() -> None:
         "spectrum": plots.spectral_density(
             {name: found["Hessian"] for name, found in densities.items()}
         ),
-        "ggn": plots.spectral_panels(dict(sorted(densities["SGD"].items())[::-1]))[0],
+        "ggn": plots.spectral_panels(
+            {name: densities["SGD"][name] for name in ("Hessian", "GGN")}
+        )[0],
         "sampling": plots.sampling_rate(trained, records, window=WINDOW),
     }
     args.out.mkdir(parents=True, exist_ok=True)

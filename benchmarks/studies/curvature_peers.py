@@ -5,7 +5,7 @@ small enough for dense matrices. Errors are root mean squares over seeds, to the
 Needs PyTorch and both packages, which are no dependencies of the project:
 
     pip install torch curvlinops-for-pytorch pyhessian
-    python benchmarks/studies/curvature_peers.py [--seeds 10] [--out FILE]
+    python benchmarks/studies/curvature_peers.py [--seeds 5] [--out FILE]
     python benchmarks/studies/curvature_peers.py --report [FILE]
 """
 
@@ -316,7 +316,7 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     """Measures and writes, or prints."""
     parser = study.parser(__doc__, NAME, out=study.RESULTS / NAME)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     if not options.report:
         import torch

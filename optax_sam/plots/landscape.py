@@ -113,7 +113,7 @@ def loss_along_eigenvectors(
     ):
         ax.plot(x, values, label=label, **style)
         ax.plot(x, parabolas[i], ls=":", lw=1.2, color=style["color"])
-    ax.plot([], [], ls=":", lw=1.2, color=GREY, label="to second order")
+    ax.plot([], [], ls=":", lw=1.2, color=GREY, label="parabola")
     low, high = known.min(), known.max()
     room = max(high - low, 1e-6 * max(1.0, abs(low)))
     ax.set_ylim(low - 0.1 * room, high + 0.25 * room)
@@ -135,9 +135,9 @@ def loss_surface(
     """Draws losses on a plane, several side by side on one scale of colours.
 
     The levels are logarithmic if all losses are positive and the highest is five times
-    the lowest; where a loss is not finite the plane is left white. A cross marks the weights themselves, if
-    they are on the surface. A path of training has a dot for each checkpoint, the first
-    of them white.
+    the lowest; where a loss is not finite the plane is left white. A cross marks the
+    weights themselves, if they are on the surface. A path of training has a dot for
+    each checkpoint, the first of them white.
 
     Args:
       alphas: ``(A,)``, the steps along the first direction, drawn to the right.
@@ -190,7 +190,7 @@ def loss_surface(
             )
         label_axes(panel, right, up if panel is axes[0] else "")
         panel.set_title(
-            wrapped(told(name, values.filled(np.nan)), 170), fontsize=SMALL + 1
+            wrapped(told(name, values.filled(np.nan)), 130), fontsize=SMALL + 1
         )
         panel.locator_params(nbins=4)
     bar = axes[0].figure.colorbar(filled, ax=list(axes), label=f"Loss ({unit})")
@@ -202,7 +202,7 @@ def loss_surface(
 
 
 def _side_by_side(number: int) -> np.ndarray:
-    figure = new_figure(max(4.8, 2.4 * number + 1.2), 2.9 if number > 1 else 3.6)
+    figure = new_figure(max(4.8, 2 * number + 0.9), 2.6 if number > 1 else 3.6)
     return figure.subplots(1, number, squeeze=False, sharex=True, sharey=True)[0]
 
 
@@ -220,10 +220,10 @@ def _draw_path(panel: Any, path: PathProjection, name: str, panels: set[str]) ->
         panel.plot(x, y, "o-", color=colour, markersize=2.5, lw=1.2, **seen)
         panel.plot(x[0], y[0], "o", color="w", markeredgecolor=colour, markersize=5)
         if label:
-            # Towards the middle, so that it stays on the surface.
-            left = x[-1] > np.mean(panel.get_xlim())
-            place: Any = dict(xytext=(-6 if left else 6, -3), va="center")
-            place |= dict(ha="right" if left else "left", textcoords="offset points")
+            # Ahead of the path, where it does not hide it.
+            up = y[-1] >= y[0]
+            place: Any = dict(xytext=(0, 6 if up else -6), textcoords="offset points")
+            place |= dict(ha="center", va="bottom" if up else "top")
             end = {"color": colour, "fontsize": SMALL} | place | seen
             panel.annotate(label, (x[-1], y[-1]), **end)
 
