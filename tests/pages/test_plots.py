@@ -284,7 +284,7 @@ def test_what_is_not_finite_is_told():
     assert [ax.get_title() for ax in panels] == ["SGD", "SAM (no finite value)"]
     panels[0].figure.draw_without_rendering()
     early = sampling([record(1.0, 0.0, 0.0)] * 4)
-    assert [x.get_text() for x in early.texts] == ["No step has ascended yet"]
+    assert [x.get_text() for x in early.texts] == ["No perturbed step yet"]
 
 
 def test_densities_with_a_band():
@@ -336,7 +336,7 @@ def test_sampling_rate_of_a_warm_up_and_after():
         right = ax.figure.axes[-1]
         np.testing.assert_array_equal(ax.lines[0].get_ydata(), [np.nan, 100, 50, 20])
         np.testing.assert_array_equal(right.lines[0].get_ydata(), [np.nan, 2, 0.5, 1])
-    assert ax.get_ylabel() == "Steps that ascend (%)"
+    assert ax.get_ylabel() == "Perturbed steps (%)"
     assert right.get_ylabel() == "PSF norm (nats per weight)"
     for side in (ax, right):
         assert side.yaxis.label.get_color() == side.lines[0].get_color()
