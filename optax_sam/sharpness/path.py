@@ -105,7 +105,7 @@ def project_path(
     ):  # of float64's rounding, or nan
         raise ValueError(
             "The weights of the path are all the same, or not finite. Keep a copy of"
-            " each checkpoint (arrays that are donated or written over are one)."
+            " each checkpoint: jax.tree.map(jnp.copy, params)."
         )
     if directions is None:
         D = _principal_components(spread)
