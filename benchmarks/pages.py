@@ -33,7 +33,7 @@ from benchmarks.lib.study import read as read_json
 from benchmarks.pods import pods
 from benchmarks.quality import protocol, report
 from benchmarks.steps import cost_report, overhead, torch_peers
-from benchmarks.studies import correlation, lsq
+from benchmarks.studies import correlation, curvature_peers, lsq
 from optax_sam.method import METHODS
 
 PAGES = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "benchmarks/README.md"]
@@ -61,6 +61,7 @@ def tables() -> dict[str, str]:
     found = {
         "step_cost": cost_report.markdown(steps),
         "overhead": overhead.markdown(*variants),
+        "curvature_peers": curvature_peers.markdown(read("curvature_peers")),
         "torch_peers": torch_peers.markdown(read("torch_peers_cpu"), steps),
         **pods.markdown(read("pods")["rows"]),
     }

@@ -1,8 +1,8 @@
 """The pictures of docs/measures/gallery.md: SGD, SAM and vSAM on noisy digits.
 
 Some labels are wrong. It trains a small network with each, follows the curvature of its
-training loss, looks at the landscape around the end, and draws. It takes less than a
-minute on two cores, and needs flax, matplotlib, rich and scikit-learn too.
+training loss, looks at the landscape around the end, and draws. It takes about a minute
+on two cores, and needs flax, matplotlib, rich and scikit-learn too.
 
     python examples/gallery.py [--out docs/images]
 """
@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import gallery_measures as measure
 import jax
 import numpy as np
 from gallery_training import (
@@ -21,7 +22,6 @@ from gallery_training import (
     NUM_BATCHES,
     OPTIMIZERS,
     WINDOW,
-    loss_fn,
     noisy_digits,
     train,
 )
@@ -31,28 +31,16 @@ from rich.progress import Progress
 import optax_sam
 from optax_sam import plots, sharpness
 
-
-# Parameters and data are arguments: closed over, they would be compiled in.
-@jax.jit
-def top_eigenpair(params: Any, data: Any, init: Any) -> tuple[jax.Array, Any]:
-    """The largest eigenvalue; from the last eigenvector, few products find it."""
-    options: Any = dict(num_matvecs=10, init=init)
-    found = sharpness.hessian_eigenvalues(loss_fn, params, data, 0, **options)
-    return found.eigenvalues[0], jax.tree.map(lambda v: v[0], found.eigenvectors)
-
-
-@jax.jit
-def landscape(params: Any, data: Any, alphas: Any, betas: Any) -> jax.Array:
-    """The loss on a plane in two random directions, of the filters' lengths."""
-    pair = [sharpness.filter_normalized_direction(key, params) for key in (1, 2)]
-    return sharpness.loss_surface(loss_fn, params, data, pair, alphas, betas)
-
-
-@jax.jit
-def spectrum(params: Any, data: Any) -> sharpness.SpectralDensity:
-    """The density of the eigenvalues, smoothed alike for all networks."""
-    options: Any = dict(num_lanczos=60, num_probes=4, sigma=0.05)
-    return sharpness.spectral_density(loss_fn, params, data, 0, **options)
+TITLES = {
+    "sharpness": "Sharpness over training",
+    "line": "Loss along a random line",
+    "surface": "Loss on a random plane",
+    "path": "Three training runs",
+    "eigenvectors": "SGD's loss along three eigenvectors",
+    "spectrum": "Eigenvalues of the Hessian",
+    "ggn": "SGD's network, two matrices",
+    "sampling": "How often vSAM perturbs",
+}
 
 
 def main() -> None:
@@ -65,8 +53,9 @@ def main() -> None:
     data = noisy_digits()
     measured = 64 if args.quick else len(data[0])
     whole = jax.tree.map(lambda x: x[None, :measured], data)  # in one batch
-    line, plane = np.linspace(-1, 1, 61), np.linspace(-1, 1, points)
-    lambda_max, lines, surfaces, spectra = defaultdict(list), {}, {}, {}
+    steps, grid = np.linspace(-1, 1, 61), np.linspace(-1, 1, points)
+    lambda_max, paths, densities = defaultdict(list), defaultdict(list), {}
+    lines, surfaces = {}, {}
     records: list[dict[str, jax.Array]] = []
 
     with Progress() as progress:
@@ -77,33 +66,53 @@ def main() -> None:
             for i, (params, opt_state) in enumerate(progress.track(states, **told)):
                 if i % every == 0:
                     start = params if vector is None else vector
-                    value, vector = top_eigenpair(params, whole, start)
+                    value, vector = measure.top_eigenpair(params, whole, start)
                     lambda_max[name].append(value)
+                    paths[name].append(params)
                 if name == "vSAM":
                     records.append(optax_sam.metrics(opt_state))
-            lines[name] = landscape(params, whole, line, np.zeros(1))[:, 0]
-            # Row by row, all by one compiled program, so that the bar can move.
-            rows = progress.track(plane, description=f"{name}'s landscape")
-            surfaces[name] = [landscape(params, whole, a[None], plane)[0] for a in rows]
-            spectra[name] = spectrum(params, whole)
+            pair = [
+                sharpness.filter_normalized_direction(key, params) for key in (1, 2)
+            ]
+            lines[name] = measure.plane(params, whole, pair, steps, np.zeros(1))[:, 0]
+            rows = progress.track(grid, description=f"{name}'s landscape")
+            surfaces[name] = measure.surface(params, whole, pair, rows, grid)
+            densities[name] = measure.spectra(params, whole)
+        first, last = paths["SGD"][0], paths["SGD"][-1]
+        along = measure.along_eigenvectors(last, whole, steps)
+        path = sharpness.project_path(paths, first)
+        ends = np.concatenate(list(path.coordinates.values()))
+        reach = 0.15 * np.ptp(ends, axis=0).max()
+        low, high = ends.min(0) - reach, ends.max(0) + reach
+        across, up = np.linspace(low, high, points).T
+        rows = progress.track(across, description="The paths")
+        below = measure.surface(first, whole, path.directions, rows, up)
 
-    steps = NUM_BATCHES * np.arange(num_epochs + 1)
+    trained = NUM_BATCHES * np.arange(num_epochs + 1)
     pictures = {
         "sharpness": plots.sharpness_history(
-            steps[::every], lambda_max, learning_rate=LEARNING_RATE
+            trained[::every], lambda_max, learning_rate=LEARNING_RATE
         ),
-        "line": plots.loss_line(line, lines),
-        "surface": plots.loss_surface(plane, plane, surfaces)[0],
-        "spectrum": plots.spectral_density(spectra),
-        "sampling": plots.sampling_rate(steps, records, window=WINDOW),
+        "line": plots.loss_line(steps, lines),
+        "surface": plots.loss_surface(grid, grid, surfaces)[0],
+        "path": plots.loss_surface(across, up, below, path=path),
+        "eigenvectors": plots.loss_along_eigenvectors(along),
+        "spectrum": plots.spectral_density(
+            {name: found["Hessian"] for name, found in densities.items()}
+        ),
+        "ggn": plots.spectral_panels(
+            {name: densities["SGD"][name] for name in ("Hessian", "GGN")}
+        )[0],
+        "sampling": plots.sampling_rate(trained, records, window=WINDOW),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     for name, ax in pictures.items():
-        path = args.out / f"gallery_{name}.png"
-        ax.figure.savefig(path)
+        file = args.out / f"gallery_{name}.png"
+        ax.figure.suptitle(f"{TITLES[name]}: digits, 36 % wrong labels", fontsize=10)
+        ax.figure.savefig(file)
         # Few colours make a small file.
-        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
-        print(path)
+        Image.open(file).convert("RGB").quantize(128).save(file, optimize=True)
+        print(file)
 
 
 if __name__ == "__main__":

@@ -25,17 +25,26 @@ OPTIMIZERS = {
 
 
 def noisy_digits() -> tuple[jax.Array, jax.Array]:
-    """Digits of which 40 % have a label that was drawn anew."""
+    """Digits of which 40 % have a label that was drawn again."""
     size, rng = NUM_BATCHES * BATCH_SIZE, np.random.default_rng(0)
     images, labels = (x[:size] for x in load_digits(return_X_y=True))
     labels = np.where(rng.random(size) < NOISE, rng.integers(0, 10, size), labels)
     return jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
 
 
-def loss_fn(params: Any, batch: Any) -> jax.Array:
-    """The mean cross-entropy, in nats."""
-    logits = model.apply(params, batch[0])
+def model_fn(params: Any, batch: Any) -> jax.Array:
+    """The logits."""
+    return model.apply(params, batch[0])
+
+
+def cross_entropy(logits: jax.Array, batch: Any) -> jax.Array:
+    """The mean over the batch, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+def loss_fn(params: Any, batch: Any) -> jax.Array:
+    """The loss that is trained."""
+    return cross_entropy(model_fn(params, batch), batch)
 
 
 def train(

@@ -19,10 +19,6 @@ from rich.progress import MofNCompleteColumn, Progress
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
-# Grey, and Okabe and Ito's colours.
-GREY, BLACK = "#666666", "#000000"
-BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
-ORANGE, RED, PINK = "#E69F00", "#D55E00", "#CC79A7"
 
 
 def parser(

@@ -10,13 +10,11 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from benchmarks.lib import study, tables
-from benchmarks.lib.study import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
 from benchmarks.quality import rows
+from optax_sam.plots import method_colour
 
 Line = dict[str, Any]
 SHORT = {"rate": "lr", "decay": "wd", "max_offset_norm": "cap"}
-COLOURS = {"SGD": BLACK, "SGD 2x": BLACK, "SAM": BLUE, "vSAM": PINK, "vSAM .33": RED}
-COLOURS |= {"MSAM": GREEN, "quarter-batch SAM": ORANGE, "SAM-5": SKY}
 REFERENCES = "SGD", "SGD 2x", "SAM"
 
 
@@ -150,7 +148,7 @@ def draw(lines: list[Line], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         labels = []
         for row, made in task.rows.items():
-            colour, x = COLOURS.get(row, GREY), task.gradients(row)
+            colour, x = method_colour(row), task.gradients(row)
             accuracies = [line["accuracy"] for line in made]
             style: Any = {"color": colour, "alpha": 0.45, "linewidths": 0}
             axes.scatter([x] * len(made), accuracies, s=12, **style)

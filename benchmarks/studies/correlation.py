@@ -42,9 +42,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import optax_sam
 from benchmarks.lib import datasets, networks, study
-from benchmarks.lib.study import BLUE, GREEN, GREY, RED, SKY
 from benchmarks.lib.tables import table
 from optax_sam import sharpness
+from optax_sam.plots import method_colour
+from optax_sam.plots.colours import BLACK, GREY, ORANGE
 
 TITLES = {
     "digits": "Digits, 20 % of the labels replaced",
@@ -511,9 +512,6 @@ def optimizers(rows: list[Any]) -> str:
     return table(header, lines)
 
 
-COLOURS = {"SGD": GREY, "SAM": BLUE, "vSAM": RED, "MSAM": GREEN}
-
-
 def draw(results: dict[str, Any], path: Path) -> None:
     """Kendall's tau of each measure, and two measures against the gap."""
     sets = results["sets"]
@@ -530,15 +528,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
         y = np.arange(len(lines))
         tau = np.array([line["tau"] for line in lines])
         low, high = (np.array([line[k] for line in lines]) for k in ("low", "high"))
-        axes.hlines(y, low, high, color=SKY, linewidth=3)
-        axes.plot(tau, y, "o", color=BLUE, markersize=4, label="all models")
+        axes.hlines(y, low, high, color=GREY, linewidth=3, alpha=0.4)
+        axes.plot(tau, y, "o", color=BLACK, markersize=4, label="all models")
         if "granulated" in lines[0]:
             psi = [line["granulated"] for line in lines]
             axes.plot(
-                psi, y, "D", color=RED, markersize=4, fillstyle="none",
+                psi, y, "D", color=ORANGE, markersize=4, fillstyle="none",
                 label="granulated",
             )  # fmt: skip
-        axes.axvline(0, color="black", linewidth=0.8)
+        axes.axvline(0, color=BLACK, linewidth=0.8)
         axes.set_yticks(y, [line["measure"] for line in lines], fontsize=8)
         axes.set_xlim(-1, 1)
         axes.set_ylim(-1, len(lines))
@@ -553,12 +551,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for axes, ((name, part), measure) in zip(
         panels, itertools.product(sets.items(), names), strict=True
     ):
-        for optimizer, colour in COLOURS.items():
+        for optimizer in GRID["optimizer"]:
             own = [r for r in part["rows"] if r["settings"]["optimizer"] == optimizer]
             if own:
                 axes.plot(
                     [r["measures"][measure] for r in own], gap(own, "error"), "o",
-                    color=colour, markersize=4, label=optimizer,
+                    color=method_colour(optimizer), markersize=4, label=optimizer,
                 )  # fmt: skip
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

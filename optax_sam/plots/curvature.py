@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from optax_sam.plots.colours import GREY
 from optax_sam.plots.style import (
     MARKERS,
+    SMALL,
     add_legend,
+    as_many_axes,
     axes_or_new,
     by_name,
+    finite,
     label_axes,
+    log_scale,
+    new_figure,
     styled,
+    told,
+    wrapped,
 )
 from optax_sam.schedules import check_number
 
@@ -48,7 +56,7 @@ def spectral_density(
       single probe there is none.
 
     Raises:
-      ValueError: if ``floor`` is not in ``(0, 1)``, or nothing was given.
+      ValueError: if ``floor`` is not in ``(0, 1)``, or what was given is no density.
       ImportError: if there is no matplotlib.
 
     Examples:
@@ -61,27 +69,101 @@ def spectral_density(
       >>> plots.spectral_density(result).get_yscale()
       'log'
     """
+    named, limits = _densities(result, floor)
+    ax = axes_or_new(ax)
+    for label, found, style in styled(named):
+        _draw_density(ax, label, found, style, limits)
+    label_axes(ax, f"Eigenvalue ({unit} per squared weight)", "Density of eigenvalues")
+    add_legend(ax)
+    return ax
+
+
+def spectral_panels(
+    results: Mapping[str, SpectralDensity],
+    *,
+    ax: Any = None,
+    unit: str = "nats",
+    floor: float = 1e-7,
+) -> Any:
+    """Draws several densities of eigenvalues, one above the other on equal axes.
+
+    It is for matrices of one network, such as its Hessian and its Gauss-Newton matrix:
+    what the second lacks left of the thin line at zero comes from the curvature of the
+    model, which it leaves out.
+
+    Args:
+      results: of :func:`optax_sam.sharpness.spectral_density`, by name.
+      ax: where to draw, one for each density; ``None`` makes a figure.
+      unit: of the loss; nats for a cross-entropy.
+      floor: the lowest density shown, as a share of the highest of all.
+
+    Returns:
+      The axes, an array.
+
+    Raises:
+      ValueError: as :func:`spectral_density` does, and if there are not as many axes.
+      ImportError: if there is no matplotlib.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_sam import plots, sharpness
+      >>> loss = lambda z, batch: jnp.mean(z**2)
+      >>> model = lambda w, batch: jnp.sin(batch @ w)
+      >>> args = jnp.ones(2), jnp.eye(2)[None]
+      >>> H = sharpness.hessian(lambda w, batch: loss(model(w, batch), batch), *args)
+      >>> G = sharpness.ggn(model, loss, *args)
+      >>> found = {"Hessian": H, "GGN": G}
+      >>> found = {k: sharpness.spectral_density(A, 0) for k, A in found.items()}
+      >>> [ax.get_title() for ax in plots.spectral_panels(found)]
+      ['Hessian', 'GGN']
+    """
+    named, limits = _densities(results, floor)
+    number = len(named)
+    make = lambda: new_figure(5, 1.5 * number + 0.6).subplots(
+        number, 1, squeeze=False, sharex=True, sharey=True
+    )[:, 0]
+    axes = as_many_axes(ax, number, "densities", make)
+    ends = [f(f(found.grid) for found in named.values()) for f in (min, max)]
+    across = f"Eigenvalue ({unit} per squared weight)"
+    for panel, (label, found, style) in zip(axes, styled(named), strict=True):
+        _draw_density(panel, "", found, style | {"ls": "-"}, limits)
+        panel.axvline(0, color=GREY, lw=0.8, zorder=0)
+        panel.set_xlim(*map(float, ends))
+        panel.set_title(wrapped(label, 300), fontsize=SMALL + 1)
+        label_axes(panel, across if panel is axes[-1] else "", "Density")
+    return axes
+
+
+def _densities(result: Any, floor: float) -> tuple[dict[str, Any], tuple[float, float]]:
+    """One or several densities by name, and the limits of what is shown."""
     check_number("floor", floor, 0.0, 1.0, open_low=True, open_high=True)
-    named = {"": result} if hasattr(result, "density") else dict(result)
-    if not named:
+    named = {"": result} if hasattr(result, "density") else result
+    if isinstance(named, Mapping) and not named:
         raise ValueError(
             "result has no entries: there is nothing to draw. Pass what"
             " sharpness.spectral_density returned, or a dict of several by name."
         )
-    lowest = floor * max(float(np.max(found.density)) for found in named.values())
-    ax = axes_or_new(ax)
+    others = dict(named).values() if isinstance(named, Mapping) else [result]
+    if wrong := [x for x in others if not hasattr(x, "density")]:
+        raise ValueError(
+            "A density must be what sharpness.spectral_density returned, or several of"
+            f" them a dict by name; got {type(wrong[0]).__name__}. Eigenvalues alone"
+            " have no density: draw them with ax.hist(eigenvalues)."
+        )
+    known = finite("The density", [found.density for found in named.values()])
+    top = float(known.max())
+    return dict(named), (floor * top, 2 * top)
+
+
+def _draw_density(ax: Any, label: str, found: Any, style: Any, limits: Any) -> None:
     ax.set_yscale("log")
-    for name, found, style in styled(named):
-        grid, density = np.asarray(found.grid), np.asarray(found.density)
-        ax.plot(grid, density, label=name, **style)
-        error = np.asarray(found.stderr)
-        if np.isfinite(error).all():
-            low, high = (np.maximum(density + k * error, lowest) for k in (-1, 1))
-            ax.fill_between(grid, low, high, color=style["color"], alpha=0.25, lw=0)
-    ax.set_ylim(bottom=lowest)
-    label_axes(ax, f"Eigenvalue ({unit} per squared weight)", "Density of eigenvalues")
-    add_legend(ax)
-    return ax
+    grid, density = np.asarray(found.grid), np.asarray(found.density)
+    ax.plot(grid, density, label=label, **style)
+    error = np.asarray(found.stderr)
+    if np.isfinite(error).all():
+        low, high = (np.maximum(density + k * error, limits[0]) for k in (-1, 1))
+        ax.fill_between(grid, low, high, color=style["color"], alpha=0.25, lw=0)
+    ax.set_ylim(*limits)
 
 
 def sharpness_history(
@@ -98,7 +180,8 @@ def sharpness_history(
 
     Gradient descent on a quadratic diverges above :math:`2 / \eta`, and with heavy-ball
     momentum :math:`\beta` above :math:`2 (1 + \beta) / \eta`; full-batch training
-    hovers about that line. With small batches, and with SAM, it stays below.
+    hovers about that line. With small batches, and with SAM, it stays below. The axis
+    is logarithmic; if an eigenvalue is zero or negative, it is linear around zero.
 
     Args:
       steps: ``(T,)``, when it was measured.
@@ -117,7 +200,8 @@ def sharpness_history(
 
     Raises:
       ValueError: if an argument has another shape than ``steps``, ``momentum`` is out
-        of range, or ``sam_edge`` has a name that ``lambda_max`` has not.
+        of range, ``sam_edge`` has a name that ``lambda_max`` has not, or no eigenvalue
+        is finite.
       ImportError: if there is no matplotlib.
 
     Examples:
@@ -142,16 +226,20 @@ def sharpness_history(
             f"sam_edge has {', '.join(map(repr, unknown))}, which lambda_max has not;"
             f" its names are {', '.join(map(repr, named))}. Give both the same ones."
         )
+    finite("lambda_max", named.values())
+    drawn = finite("lambda_max", [*named.values(), *edges.values()])
     ax = axes_or_new(ax)
-    ax.set_yscale("log")
-    for i, (name, values, style) in enumerate(styled(named)):
+    log_scale(ax, drawn)
+    for i, (name, (label, values, style)) in enumerate(
+        zip(named, styled(named), strict=True)
+    ):
         # Without dashes: the markers tell them apart, and dashes are for edges.
         style = style | {"ls": "-", "marker": MARKERS[i % len(MARKERS)], "ms": 4}
-        ax.plot(x, values, label=name, **style)
+        ax.plot(x, values, label=label, **style)
         if name in edges:
             label = f"{name}'s edge" if name else "SAM's edge"
+            label = told(label, edges[name])
             ax.plot(x, edges[name], ":", label=label, color=style["color"], lw=1.4)
-    top = max(np.nanmax(values) for values in (*named.values(), *edges.values()))
     if learning_rate is not None:
         rate = learning_rate(x) if callable(learning_rate) else learning_rate
         rate = np.asarray(rate, float)
@@ -163,9 +251,10 @@ def sharpness_history(
         rate = np.broadcast_to(rate, x.shape)
         edge = 2 * (1 + momentum) / np.where(rate > 0, rate, np.nan)
         label = r"$2 (1 + \beta) / \eta$" if momentum else r"$2 / \eta$"
-        ax.plot(x, edge, "--", color="#555555", lw=1.4, label=label)
-        # A decaying rate sends the line away; what it is compared with stays in sight.
-        ax.set_ylim(top=2 * max(top, np.nanmin(edge)))
+        if np.isfinite(edge).any():
+            ax.plot(x, edge, "--", color=GREY, lw=1.4, label=label)
+            # A decaying rate sends the line away; what it is compared with stays.
+            ax.set_ylim(top=2 * max(drawn.max(), np.nanmin(edge)))
     label_axes(ax, "Step", rf"$\lambda_{{\max}}$ ({unit} per squared weight)")
     add_legend(ax)
     return ax

@@ -1,14 +1,15 @@
-"""How often vSAM ascends, and why."""
+"""How often vSAM perturbs, and why."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_sam.plots.style import PALETTE, axes_or_new, by_name, label_axes
+from optax_sam.plots.colours import GREY, method_colour
+from optax_sam.plots.style import SMALL, axes_or_new, by_name, label_axes
 from optax_sam.schedules import check_integer
 
 if TYPE_CHECKING:
@@ -23,15 +24,15 @@ def sampling_rate(
     ax: Axes | None = None,
     unit: str = "nats",
 ) -> Axes:
-    """Draws how often vSAM ascends, and the norm of its PSF, over training.
+    """Draws how often vSAM perturbs, and the norm of its PSF, over training.
 
     Args:
       steps: ``(T,)``, when the records were made.
       records: what ``optax_sam.metrics(opt_state)`` gave at each of them, or one
         dictionary of arrays ``(T,)``.
       window: ``K``, as vSAM was given; the rate is ``samples_per_window / K``. While
-        every step so far has ascended, as in the warm-up, it is 100 %; before the
-        first ascent nothing is drawn.
+        every step so far was perturbed, as in the warm-up, it is 100 %; before the
+        first perturbed step nothing is drawn.
       ax: where to draw; ``None`` makes a figure.
       unit: of the loss; nats for a cross-entropy.
 
@@ -51,7 +52,7 @@ def sampling_rate(
       ...     records.append(optax_sam.metrics(state))
       >>> ax = plots.sampling_rate([100, 200, 300], records, window=10)
       >>> ax.get_ylabel()
-      'Steps that ascend (%)'
+      'Perturbed steps (%)'
     """
     check_integer("window", window, 2)
     x, each = np.asarray(steps), [records] if isinstance(records, Mapping) else records
@@ -72,10 +73,14 @@ def sampling_rate(
     ax = axes_or_new(ax)
     right = ax.twinx()
     # A record speaks of the steps before it.
-    ax.plot(x, rate, color=PALETTE[0], lw=1.6, drawstyle="steps-pre")
-    right.plot(x, psf, color=PALETTE[3], lw=1)
-    label_axes(ax, "Step", "Steps that ascend (%)", color=PALETTE[0])
-    label_axes(right, "", f"PSF norm ({unit} per weight)", color=PALETTE[3])
+    colour = method_colour("vSAM")
+    ax.plot(x, rate, color=colour, lw=1.6, drawstyle="steps-pre")
+    right.plot(x, psf, color=GREY, lw=1)
+    label_axes(ax, "Step", "Perturbed steps (%)", color=colour)
+    label_axes(right, "", f"PSF norm ({unit} per weight)", color=GREY)
+    if not np.isfinite(rate).any():
+        center: Any = dict(transform=ax.transAxes, ha="center", fontsize=SMALL)
+        ax.text(0.5, 0.5, "No perturbed step yet", **center)
     ax.set_ylim(0, 105)
     right.set_ylim(bottom=0)
     right.spines[["top", "left"]].set_visible(False)

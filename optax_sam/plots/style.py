@@ -1,17 +1,19 @@
-"""What all pictures share: figures, colours and sizes of letters."""
+"""What all pictures share: figures, styles of lines, scales and sizes of letters."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-# Okabe and Ito's colours, the best to tell apart first, without the yellow: too light.
-PALETTE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
+from optax_sam.plots.colours import BLACK, METHODS, PALETTE
+
 DASHES = "-", (0, (5, 2)), (0, (6, 2, 1.5, 2)), (0, (1.5, 1.5))
 MARKERS = "o", "s", "^", "D", "v"
 SMALL = 9  # points; axis labels have one more
+OWN = "optax_sam.plots"  # the label of figures that are made here
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -22,12 +24,26 @@ def new_figure(width: float, height: float) -> Any:
         raise ImportError(
             "optax_sam.plots draws with matplotlib: pip install 'optax_sam[plots]'."
         ) from error
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+    size: Any = dict(figsize=(width, height), dpi=150, layout="constrained")
+    return Figure(label=OWN, **size)
 
 
 def axes_or_new(ax: Any) -> Any:
     """The axes given, or those of a new figure."""
     return new_figure(5, 3.3).subplots() if ax is None else ax
+
+
+def as_many_axes(ax: Any, number: int, what: str, make: Any) -> Any:
+    """The axes given, which must be as many; or those that ``make()`` makes."""
+    if ax is None:
+        return make()
+    axes = np.ravel(np.asarray(ax, object))
+    if len(axes) != number:
+        raise ValueError(
+            f"{number} {what} need as many axes; got {len(axes)}. Write"
+            f" ax=figure.subplots(1, {number}), or ax=None for a new figure."
+        )
+    return axes
 
 
 def by_name(name: str, values: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -48,15 +64,52 @@ def by_name(name: str, values: Any, shape: tuple[int, ...]) -> dict[str, np.ndar
     return arrays
 
 
-def styled(named: Mapping[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Each series with a colour and dashes, so that equal ones do not hide each other.
+def finite(name: str, series: Any) -> np.ndarray:
+    """All finite values of several arrays; an error if there is none to draw."""
+    values = np.concatenate([np.ravel(np.asarray(x, float)) for x in series])
+    values = values[np.isfinite(values)]
+    if not values.size:
+        raise ValueError(
+            f"{name} has no finite value, so that there is nothing to draw. Did the"
+            " training run diverge, or does the measure's own result say why?"
+        )
+    return values
 
-    The two repeat after different numbers, together after 28 series.
+
+def styled(named: Mapping[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Each series with its label, a colour and dashes, so that none hides another.
+
+    A method has its own colour, and the others take what is left of the palette.
+    Colours and dashes repeat after different numbers.
     """
+    from matplotlib import rcParams
+
+    taken = {METHODS.get(name) for name in named}
+    free = [colour for colour in PALETTE if colour not in taken] or list(PALETTE)
+    unnamed = [name for name in named if name not in METHODS]
+    colours = METHODS | {name: free[i % len(free)] for i, name in enumerate(unnamed)}
+    # Black where paper is white: what the style in use writes with.
+    shown = lambda colour: rcParams["text.color"] if colour == BLACK else colour
+    # With an even number of colours the dashes skip one after each round.
+    skip = 1 - len(free) % 2
     return [
-        (name, series, {"color": PALETTE[i % 7], "ls": DASHES[i % 4], "lw": 1.6})
+        (
+            told(name, series),
+            series,
+            {
+                "color": shown(colours[name]),
+                "ls": DASHES[(i + skip * (i // len(free))) % 4],
+                "lw": 1.6,
+            },
+        )
         for i, (name, series) in enumerate(named.items())
     ]
+
+
+def told(name: str, series: Any) -> str:
+    """The name of a series, which says so if none of it can be drawn."""
+    values = getattr(series, "density", series)
+    return name if np.isfinite(values).any() else f"{name} (no finite value)"
 
 
 def label_axes(ax: Any, x: str, y: str, color: str | None = None) -> None:
@@ -71,10 +124,67 @@ def label_axes(ax: Any, x: str, y: str, color: str | None = None) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def log_scale(ax: Any, values: np.ndarray) -> None:
+    """A logarithmic vertical axis, linear around zero if not all are positive."""
+    if (values > 0).all():
+        ax.set_yscale("log")
+        return
+    sizes = np.abs(values[values != 0])
+    largest = sizes.max(initial=1e-300)
+    ax.set_yscale("symlog", linthresh=max(sizes.min(initial=1.0), 1e-3 * largest))
+    ax.axhline(0, color="0.5", lw=0.8, zorder=0)
+
+
+def numerals(values: Any) -> list[str]:
+    """Numbers with as few digits as tell them apart."""
+    texts = []
+    for digits in range(2, 17):
+        texts = [_numeral(float(f"{value:.{digits}g}")) for value in values]
+        if len({*texts}) == len({*values}):
+            break
+    return texts
+
+
+def _numeral(value: float) -> str:
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return np.format_float_positional(value, trim="-")
+    mantissa, exponent = np.format_float_scientific(value, trim="-").split("e")
+    return rf"${mantissa} \times 10^{{{int(exponent)}}}$"
+
+
+def wrapped(name: str, width: float) -> str:
+    """A name in lines of at most so many points."""
+    if "$" in name:
+        return name
+    return textwrap.fill(name, max(8, int(width / (0.55 * SMALL))))
+
+
 def add_legend(ax: Any) -> None:
-    """Names, if there are any, in rows above the axes, where no curve is."""
+    """Names, if there are any, in rows above the axes, where no curve is.
+
+    Long names have fewer columns, and more lines at last. A figure of our own grows by
+    the rows beyond two; on axes that are given, which do not, the legend moves to where
+    it hides least.
+    """
     named = [line for line in ax.lines if line.get_label()[:1] not in ("", "_")]
-    if named:
-        place: Any = dict(loc="lower center", bbox_to_anchor=(0.5, 1), borderpad=0)
-        columns = min(4, len(named))
-        ax.legend(handles=named, fontsize=SMALL, frameon=False, ncols=columns, **place)
+    if not named:
+        return
+    figure, style = ax.figure, {"fontsize": SMALL, "frameon": False}
+    above: Any = dict(loc="lower center", bbox_to_anchor=(0.5, 1), borderpad=0)
+    columns = min(4, len(named))
+    draw = lambda: ax.legend(handles=named, ncols=columns, **style, **above)
+    width = lambda: draw().get_window_extent().width
+    while width() > ax.bbox.width and columns > 1:
+        columns -= 1
+    if width() > ax.bbox.width:
+        points = 72 * ax.bbox.width / figure.dpi
+        for line in named:
+            line.set_label(wrapped(line.get_label(), points - 5 * SMALL))
+    height = draw().get_window_extent().height
+    if figure.get_label() == OWN:
+        beyond = max(0, height / figure.dpi - 0.4)
+        figure.set_figheight(figure.get_figheight() + beyond)
+    elif height > 0.5 * ax.bbox.height or (
+        figure.get_layout_engine() is None and ax.bbox.y1 + height > figure.bbox.y1
+    ):
+        ax.legend(handles=named, fontsize=SMALL, framealpha=0.8)

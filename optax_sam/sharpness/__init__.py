@@ -3,6 +3,7 @@
 from optax_sam.sharpness.data import stack_batches
 from optax_sam.sharpness.directions import filter_normalized_direction
 from optax_sam.sharpness.eigen import EigenResult, eigenvalues
+from optax_sam.sharpness.eigen_lines import EigenLines, loss_along_eigenvectors
 from optax_sam.sharpness.geodesic import geodesic_sharpness
 from optax_sam.sharpness.gl_pairs import (
     GLBlock,
@@ -38,6 +39,7 @@ from optax_sam.sharpness.pac_bayes import (
     pac_bayes_bound,
     pac_bayes_flatness,
 )
+from optax_sam.sharpness.path import PathProjection, project_path
 from optax_sam.sharpness.perturbation import (
     AverageSharpness,
     SamSharpness,
@@ -84,6 +86,7 @@ renyi_entropy_of = renyi_entropy
 __all__ = [
     "AverageSharpness",
     "CountedLoss",
+    "EigenLines",
     "EigenResult",
     "Estimate",
     "GLBlock",
@@ -94,6 +97,7 @@ __all__ = [
     "Memory",
     "Operator",
     "PacBayesFlatness",
+    "PathProjection",
     "Probe",
     "ProbeState",
     "Quadrature",
@@ -128,6 +132,7 @@ __all__ = [
     "kendall_tau",
     "keskar_sharpness",
     "lora_gl_pairs",
+    "loss_along_eigenvectors",
     "loss_line",
     "loss_surface",
     "memory",
@@ -135,6 +140,7 @@ __all__ = [
     "pac_bayes_bound",
     "pac_bayes_flatness",
     "progress",
+    "project_path",
     "renyi_entropy",
     "renyi_sharpness",
     "sam_metrics",

@@ -34,6 +34,14 @@ class EigenResult(NamedTuple):
     converged: jax.Array
     num_matvecs: jax.Array
 
+    def vector(self, i: int) -> Any:
+        """Eigenvector ``i``, a pytree like the parameters: a direction to look along.
+
+        Args:
+          i: which, in the order of the eigenvalues.
+        """
+        return jax.tree.map(lambda v: v[i], self.eigenvectors)
+
 
 @also_of_loss
 def eigenvalues(

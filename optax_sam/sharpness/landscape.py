@@ -74,7 +74,7 @@ def loss_line(
     options: Any = dict(mask=mask, weights=weights, axis_name=axis_name)
     o = objective(loss_fn, params, batches, **options)
     d = _like("direction", direction, o)
-    return _losses(o, (d,), _vector("alphas", alphas)[:, None])
+    return losses_at(o, (d,), step_vector("alphas", alphas)[:, None])
 
 
 def loss_surface(
@@ -137,10 +137,10 @@ def loss_surface(
     options: Any = dict(mask=mask, weights=weights, axis_name=axis_name)
     o = objective(loss_fn, params, batches, **options)
     pair = tuple(_like(f"directions[{i}]", d, o) for i, d in enumerate(directions))
-    a = _vector("alphas", alphas)
-    b = a if betas is None else _vector("betas", betas)
+    a = step_vector("alphas", alphas)
+    b = a if betas is None else step_vector("betas", betas)
     points = jnp.stack(jnp.meshgrid(a, b, indexing="ij"), -1)
-    return _losses(o, pair, points.reshape(-1, 2)).reshape(len(a), len(b))
+    return losses_at(o, pair, points.reshape(-1, 2)).reshape(len(a), len(b))
 
 
 def interpolate_loss(
@@ -192,13 +192,15 @@ def interpolate_loss(
     """
     options: Any = dict(mask=mask, weights=weights, axis_name=axis_name)
     o = objective(loss_fn, params, batches, **options)
-    end, a = _like("other", other, o), _vector("alphas", alphas)
+    end, a = _like("other", other, o), step_vector("alphas", alphas)
     # As two shares: a step from one end would miss the other by the rounding.
     start = dataclasses.replace(o, w=jax.tree.map(jnp.zeros_like, o.w))
-    return _losses(start, (o.w, end), jnp.stack([1 - a, a], -1))
+    return losses_at(start, (o.w, end), jnp.stack([1 - a, a], -1))
 
 
-def _losses(o: Objective, directions: tuple[Any, ...], points: jax.Array) -> jax.Array:
+def losses_at(
+    o: Objective, directions: tuple[Any, ...], points: jax.Array
+) -> jax.Array:
     """The losses at these multiples ``(P, D)`` of the directions, one by one."""
 
     def of_batch(o: Objective, batch: Any, directions: Any, points: Any) -> jax.Array:
@@ -218,7 +220,8 @@ def _like(name: str, tree: Any, o: Objective) -> Any:
     return o.vary(chosen_part(name, tree, o.params, o.w))
 
 
-def _vector(name: str, values: ArrayLike) -> jax.Array:
+def step_vector(name: str, values: ArrayLike) -> jax.Array:
+    """The steps to evaluate, ``(A,)``."""
     vector = jnp.asarray(values, jnp.result_type(float))
     if vector.ndim != 1 or not vector.size:
         raise ValueError(

@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # Parts of other examples, which are no programs.
 PARTS = {
     "cifar_parts.py",
+    "gallery_measures.py",
     "gallery_training.py",
     "lsq_layers.py",
     "multihost_launch.py",
@@ -41,7 +42,10 @@ def test_the_page_has_every_example() -> None:
 
 PICTURES = [
     f"gallery_{name}.png"
-    for name in ("sharpness", "line", "surface", "spectrum", "sampling")
+    for name in (
+        *("sharpness", "line", "surface", "path", "eigenvectors"),
+        *("spectrum", "ggn", "sampling"),
+    )
 ]
 
 

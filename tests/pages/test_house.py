@@ -1,5 +1,6 @@
 """What the code promises to those who work on it: where things stand, how many."""
 
+import ast
 import inspect
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import faults
 import pytest
+from matplotlib import colors
 
 import optax_sam
 from optax_sam import method
@@ -104,6 +106,35 @@ def test_rules_show_how_they_were_made():
     assert repr(when.bernoulli(lambda t: 0.5)) == "when.bernoulli(a schedule)"
     assert repr(blend.renormalize()) == "blend.renormalize(blend.Blend(...))"
     assert "= when.always()" in str(inspect.signature(optax_sam.sam))
+
+
+def is_a_colour(node):
+    """Whether it is a text that Matplotlib takes for a colour."""
+    if isinstance(node, ast.keyword) and "color" in (node.arg or ""):
+        return any(is_text(x) for x in ast.walk(node.value))
+    text = node.value if is_text(node) else ""
+    return len(text) > 3 and text != "none" and colors.is_color_like(text)
+
+
+def is_text(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_colours_are_fixed_in_one_place():
+    """A method has one in all figures, so no benchmark or example names another."""
+    scripts = [
+        p for name in ("benchmarks", "examples") for p in (ROOT / name).rglob("*.py")
+    ]
+    named = {
+        f"{path.name}:{node.lineno}"
+        for path in scripts
+        for node in ast.walk(ast.parse(path.read_text()))
+        if is_a_colour(node)
+    }
+    assert named == set()
+    for text, wrong in (("'#0072B2'", True), ("f(color='k')", True), ("'SGD'", False)):
+        nodes = ast.walk(ast.parse(text))
+        assert any(is_a_colour(node) for node in nodes) == wrong
 
 
 def test_tests_are_short_and_apart():

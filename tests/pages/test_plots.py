@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from optax_sam import plots
-from optax_sam.sharpness import SpectralDensity
+from optax_sam.plots import style
+from optax_sam.sharpness import EigenLines, PathProjection, SpectralDensity
 
 STEPS = np.arange(4)
 
@@ -50,9 +51,13 @@ def sampling(records=RECORDS, window=10, **options):
     return plots.sampling_rate(STEPS, records, window=window, **options)
 
 
-every_picture = pytest.mark.parametrize(
-    "draw", [line, surface, spectrum, history, sampling]
-)
+def eigenvectors(losses=STEPS**2.0, **options):
+    found = EigenLines(STEPS, losses[None], 2 * losses[None], np.array([4.0]))
+    return plots.loss_along_eigenvectors(found, **options)
+
+
+EVERY = line, surface, spectrum, history, sampling, eigenvectors
+every_picture = pytest.mark.parametrize("draw", EVERY)
 
 
 def figure_axes(*shape):
@@ -101,7 +106,7 @@ def test_without_matplotlib_it_is_imported_and_the_extra_is_named(monkeypatch):
     again = importlib.import_module("optax_sam.plots")
     assert again is not plots
     assert set(again.__all__) == set(plots.__all__)
-    for draw in (line, surface, spectrum, history, sampling):
+    for draw in EVERY:
         with pytest.raises(ImportError, match=r"pip install 'optax_sam\[plots\]'"):
             draw()
 
@@ -117,6 +122,50 @@ def test_several_lines():
     ax = line({str(i): STEPS for i in range(28)})
     style = lambda x: (x.get_color(), str(x._unscaled_dash_pattern))
     assert len({style(x) for x in ax.lines}) == 28
+
+
+LONG = "a method with a name of some length, number "
+
+
+@pytest.mark.parametrize("number", [6, 28])
+@pytest.mark.parametrize("name", [LONG, 3 * LONG, "SAM "])
+def test_names_of_any_length_have_a_legend_and_leave_room(name, number):
+    ax = line({f"{name}{i}": STEPS * i for i in range(number)})
+    ax.figure.draw_without_rendering()
+    shown, whole = ax.get_legend().get_window_extent(), ax.figure.bbox
+    texts = [x.get_text().replace("\n", " ") for x in ax.get_legend().get_texts()]
+    assert texts == [f"{name}{i}" for i in range(number)]
+    assert whole.x0 <= shown.x0 < shown.x1 <= whole.x1
+    assert shown.y1 <= whole.y1
+    assert ax.get_window_extent().height > 1.5 * ax.figure.dpi
+    # On axes that cannot grow it stays in the figure, too.
+    ax = line({f"{name}{i}": STEPS * i for i in range(6)}, ax=figure_axes())
+    ax.figure.draw_without_rendering()
+    assert ax.get_legend().get_window_extent().y1 <= ax.figure.bbox.y1
+
+
+def test_a_method_has_one_colour():
+    alone, among = line({"SAM": STEPS}), line({"other": STEPS, "SAM": STEPS})
+    assert alone.lines[0].get_color() == plots.method_colour("SAM")
+    assert among.lines[1].get_color() == plots.method_colour("SAM")
+    assert among.lines[0].get_color() != plots.method_colour("SAM")
+    # Black is what the style in use writes with, or it would be lost on black.
+    with matplotlib.rc_context({"text.color": "#fefefe"}):
+        assert line({"SGD": STEPS}).lines[0].get_color() == "#fefefe"
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([250.0, 1234.5, 0.0, -3.0], ["250", "1200", "0", "-3"]),
+        ([1000.0, 1001.0], ["1000", "1001"]),
+        ([0.0134, 0.2], ["0.013", "0.2"]),
+        ([2.5e-5, 3e7], [r"$2.5 \times 10^{-5}$", r"$3 \times 10^{7}$"]),
+        ([1.0, 1.0], ["1", "1"]),
+    ],
+)
+def test_numbers_are_short_and_differ(values, texts):
+    assert style.numerals(values) == texts
 
 
 def test_surfaces_share_their_colours():
@@ -157,11 +206,92 @@ def test_surfaces_with_holes_and_flat_ones():
         surface(flat).figure.draw_without_rendering()
 
 
+def test_a_surface_beside_the_weights_fills_its_axes():
+    x, losses = STEPS[1:], 250.0 * np.arange(1, 7).reshape(3, 2)
+    ax = plots.loss_surface(x, x[:2], losses)
+    assert [*ax.get_xlim(), *ax.get_ylim()] == [1, 3, 1, 2]
+    assert not ax.lines
+    bar = ax.figure.axes[-1].get_yticklabels()
+    assert [x.get_text() for x in bar][0] == "250"
+    assert not any("e+" in x.get_text() for x in bar)
+
+
+def test_paths_on_a_surface():
+    walks = {"SGD": np.array([[0, 0], [2, 1.0]]), "SAM": np.array([[0, 0], [1, 2.0]])}
+    path = PathProjection(walks, (None, None), np.array([0.7, 0.21]))
+    ax = surface(path=path)
+    assert ax.get_xlabel().endswith("(70 % of the path's variance)")
+    assert "(21 %" in ax.get_ylabel()
+    assert [x.get_text() for x in ax.texts] == ["SGD", "SAM"]
+    assert [data(x) for x in ax.lines[1::2]] == [[[0, 2], [0, 1]], [[0, 1], [0, 2]]]
+    assert ax.lines[3].get_color() == plots.method_colour("SAM")
+    # Each on the surface of its name; one without a name on all.
+    for given, texts in (
+        (path, [["SAM"], ["SGD"]]),
+        (path._replace(coordinates=walks["SAM"]), [[], []]),
+    ):
+        panels = surface({"SAM": ONES, "SGD": ONES}, path=given)
+        assert [[x.get_text() for x in ax.texts] for ax in panels] == texts
+        assert [len(ax.lines) for ax in panels] == [3, 3]
+
+
+def test_lines_along_eigenvectors():
+    found = EigenLines(STEPS, ONES.T, 100 * ONES.T, np.array([9.0, 0.5, -2.0]))
+    ax = plots.loss_along_eigenvectors(found)
+    assert labels(ax)[:3] == [
+        rf"$\lambda_{{{i}}} = {x}$" for i, x in ((1, 9), (2, 0.5), (3, -2))
+    ]
+    assert {str(x.get_ydata().tolist()) for x in ax.lines[1:6:2]} == {
+        "[100.0, 100.0, 100.0, 100.0]"
+    }
+    # A parabola that leaves does not squeeze the losses.
+    assert ax.get_ylim()[1] < 2
+
+
+def test_densities_one_above_the_other():
+    found = {"Hessian": density(scale=3), "GGN": density(scale=1.5)}
+    axes = plots.spectral_panels(found)
+    assert [ax.get_title() for ax in axes] == list(found)
+    for ax, one in zip(axes, found.values(), strict=True):
+        assert data(ax.lines[0]) == [one.grid.tolist(), one.density.tolist()]
+        assert ax.get_xlim() == (-1, 3)
+        assert ax.get_ylim() == axes[0].get_ylim()
+        assert ax.get_yscale() == "log"
+    given = figure_axes(1, 2)
+    assert list(plots.spectral_panels(found, ax=given)) == list(given)
+
+
+def test_negative_sharpness_is_in_the_picture():
+    values = np.array([-0.5, 0.0, 3.0, 18.0])
+    ax = plots.sharpness_history(STEPS, values, learning_rate=0.1)
+    assert ax.get_yscale() == "symlog"
+    points = ax.transAxes.inverted().transform(
+        ax.transData.transform(np.c_[STEPS, values])
+    )
+    assert (points >= 0).all()
+    assert (points <= 1).all()
+    assert (np.diff(points[:, 1]) > 0.05).all()
+    assert history().get_yscale() == "log"
+
+
+def test_what_is_not_finite_is_told():
+    nothing = np.full(4, np.nan)
+    assert labels(line({"SGD": STEPS, "SAM": nothing})) == [
+        "SGD",
+        "SAM (no finite value)",
+    ]
+    panels = surface({"SGD": ONES, "SAM": np.nan * ONES})
+    assert [ax.get_title() for ax in panels] == ["SGD", "SAM (no finite value)"]
+    panels[0].figure.draw_without_rendering()
+    early = sampling([record(1.0, 0.0, 0.0)] * 4)
+    assert [x.get_text() for x in early.texts] == ["No perturbed step yet"]
+
+
 def test_densities_with_a_band():
     ax = spectrum({"SGD": density(scale=3), "SAM": density(num_probes=1)})
     assert labels(ax) == ["SGD", "SAM"]
     assert ax.get_yscale() == "log"
-    assert ax.get_ylim()[0] == pytest.approx(1e-7, rel=0.1)
+    assert ax.get_ylim() == pytest.approx((1e-7, 2), rel=0.1)
     (band,) = ax.collections  # of one probe there is no error
     assert band.get_facecolor()[0, 3] < 0.5
     x, y = density(scale=3).grid, density(scale=3).density
@@ -206,7 +336,7 @@ def test_sampling_rate_of_a_warm_up_and_after():
         right = ax.figure.axes[-1]
         np.testing.assert_array_equal(ax.lines[0].get_ydata(), [np.nan, 100, 50, 20])
         np.testing.assert_array_equal(right.lines[0].get_ydata(), [np.nan, 2, 0.5, 1])
-    assert ax.get_ylabel() == "Steps that ascend (%)"
+    assert ax.get_ylabel() == "Perturbed steps (%)"
     assert right.get_ylabel() == "PSF norm (nats per weight)"
     for side in (ax, right):
         assert side.yaxis.label.get_color() == side.lines[0].get_color()
@@ -222,7 +352,12 @@ NEEDED = "no samples_per_window, psf_norm, ascent_rate; .*vsam"
         (line, [{"SAM": [1.0]}], r"losses\['SAM'\] must have.*got \(1,\)"),
         (line, [{}], "no entries"),
         (surface, [np.ones((3, 4))], r"shape \(4, 3\).*got \(3, 4\)"),
-        (surface, [np.full((4, 3), np.nan)], "finite.*smaller"),
+        (surface, [np.full((4, 3), np.nan)], "smaller.*finite"),
+        (line, [np.full(4, np.inf)], "losses has no finite value"),
+        (eigenvectors, [STEPS * np.nan], "no finite value"),
+        (spectrum, [np.ones(3)], "spectral_density returned.*got ndarray.*hist"),
+        (spectrum, [{"SGD": np.ones(3)}], "spectral_density returned.*got ndarray"),
+        (spectrum, [density()._replace(density=STEPS * np.nan)], "no finite value"),
         (surface, {"ax": (2,)}, "1 surfaces need as many axes; got 2"),
         (surface, {"num_levels": 1}, "num_levels"),
         (spectrum, {"floor": 0}, "floor"),

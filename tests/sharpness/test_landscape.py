@@ -59,6 +59,99 @@ def test_it_is_the_loss_there(x64, weights):
     check(ends, [at(0.0, a, 1 - a) for a in ALPHAS])
 
 
+def test_along_eigenvectors_it_is_the_parabola_to_second_order(x64):
+    args = loss_fn, params, batches = problem(jnp.float64)
+    top = sharpness.hessian_eigenvalues(*args, 0, k=2, num_matvecs=26)
+    steps = 1e-2 * np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+    found = jax.jit(lambda top: sharpness.loss_along_eigenvectors(*args, top, steps))(
+        top
+    )
+    for i in range(2):
+        line = sharpness.loss_line(*args, top.vector(i), steps)
+        np.testing.assert_allclose(found.losses[i], line, rtol=1e-14)
+    np.testing.assert_array_equal(found.eigenvalues, top.eigenvalues)
+    beyond = np.abs(found.losses - found.parabolas)
+    assert (beyond[:, 2] < 1e-14).all()
+    # Of third order in the step, while the second order is a hundred times that.
+    np.testing.assert_allclose(beyond[:, [0, 4]] / beyond[:, [1, 3]], 8, rtol=0.1)
+    second = 0.5 * np.outer(found.eigenvalues, steps**2)
+    assert (beyond <= 0.05 * second).all()
+
+
+def walk(number=12):
+    """A path that is known: in the plane of two directions, and a little beside it."""
+    params, rng = problem(jnp.float64)[1], np.random.default_rng(3)
+    d, e, f = (
+        sharpness.filter_normalized_direction(key, params, ignore_1d=False)
+        for key in range(3)
+    )
+    c = rng.normal(size=(number, 2)) * [3, 1]
+    add = lambda x, y: jax.tree.map(lambda w, d, e: w + x * d + y * e, params, d, e)
+    return params, (d, e), f, c, [add(x, y) for x, y in c]
+
+
+def test_a_path_in_the_plane_is_where_it_was_put(x64):
+    params, pair, aside, c, path = walk()
+    found = sharpness.project_path(path, params, pair)
+    np.testing.assert_allclose(found.coordinates, c, rtol=1e-10, atol=1e-12)
+    assert found.share.sum() == pytest.approx(1)
+    # A constant aside is out of the plane of each point, and no variance.
+    shift = lambda w: jax.tree.map(jnp.add, w, aside)
+    moved = sharpness.project_path([*map(shift, path)], shift(params), pair)
+    np.testing.assert_allclose(moved.coordinates, c, atol=1e-10)
+    # Two paths by name share the plane.
+    both = sharpness.project_path({"a": path[:5], "b": path[5:]}, params, pair)
+    np.testing.assert_array_equal(both.coordinates["b"], found.coordinates[5:])
+    np.testing.assert_array_equal(both.share, found.share)
+    # On the surface of these directions the loss there is that of the checkpoint.
+    loss_fn, _, batches = problem(jnp.float64)
+    for (x, y), w in zip(found.coordinates[:2], path, strict=False):
+        at = sharpness.loss_surface(loss_fn, params, batches, pair, [x], [y])[0, 0]
+        assert at == pytest.approx(mean_loss(loss_fn, w, batches), rel=1e-10)
+
+
+def test_principal_components_of_a_path(x64):
+    params, _, aside, c, path = walk()
+    noise = np.random.default_rng(1).normal(size=len(c))
+    beside = lambda w, x: jax.tree.map(lambda w, f: w + 0.3 * x * f, w, aside)
+    path = [*map(beside, path, noise)]
+    flat = lambda tree: np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
+    X = np.stack([*map(flat, path)])
+    _, singular, V = np.linalg.svd(X - X.mean(0), full_matrices=False)
+    found = sharpness.project_path(path, path[-1])
+    share = singular**2 / np.sum(singular**2)
+    np.testing.assert_allclose(found.share, share[:2], rtol=1e-8)
+    assert 0.5 < found.share.sum() < 0.999
+    for i, d in enumerate(map(flat, found.directions)):
+        sign = np.sign(d @ V[i])
+        np.testing.assert_allclose(d, sign * V[i], atol=1e-7)
+        np.testing.assert_allclose(found.coordinates[:, i], (X - X[-1]) @ d, atol=1e-7)
+        assert (X[-1] - X[0]) @ d >= 0
+    masked = sharpness.project_path(path, path[-1], mask={"a": True, "b": False})
+    assert not np.any(masked.directions[0]["b"]["kernel"])
+    assert np.any(masked.directions[0]["a"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path, pair: dict(path=path[:1]), "several checkpoints; got 1"),
+        (lambda path, pair: dict(path=path[:1] * 3), "all the same"),
+        (lambda path, pair: dict(path=path[:2]), "straight line.*interpolate_loss"),
+        (lambda path, pair: dict(directions=pair[:1] * 2), "neither zero nor parallel"),
+        (lambda path, pair: dict(directions=pair[:1]), "pair of pytrees"),
+        (
+            lambda path, pair: dict(path=[*path, jnp.ones(2)]),
+            r"path\[12\] must be a tree",
+        ),
+    ],
+)
+def test_paths_without_a_plane(change, message, x64):
+    params, pair, _, _, path = walk()
+    with pytest.raises(ValueError, match=message):
+        sharpness.project_path(**dict(path=path, params=params) | change(path, pair))
+
+
 def test_leaves_left_out_stay():
     args = loss_fn, params, batches = problem()
     d, _ = pair(params)
