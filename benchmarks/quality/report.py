@@ -11,7 +11,7 @@ from scipy import stats
 
 from benchmarks.lib import study, tables
 from benchmarks.quality import rows
-from optax_sam.plots import method_colour
+from optax_sam.plots.colours import METHODS
 
 Line = dict[str, Any]
 SHORT = {"rate": "lr", "decay": "wd", "max_offset_norm": "cap"}
@@ -45,15 +45,19 @@ class Found:
         """Of a run, where one of SGD is 1."""
         return self.mean(row, "gradients") / self.mean("SGD", "gradients")
 
-    def minus(self, row: str, other: str) -> tuple[float, float] | None:
-        """The mean difference in accuracy over equal seeds, and its interval's half."""
-        if row == other or other not in self.rows or row not in self.rows:
-            return None
+    def gains(self, row: str, other: str) -> list[float]:
+        """Differences in accuracy over equal seeds."""
         first, second = (
             {line["seed"]: line["accuracy"] for line in self.rows[name]}
             for name in (row, other)
         )
-        return interval([first[s] - second[s] for s in first.keys() & second.keys()])
+        return [first[s] - second[s] for s in sorted(first.keys() & second.keys())]
+
+    def minus(self, row: str, other: str) -> tuple[float, float] | None:
+        """The mean difference in accuracy over equal seeds, and its interval's half."""
+        if row == other or other not in self.rows or row not in self.rows:
+            return None
+        return interval(self.gains(row, other))
 
 
 def interval(differences: Any) -> tuple[float, float]:
@@ -139,47 +143,55 @@ def markdown(lines: list[Line]) -> dict[str, str]:
 
 
 def draw(lines: list[Line], path: Path) -> None:
-    """Accuracy against gradients: a dot a seed, a bar and a label at the mean."""
+    """Gain over tuned SGD against gradients: a dot a seed, a bar the interval."""
     tasks = found(lines)
-    figure = Figure(figsize=(6.4, 4.2 * len(tasks)), dpi=110, layout="constrained")
-    panels = figure.subplots(len(tasks), 1, squeeze=False)[:, 0]
-    for axes, task in zip(panels, tasks.values(), strict=True):
-        axes.set_title(task.settings["title"], fontsize=10)
+    columns = len(tasks) if len(tasks) < 4 else 2
+    size = -(-len(tasks) // columns), columns
+    figure = Figure(figsize=(3.5 * columns, 3.3 * size[0]), dpi=120)
+    figure.set_layout_engine("constrained", hspace=0.08)
+    panels = [*figure.subplots(*size, squeeze=False).flat]
+    rng = np.random.default_rng(0)  # dots of equal accuracy are moved apart
+    for axes, task in zip(panels, tasks.values(), strict=False):
+        shown = [row for row in task.rows if row in METHODS and row != "SGD"]
+        axes.set_title(task.settings["title"], fontsize=9.5)
         axes.spines[["top", "right"]].set_visible(False)
-        labels = []
-        for row, made in task.rows.items():
-            colour, x = method_colour(row), task.gradients(row)
-            accuracies = [line["accuracy"] for line in made]
-            style: Any = {"color": colour, "alpha": 0.45, "linewidths": 0}
-            axes.scatter([x] * len(made), accuracies, s=12, **style)
-            mean = float(np.mean(accuracies))
-            axes.plot([x - 0.015, x + 0.015], [mean, mean], color=colour, linewidth=2)
+        axes.axhline(0, color=METHODS["SGD"], linewidth=1)
+        given: Any = {"fontsize": 8, "ha": "right", "va": "bottom"}
+        axes.text(2.75, 0, "tuned SGD", color=METHODS["SGD"], **given)
+        labels: list[Any] = []
+        for row in shown:
+            colour, x = METHODS[row], task.gradients(row)
+            x += 0.06 * sum(abs(x - label[0]) < 0.04 for label in labels)
+            gains = task.gains(row, "SGD")
+            mean, half = interval(gains)
+            moved = x + rng.uniform(-0.02, 0.02, len(gains))
+            axes.scatter(moved, gains, s=9, color=colour, alpha=0.3, linewidths=0)
+            axes.errorbar(x, mean, half, color=colour, fmt="o", ms=5, lw=2, capsize=3)
             labels.append((x, mean, row, colour))
-        # The scale is that of most rows: one that is far below stands at the edge.
-        means = np.array([label[1] for label in labels])
-        dots = [line["accuracy"] for made in task.rows.values() for line in made]
-        low = max(np.min(dots), np.median(means) - 3 * np.std(means))
-        high = np.max(dots)
-        axes.set_ylim(low - 0.03 * (high - low), high + 0.05 * (high - low))
-        _label(axes, labels, low, high)
-        left = min(label[0] for label in labels)
-        axes.set_xlim(left - 0.07, 2.75)
-        axes.set_xlabel("Gradients computed, of those of SGD", fontsize=8)
-        axes.set_ylabel("Test accuracy (%)", fontsize=8)
+        # The scale is that of the intervals: a dot far away is at the edge.
+        ends = np.array([m + s * h for m, h in map(interval, map(
+            lambda row: task.gains(row, "SGD"), shown)) for s in (-1, 1)])  # fmt: skip
+        low, high = min(ends.min(), 0), max(ends.max(), 0)
+        margin = 0.12 * (high - low)
+        axes.set_ylim(low - margin, high + margin)
+        _label(axes, labels, (high - low) / 14)
+        axes.set_xlim(0.9, 2.75)
+        axes.set_xlabel("Gradient evaluations, relative to SGD", fontsize=8.5)
+        axes.set_ylabel("Points over tuned SGD", fontsize=8.5)
         axes.tick_params(labelsize=8)
+    for axes in panels[len(tasks) :]:
+        axes.set_axis_off()
     study.save(figure, path)
 
 
-def _label(axes: Any, labels: list[Any], low: float, high: float) -> None:
+def _label(axes: Any, labels: list[Any], apart: float) -> None:
     """Names beside the means, moved apart where they are near each other."""
-    apart, placed = 0.03 * (high - low), []
+    placed: list[tuple[float, float]] = []
     for x, mean, row, colour in sorted(labels, key=lambda label: label[1]):
-        y = max(mean, low)
-        near = [b for a, b in placed if abs(a - x) < 0.22]
-        while any(abs(y - b) < apart for b in near):
+        y = mean
+        while any(abs(y - b) < apart and abs(a - x) < 0.45 for a, b in placed):
             y += apart / 4
         placed.append((x, y))
-        name = row if mean >= low else f"{row} ({mean:.1f}, below)"
-        axes.plot([x + 0.015, x + 0.035], [max(mean, low), y], color=colour, lw=0.5)
-        given: Any = {"fontsize": 6.5, "color": colour, "va": "center"}
-        axes.text(x + 0.04, y, name, **given)
+        axes.plot([x + 0.02, x + 0.05], [mean, y], color=colour, linewidth=0.6)
+        given: Any = {"fontsize": 8, "color": colour, "va": "center"}
+        axes.text(x + 0.06, y, row, **given)
