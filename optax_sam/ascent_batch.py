@@ -11,7 +11,7 @@ from optax_sam.schedules import check_integer
 
 
 def ascent_batch(batch: Any, divisor: int = 4) -> Any:
-    r"""Every divisor-th example of a batch, for a cheap gradient to ascend along.
+    r"""Every divisor-th example of a batch, for a cheap perturbation.
 
     The direction of the ascent needs few examples. Quarter-batch SAM takes it from a
     part :math:`A` of the batch :math:`B`, and the descent gradient from all of it:
@@ -20,21 +20,21 @@ def ascent_batch(batch: Any, divisor: int = 4) -> Any:
       g_A = \nabla L_A(w), \qquad d = \nabla L_B\Big(w + \rho\,
       \frac{g_A}{\|g_A\|}\Big), \qquad |A| = \lceil |B| / k \rceil
 
-    That costs :math:`1 + 1/k` gradients where SAM costs 2, and is no method of its own:
-    give the gradient on this part to any method that emits the ascended gradient, and
-    a ``grad_fn`` on the whole batch. On steps that do not ascend what comes in is
+    That costs :math:`1 + 1/k` gradients where SAM costs 2, and works with any
+    method that emits the perturbed gradient: pass it the gradient on this part, and a
+    ``grad_fn`` on the whole batch. On steps that are not perturbed, what comes in is
     emitted, so there it must be the whole batch's gradient.
 
     Args:
-      batch: a tree of arrays, (B, ...), with examples in an order that means nothing,
+      batch: a pytree of arrays, (B, ...), with examples in an order that means nothing,
         as after shuffling.
       divisor: the ``k`` of which the part has one, at least 1.
 
     Returns:
-      The same tree, of arrays (ceil(B / k), ...). Examples 0, k, 2k, ... are taken
-      rather than the first ones, so that of a batch that is sharded over devices each
-      device takes a part of its own, and nothing is sent, if ``k`` divides the number
-      of examples on a device.
+      The same pytree, of arrays (ceil(B / k), ...). Examples 0, k, 2k, ... are taken
+      rather than the first ones. If a batch is sharded over devices, each device then
+      takes examples that it already has, and nothing is sent, if ``k`` divides the
+      number of examples on a device.
 
     Raises:
       ValueError: if ``divisor`` is below 1 or traced, or the arrays of the batch do
@@ -52,7 +52,7 @@ def ascent_batch(batch: Any, divisor: int = 4) -> Any:
       ...     grad_fn=lambda w: grads(w, batch))
 
       In a step for :func:`optax_sam.dispatch`, a method that skips gets the whole
-      batch where it does not ascend:
+      batch where it is not perturbed:
 
       >>> first = lambda batch, ascend: (
       ...     optax_sam.ascent_batch(batch) if ascend else batch)

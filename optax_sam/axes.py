@@ -22,7 +22,7 @@ def varying(x: Any) -> Any:
 
 
 def vary(tree: Any, axis_name: Any) -> Any:
-    """The tree as one that varies over the mapped axes, where JAX keeps track.
+    """The pytree as one that varies over the mapped axes, where JAX keeps track.
 
     Perturbed weights are then local to a device, whatever perturbs them.
     """
@@ -95,7 +95,7 @@ def mapped_axes(axis_name: Any) -> Axes:
 
 
 def on_device(tree: Any, axes: Axes) -> Any:
-    """The tree as one of this device, where JAX tracks what varies."""
+    """The pytree as one of this device, where JAX tracks what varies."""
     return vary(jax.tree.map(jnp.asarray, tree), axes.tracked)
 
 
@@ -111,10 +111,10 @@ def mean_of_aux(
 ) -> Any:
     """The floats of ``aux`` averaged over the axes, but for rows of examples.
 
-    What has the leading axis of an input has a row per example, and a mean over the
-    devices would mix examples. Running statistics can be as long by chance, so they are
-    told by what they are: under the name of Flax's collection, under the names of an
-    argument of the same shape, or in an object of an argument's type.
+    An array with the leading axis of an input has a row per example, and a mean over
+    the devices would mix examples. Running statistics can be as long by chance, so they
+    are told by what they are: under the name of Flax's collection, under the names of
+    an argument of the same shape, or in an object of an argument's type.
 
     Args:
       aux: the pytree.
@@ -161,7 +161,7 @@ def _key(path: Any, x: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 
 def _rows(x: Any, axes: Axes) -> set[int]:
-    """How many rows per example there are, if ``x`` is of a batch."""
+    """How many rows per example ``x`` has, if it has the axis of the batch."""
     if not getattr(x, "ndim", 0):
         return set()
     if axes.tracked and not set(axes.tracked) & set(varying(x)):

@@ -14,9 +14,9 @@ def gradients(tree: Any) -> Any:
 
     A gradient has several uses here, its norm and the offset among them. Where the
     parameters are sharded, XLA otherwise lets each cut its part out of the whole and
-    keeps the whole on every device meanwhile, through the second gradient too. Not so
-    for a CPU: there the norm of a convolution's gradient would be taken of a transposed
-    copy, made for that alone.
+    keeps the whole on every device meanwhile, through the perturbed gradient too. Not
+    so for a CPU: there the norm of a convolution's gradient would be taken of a
+    transposed copy, made for that alone.
     """
 
     def settled(x: ArrayLike) -> jax.Array:

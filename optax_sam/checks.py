@@ -115,7 +115,7 @@ def takes(function: Callable, num_arguments: int) -> bool:
 
 
 def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
-    """Raises unless ``grads`` is a tree of real floats of the parameters' shapes.
+    """Raises unless ``grads`` is a pytree of real floats of the parameters' shapes.
 
     The parameters must be real floats too.
     """
@@ -154,7 +154,7 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
             )
 
 
-INCOMING = "the incoming gradient"
+INCOMING = "the gradient at w"
 _FILTER = (
     "Keep everything else out of the parameters: with Equinox, pass"
     " eqx.filter(model, eqx.is_inexact_array) to init and update; with Flax, the"
@@ -205,7 +205,7 @@ def check_loss(value: Any, has_aux: bool) -> Any:
     if has_aux and not pair:
         raise ValueError(
             "With has_aux=True the loss must return a pair, (loss, aux), where aux is"
-            " a tree of anything, such as (metrics, model_state); got"
+            " a pytree of anything, such as (metrics, model_state); got"
             f" {type(value).__name__}"
             + (f" of length {len(value)}." if isinstance(value, tuple) else ".")
         )

@@ -35,7 +35,7 @@ def decay_after(
 
     Args:
       rate: ``r``, learning rate times weight decay, in ``[0, 1]``, or a schedule.
-      mask: the leaves that decay: a bool, a tree of bools like the parameters or a
+      mask: the leaves that decay: a bool, a pytree of bools like the parameters or a
         prefix of it, or a function from the parameters to one; ``None`` means all.
 
     Returns:

@@ -144,7 +144,7 @@ def _decides_late(tree: Any) -> bool:
 
 
 def _counter(*trees: Any) -> Any:
-    """The step counter of the one method in the first tree that has one."""
+    """The step counter of the one method in the first pytree that has one."""
     for tree in trees:
         found = members(tree)
         if len(found) == 1:
@@ -170,7 +170,7 @@ def _knows_nnx(jit: Any) -> bool:
 
 
 def _nnx_objects(tree: Any) -> list[tuple[str, Any, list[Any]]]:
-    """The NNX modules, optimizers and generators in a tree, with what they hold."""
+    """The NNX modules, optimizers and generators in a pytree, with what they hold."""
     is_nnx = lambda x: any(
         c.__module__.startswith("flax.nnx") and c.__name__ in ("Pytree", "Object")
         for c in type(x).__mro__

@@ -54,7 +54,7 @@ class SharpnessAwareState(NamedTuple):
       gradient_norm: norm of the gradient on the last perturbed step, () float.
       ascended_norm: norm of the perturbed gradient on that step, () float.
       survival: ``<achieved, e> / ||e||^2`` on that step, () float: the share of the
-        offset that rounding left over, on leaves that are kept in half precision or
+        offset that survives rounding, on leaves that are kept in half precision or
         handed to ``grad_fn`` in it; 1 if there are none.
       ascent: state of the ascent.
       when: state of the rule that decides.
@@ -129,7 +129,7 @@ def sharpness_aware(
         \text{stale}(g) & \text{otherwise}
       \end{cases}
 
-    The result stands first in an ``optax.chain``, before clipping, weight decay and
+    The result goes first in an ``optax.chain``, before clipping, weight decay and
     the optimizer, and needs one extra argument: ``grad_fn(params) -> grads`` on this
     step's batch. The static extra argument ``ascend`` has three values: ``None``
     compiles both kinds of step with a conditional that really skips; ``True`` and
@@ -150,8 +150,8 @@ def sharpness_aware(
       descent: an ``optax_sam.parts.Descent``, which says what gradient stands for the
         perturbed one, for methods that do not take the batch's at ``w + e``.
       mask: the leaves that are perturbed; excluded ones get a zero offset and stay
-        out of the norm. A bool, a tree of bools like the parameters or a prefix of
-        it, or a function from the parameters to one; ``None`` means all. A tree or a
+        out of the norm. A bool, a pytree of bools like the parameters or a prefix of
+        it, or a function from the parameters to one; ``None`` means all. A pytree or a
         function that excludes all leaves is refused; ``False`` says that none is meant.
       axis_name: name of a mapped axis (``shard_map``, ``pmap``) over which the
         incoming gradient is *not yet* averaged: each device then has its own
@@ -210,7 +210,7 @@ def sharpness_aware(
         check_not_masked(name, params)
         # Leaves that are no real floats, as in Equinox's models, have no gradient.
         params = jax.tree.map(lambda x: x if checks.is_perturbable(x) else None, params)
-        # Every leaf is a buffer of its own, so that the state can be donated.
+        # Each leaf has its own buffer, so that the state can be donated.
         return SharpnessAwareState(
             count=jnp.zeros((), jnp.int32),
             num_ascents=jnp.zeros((), jnp.int32),
@@ -301,7 +301,7 @@ class Found(NamedTuple):
     """What :func:`climb` found, or a skipped step, on the batch or on a shard of it.
 
     Attributes:
-      emitted: trees that may be emitted, each like the gradient.
+      emitted: pytrees that may be emitted, each like the gradient.
       states: those of the rules, which are the same for all shards, since what a rule
         stores of a gradient goes through ``step.mean``.
       measured: both norms and the survival, (3,).
@@ -400,7 +400,7 @@ _shards: ContextVar[Any] = ContextVar("_shards", default=None)
 def in_shards(shards: Any) -> Iterator[None]:
     """Every step that is traced inside takes its batch in these shards.
 
-    The incoming gradient of such a step is abstract, shapes and dtypes. The shards have
+    The gradient at ``w`` of such a step is abstract, shapes and dtypes. The shards have
     three methods: ``inside(method)`` is the :class:`Method` without the axis of the
     shards; ``mean(tree)`` stands for ``step.mean``, which has no gradient of another
     shard; ``average(find, method, call)`` is what ``find(call)`` finds, averaged.

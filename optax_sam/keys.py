@@ -32,7 +32,7 @@ def check_key(key: ArrayLike) -> None:
 def raw_key(key: ArrayLike) -> jax.Array:
     """Two uint32 words from an int, raw key data or a typed key.
 
-    State keeps raw words, because typed keys break Flax msgpack and tree norms.
+    State keeps raw words, because typed keys break Flax msgpack and pytree norms.
     """
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         data = jax.random.key_data(key)

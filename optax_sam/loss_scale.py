@@ -90,7 +90,7 @@ def update_loss_scale(
     if axes.names:
         flag = on_device(finite.astype(jnp.int32), axes)
         finite = jax.lax.pmin(flag, axes.names).astype(bool)
-    # The object looks at a gradient of its own making: 1 or not a number.
+    # The object looks at a gradient that is made here: 1 or not a number.
     factor = jnp.where(finite, 1.0, jnp.nan)
     found = loss_scale.value_and_grad(lambda x: x * factor)(jnp.ones(()))
     return found.dynamic_scale, finite

@@ -12,7 +12,7 @@ import optax
 from optax_sam.parts import OwnGradient
 from optax_sam.trees import keep
 
-Mask = Any  # None, a bool, a (prefix) tree of bools, or a function params -> mask
+Mask = Any  # None, a bool, a (prefix) pytree of bools, or a function params -> mask
 
 
 def resolve_mask(mask: Mask, tree: optax.Params, *, name: str = "mask") -> Any:
@@ -34,9 +34,9 @@ def resolve_mask(mask: Mask, tree: optax.Params, *, name: str = "mask") -> Any:
         return jax.tree.map(fill, mask, tree)
     except ValueError as error:
         raise ValueError(
-            f"{name} must be a bool, a tree of bools that is the parameters' structure"
-            " or a prefix of it, or a function that makes one from the parameters:"
-            f" {error}"
+            f"{name} must be a bool, a pytree of bools that is the structure of the"
+            " parameters or a prefix of it, or a function that makes one from the"
+            f" parameters: {error}"
         ) from error
 
 
@@ -65,7 +65,7 @@ def restrict(
 
     Args:
       rule: an ascent rule.
-      mask: the leaves that move: a tree of bools like the parameters or a prefix of
+      mask: the leaves that move: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
 
     Returns:
@@ -96,7 +96,7 @@ def restrict(
         e, state = inner.update(keep(g, chosen), state, params, **extra)
         if isinstance(e, OwnGradient):
             raise ValueError(
-                "A mask around a rule that takes its own first gradient would cut a"
+                "A mask around a rule that takes its own gradient would cut a"
                 " part of that. Give the mask to the rule, as in"
                 " ascent.smoothed(..., mask=mask)."
             )

@@ -32,13 +32,13 @@ class _Shared(TypedDict, total=False):
 
 
 class WithoutWhen(_Shared, total=False):
-    """The shared arguments of a method that has a rule of its own for the steps."""
+    """The shared arguments of a method that brings its own rule for the steps."""
 
     mask: Mask
 
 
 class WithoutMask(_Shared, total=False):
-    """The shared arguments of a method that has a mask of its own."""
+    """The shared arguments of a method that brings its own mask."""
 
     when: When
 
@@ -98,7 +98,7 @@ def _signature(factory: Any) -> inspect.Signature:
     for name in hints:
         parameters.append(engine[name].replace(kind=inspect.Parameter.KEYWORD_ONLY))
         factory.__annotations__[name] = hints[name]
-    # In one order everywhere, also where a method has a default of its own for one.
+    # In one order everywhere, also where a method has another default for one.
     last = [name for name in engine if name in typing.get_type_hints(Options)]
     parameters.sort(key=lambda p: last.index(p.name) if p.name in last else -1)
     return own.replace(parameters=parameters)

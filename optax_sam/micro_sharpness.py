@@ -121,7 +121,7 @@ def micro_sharpness(
     schedules.check_integer("num_shards", num_shards, 1)
     if not (hasattr(member, "init") and hasattr(member, "update")):
         raise ValueError(
-            "micro_sharpness needs a member, such as"
+            "micro_sharpness needs a transformation, such as"
             f" optax_sam.sam(0.05, axis_name={axis_name!r}); got {member!r}."
         )
     if method not in ("unroll", "scan", "vmap", None):
@@ -241,7 +241,7 @@ class _Shards(NamedTuple):
                 jax.lax.psum(i, self.axis_name)
             except AssertionError as error:  # all that JAX says about it
                 raise ValueError(
-                    "Inside shard_map, micro_sharpness of this member needs"
+                    "Inside shard_map, micro_sharpness of this transformation needs"
                     " jax.shard_map(..., check_vma=False): else JAX has no means over"
                     " vmap's axis."
                 ) from error
@@ -250,7 +250,7 @@ class _Shards(NamedTuple):
                 if self.form == "vmap":
                     return self.grad_fn(point, i)
                 # All shards meet here, and each takes its own of what is found. Only
-                # the gradients leave the vmap: what else a member does is cheap, and
+                # the gradients leave the vmap: what else a method does is cheap, and
                 # needs the means over all shards before its next line.
                 points = jax.lax.all_gather(point, self.axis_name)
                 return _at(of_all(lambda k: self.grad_fn(_at(points, k), k)), i)
@@ -266,10 +266,10 @@ class _Shards(NamedTuple):
             if not ("unbound axis" in str(error) or "out_axes" in str(error)):
                 raise
             raise ValueError(
-                f"micro_sharpness: the member does not average over {self.axis_name!r},"
-                " or over another axis too. Build it with this name:"
-                f" optax_sam.sam(0.05, axis_name={self.axis_name!r}). A method without"
-                " axis_name (sampa, msam, mesa) has no m-sharpness."
+                "micro_sharpness: the transformation does not average over"
+                f" {self.axis_name!r}, or over another axis too. Build it with this"
+                f" name: optax_sam.sam(0.05, axis_name={self.axis_name!r}). A method"
+                " without axis_name (sampa, msam, mesa) has no m-sharpness."
             ) from error
 
 

@@ -79,9 +79,9 @@ class Step(NamedTuple):
 
 
 class OwnGradient(NamedTuple):
-    """What an ascent returns that took its own first gradient, elsewhere than at ``w``.
+    """What an ascent returns that takes its own gradient instead of the one at ``w``.
 
-    The incoming gradient is then not used on perturbed steps, and XLA drops its
+    The gradient at ``w`` is then not used on perturbed steps, and XLA drops its
     computation.
 
     Attributes:
@@ -160,7 +160,7 @@ class When(NamedTuple):
         whose gradients are finite. What it stores of a gradient must go through
         ``step.mean``.
       advance: ``advance(state, ascended) -> state``, called at the end of every
-        step; ``ascended`` says what was decided, also where ``ascend=`` overruled.
+        step; ``ascended`` says what was decided, also where ``ascend=`` overrules it.
       call: what a reader sees of the rule.
     """
 
@@ -237,7 +237,7 @@ class Call(NamedTuple):
     """One call of ``update``, as the stages of the engine look at it.
 
     Attributes:
-      g: the incoming gradient.
+      g: the gradient at ``w``.
       params: the parameters that have a gradient.
       whole: puts the other leaves, which have none, back to a point.
       step: the current step.
@@ -266,8 +266,8 @@ class Descent(NamedTuple):
     """Which gradient stands for the perturbed one, seen from the perturbed weights.
 
     Attributes:
-      gradient: ``gradient(w_e, call) -> g_s``; that of the batch, unless a method takes
-        it of some examples (ESAM) or combines several (GAM).
+      gradient: ``gradient(w_e, call) -> g_s``; the gradient of the batch, unless a
+        method takes it of some examples (ESAM) or combines several (GAM).
       check: ``check(method, grad_fn, extra)`` raises unless ``update`` got what
         ``gradient`` needs.
     """

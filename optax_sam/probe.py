@@ -322,9 +322,9 @@ def _verdict(ways: list[_Seen], parts: list[Any], state: Any, params: Any) -> in
     if len(signs) > 1:
         raise ValueError(
             f"msam cannot tell which way the momentum ({momentum.labels(parts)})"
-            " points: the inner optimizer keeps one of steps, and their sign is that of"
-            " a learning rate which is traced. Put the learning rate behind the"
-            " momentum: optax.chain(optax.scale_by_rms(), optax.trace(0.9),"
+            " points: the inner optimizer keeps an average of steps, whose sign"
+            " comes from a learning rate which is traced. Put the learning rate after"
+            " the momentum: optax.chain(optax.scale_by_rms(), optax.trace(0.9),"
             " optax.scale_by_learning_rate(learning_rate))."
         )
     return signs.pop()

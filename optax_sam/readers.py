@@ -1,7 +1,7 @@
 """Readers of an optimizer's state: decisions, plans, metrics; and of a factory.
 
-They find sharpness-aware members by the type of their state, wherever it is: in a
-chain, under ``inject_hyperparams``, ``MultiSteps`` or ``apply_if_finite``, among NNX
+They find sharpness-aware transformations by the type of their state, wherever it is: in
+a chain, under ``inject_hyperparams``, ``MultiSteps`` or ``apply_if_finite``, among NNX
 variables, or inside a train state.
 """
 
@@ -24,7 +24,7 @@ from optax_sam.states import OURS, nodes, paths, without_variables
 
 
 def members(tree: Any) -> list[SharpnessAwareState]:
-    """The state of every member on the engine in a tree."""
+    """The state of every transformation on the engine in a tree."""
     return nodes(tree, SharpnessAwareState)
 
 
@@ -40,13 +40,13 @@ def _some(opt_state: Any, *types: type) -> list[Any]:
 
 
 def only_member(opt_state: Any) -> SharpnessAwareState:
-    """The state of the one member whose decisions can be read, holding arrays."""
+    """The state of the one method whose decisions can be read, holding arrays."""
     found = _some(opt_state, SharpnessAwareState)
     if len(found) > 1:
         several = ", ".join(paths(opt_state, SharpnessAwareState))
         raise ValueError(
-            "Several sharpness-aware members found, so there is no single decision:"
-            f" {several}. Pass the state of one of them."
+            "Several sharpness-aware transformations found, so there is no single"
+            f" decision: {several}. Pass the state of one of them."
         )
     member = without_variables(found[0])
     if not known_ahead(member.when):
@@ -59,19 +59,19 @@ def only_member(opt_state: Any) -> SharpnessAwareState:
 
 
 def ascends_next(opt_state: optax.OptState) -> bool | jax.Array:
-    """Whether the next step takes a second gradient.
+    """Whether the next step takes a perturbed gradient.
 
     Args:
-      opt_state: state of an optimizer with one sharpness-aware member.
+      opt_state: state of an optimizer with one sharpness-aware transformation.
 
     Returns:
       The decision, () bool, made at the end of the step before; a Python ``True``
-      where every step ascends; of a state that is stacked over seeds or devices, one
-      for each.
+      where every step is perturbed; of a state that is stacked over seeds or devices,
+      one for each.
 
     Raises:
-      ValueError: if there is no such member, or several, or if its rule decides from
-        the next gradient.
+      ValueError: if there is no such transformation, or several, or if its rule decides
+        from the next gradient.
 
     Examples:
       >>> import optax, optax_sam
@@ -100,7 +100,7 @@ def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
     gradient to come; at least one.
 
     Args:
-      opt_state: state of an optimizer with one sharpness-aware member.
+      opt_state: state of an optimizer with one sharpness-aware transformation.
 
     Returns:
       Bools on the host, (n,), the first one for the next step; of a state that is
@@ -125,26 +125,26 @@ def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """What the sharpness-aware members measured, flat, ready for any logger.
+    """What the sharpness-aware transformations measured, flat, ready for any logger.
 
     With several processes call it in all of them, and log in one: it computes.
 
     Args:
-      opt_state: state of an optimizer with at least one sharpness-aware member.
+      opt_state: state of an optimizer with at least one sharpness-aware transformation.
 
     Returns:
       Scalars by name. ``ascents`` and ``rejected_ascents`` so far, ``ascent_rate``
       (ascents per step), ``gradient_norm``, ``ascended_norm`` and ``survival`` (the
-      share of the offset that rounding left over on half-precision leaves; 1 if there
-      are none) of the last ascended step, and those of the method's parts (vSAM:
+      share of the offset that survives rounding on half-precision leaves; 1 if there
+      are none) of the last perturbed step, and those of the method's parts (vSAM:
       ``samples_per_window``, ``used_in_window``, ``psf_norm``; AE-SAM:
       ``squared_norm_mean``, ``squared_norm_deviation``). MSAM has
       ``perturbation_scale`` instead, SAF ``dropped_examples``, and SAMPa only the
-      rejected ascents and the norms. With several members the names start with their
-      paths.
+      rejected ascents and the norms. With several transformations the names start with
+      their paths.
 
     Raises:
-      ValueError: if there is no such member.
+      ValueError: if there is no such transformation.
 
     Examples:
       >>> import optax_sam

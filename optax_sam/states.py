@@ -1,4 +1,4 @@
-"""States: which are ours, where they are in that of an optimizer, whether they fit."""
+"""States: which are ours, where an optimizer's state has them, whether they fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def registered(kind: Class) -> Class:
 
 
 def nodes(tree: Any, *types: type) -> list[Any]:
-    """The nodes of some types in a tree, in its order."""
+    """The nodes of some types in a pytree, in its order."""
     wanted = lambda x: isinstance(x, types)
     # Without paths: they cost five times as much, and dispatch asks on every step.
     return list(filter(wanted, jax.tree.leaves(tree, is_leaf=wanted)))
@@ -37,7 +37,7 @@ def paths(tree: Any, *types: type) -> list[str]:
 
 
 def the_state(kind: type[State], method: str, opt_state: Any, example: str) -> State:
-    """The one state of a type in a tree, holding arrays."""
+    """The one state of a type in a pytree, holding arrays."""
     found = nodes(opt_state, kind)
     if len(found) != 1:
         raise ValueError(
@@ -48,7 +48,7 @@ def the_state(kind: type[State], method: str, opt_state: Any, example: str) -> S
 
 
 def without_variables(tree: Any) -> Any:
-    """The tree with NNX variables replaced by the arrays that they hold."""
+    """The pytree with NNX variables replaced by the arrays that they hold."""
     is_variable = lambda x: hasattr(x, "get_value") and not isinstance(x, jax.Array)
     # One may hold a placeholder of optax.masked, which has no leaves.
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
@@ -59,7 +59,7 @@ def without_variables(tree: Any) -> Any:
 
 
 def with_dicts(tree: Any) -> Any:
-    """The tree with mappings of other kinds (``nnx.State``) replaced by dicts."""
+    """The pytree with mappings of other kinds (``nnx.State``) replaced by dicts."""
     is_other = lambda x: isinstance(x, Mapping) and not isinstance(x, dict)
     return jax.tree.map(
         lambda x: {k: with_dicts(v) for k, v in x.items()} if is_other(x) else x,
@@ -75,7 +75,7 @@ def has_placeholders(*trees: Any) -> bool:
 
 
 def check_not_masked(method: str, *trees: Any, advice: str | None = None) -> None:
-    """Refuses placeholders: a member inside optax.masked or optax.partition."""
+    """Refuses placeholders: a transformation inside optax.masked or optax.partition."""
     if has_placeholders(*trees):
         advice = advice or (
             "grad_fn would get placeholders instead of parameters. Put it outside, and"

@@ -32,10 +32,11 @@ class Summary(NamedTuple):
     """What :func:`summary` found; printed, it is a table.
 
     Attributes:
-      gradients: gradients of the whole batch on an ascended step, float; that at the
+      gradients: gradients of the whole batch on a perturbed step, float; the one at the
         parameters is one of them, unless nothing uses it.
-      gradients_when_skipped: those on any other step; ``None`` if all steps ascend.
-      forward_passes: forward passes beyond those of the gradients, on an ascended step.
+      gradients_when_skipped: those on any other step; ``None`` if all steps are
+        perturbed.
+      forward_passes: forward passes beyond those of the gradients, on a perturbed step.
       state_bytes: state of the sharpness-aware methods.
       optimizer_bytes: state of all else, such as the momentum.
       parameter_bytes: the parameters.
@@ -58,7 +59,7 @@ class Summary(NamedTuple):
             ratio = f", {trees:.2f} x the parameters" if trees > 0.005 else ""
             return f"{count:,} bytes{ratio}"
 
-        each = "per step" if self.gradients_when_skipped is None else "when it ascends"
+        each = "per step" if self.gradients_when_skipped is None else "when perturbed"
         rows = [(f"gradients {each}", f"{self.gradients:.3g}")]
         if self.gradients_when_skipped is not None:
             rows += [("gradients otherwise", f"{self.gradients_when_skipped:.3g}")]
@@ -82,7 +83,7 @@ def summary(
     stand-ins for the functions that it needs, and their calls are counted in the
     program. Nothing is computed or allocated.
 
-    How many steps ascend is known once it trains, as ``ascent_rate`` of
+    How many steps are perturbed is known once it trains, as ``ascent_rate`` of
     :func:`optax_sam.metrics`. ESAM is counted with ``per_example_losses`` given, and
     MESA with the forward pass that its term in the loss takes.
 
@@ -101,14 +102,14 @@ def summary(
     Raises:
       ValueError: if there is no method of this name, ``method`` makes no optimizer or
         has arguments without a default, or the gradients are those of devices or
-        shards, each at a point of its own.
+        shards, each at its own point.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
       >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
       >>> tx = optax.chain(optax_sam.looksam(0.05, k=5), optax.adam(1e-3))
       >>> print(optax_sam.summary(tx, params))
-      gradients when it ascends 2
+      gradients when perturbed  2
       gradients otherwise       1
       extra forward passes      0
       state of the method       4,000,033 bytes, 1.00 x the parameters

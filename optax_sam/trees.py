@@ -28,7 +28,7 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def add(a: Any, b: Any) -> Any:
-    """The sum of two trees, in float32 or better."""
+    """The sum of two pytrees, in float32 or better."""
 
     def both(x: jax.Array, y: jax.Array) -> jax.Array:
         dtype = widest(x, y)
@@ -113,7 +113,7 @@ def scaled(tree: Any, scale: jax.Array) -> Any:
 
 
 def weighted(a: jax.Array, x: Any, b: jax.Array, y: Any) -> Any:
-    """The sum ``a x + b y`` of two trees, in float32 or better."""
+    """The sum ``a x + b y`` of two pytrees, in float32 or better."""
 
     def add(x: jax.Array, y: jax.Array) -> jax.Array:
         dtype = widest(x, y)
@@ -130,11 +130,11 @@ def along(a: Any, b: Any, eps: ArrayLike = 0.0) -> jax.Array:
 
 
 def keep(tree: Any, chosen: Any) -> Any:
-    """The tree with zeros where ``chosen`` is False."""
+    """The pytree with zeros where ``chosen`` is False."""
     return jax.tree.map(lambda x, kept: x if kept else jnp.zeros_like(x), tree, chosen)
 
 
 def of_length(tree: Any, length: jax.Array) -> Any:
-    """The direction of a tree, which may be tiny, at a given length."""
+    """The direction of a pytree, which may be tiny, at a given length."""
     lifted = scaled(tree, lift(norm(tree)))
     return rescale(lifted, norm(lifted), length, 0)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from benchmarks.lib import study, tables
 from benchmarks.quality import rows
-from optax_sam.plots.colours import METHODS
+from optax_sam.plots.colours import BLACK, METHODS
 
 Line = dict[str, Any]
 SHORT = {"rate": "lr", "decay": "wd", "max_offset_norm": "cap"}
@@ -155,9 +155,9 @@ def draw(lines: list[Line], path: Path) -> None:
         shown = [row for row in task.rows if row in METHODS and row != "SGD"]
         axes.set_title(task.settings["title"], fontsize=9.5)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.axhline(0, color=METHODS["SGD"], linewidth=1)
+        axes.axhline(0, color=BLACK, linewidth=1)
         given: Any = {"fontsize": 8, "ha": "right", "va": "bottom"}
-        axes.text(2.75, 0, "tuned SGD", color=METHODS["SGD"], **given)
+        axes.text(2.75, 0, "tuned SGD", color=BLACK, **given)
         labels: list[Any] = []
         for row in shown:
             colour, x = METHODS[row], task.gradients(row)

@@ -32,7 +32,7 @@ def n_step(
       \delta_{i+1} = \Pi_\rho\big(\delta_i + s\, g_i / \|g_i\|\big), \qquad
       g_i = \nabla L(w + \delta_i), \qquad e = \delta_n
 
-    The first gradient is the incoming one, so ``n`` steps cost ``n`` gradients and
+    The gradient at ``w`` is given, so ``n`` steps cost ``n`` gradients and
     the descent gradient one more.
 
     Args:

@@ -1,8 +1,8 @@
 """How both gradients become one, and what is emitted without the perturbed one.
 
 A rule is a :class:`Blend`. The engine averages what it emits over ``axis_name`` and
-casts it to the incoming gradient's dtype. The rule that only one method uses is in the
-file of that method.
+casts it to the dtype of the gradient at ``w``. The rule that only one method uses is in
+the file of that method.
 """
 
 from optax_sam.methods.gnp import interpolate

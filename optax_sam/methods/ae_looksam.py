@@ -36,7 +36,7 @@ def ae_looksam(
     AE-SAM.
 
     Cost: 1 gradient per step and 1 per perturbed step, a fifth of the steps with the
-    paper's threshold; one tree like the parameters and a dozen scalars of state.
+    paper's threshold; one pytree like the parameters and a dozen scalars of state.
 
     Examples:
       >>> import optax, optax_sam

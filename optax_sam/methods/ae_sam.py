@@ -45,7 +45,7 @@ def ae_sam(
       >>> tx = optax.chain(optax_sam.ae_sam(rho=0.05, threshold=fall), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. None was found. The first statistics are those of the first gradient; how the
+      1. None was found. The statistics start at the first step's gradient; how the
          paper starts them is not known.
 
     References:

@@ -29,7 +29,7 @@ def adaptive(
       rho: radius relative to the weights' sizes, at least 0, or a schedule of the step.
       eta: added to the sizes, so that zero weights move too; at least 0, or a
         schedule.
-      adapt: the adapted leaves: a bool for all, a tree of bools like the parameters
+      adapt: the adapted leaves: a bool for all, a pytree of bools like the parameters
         or a prefix of it, or a function from the parameters to one; ``None`` means
         kernels, embeddings and gains of normalization layers, and neither biases nor
         offsets.
@@ -98,7 +98,7 @@ def asam(
     The perturbation does not change when layers are rescaled without changing the
     function. Two flavours are published, and they need different radii: the authors'
     (the defaults: kernels and norm gains are adapted, biases have ``T = 1``; ``rho``
-    0.5 on CIFAR-10, 1.0 on CIFAR-100) and that of davda54/sam (``adapt=True,
+    0.5 on CIFAR-10, 1.0 on CIFAR-100) and the one of davda54/sam (``adapt=True,
     eta=0.0``: all leaves, biases too; ``rho`` about 2). The authors' example script
     runs with ``eta=0.0``.
 

@@ -24,7 +24,7 @@ def matrices(params: Any, *, roles: Any = None) -> Any:
         the parameters to one; ``None`` means :func:`optax_sam.roles`.
 
     Returns:
-      A tree of bools like the parameters.
+      A pytree of bools like the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam

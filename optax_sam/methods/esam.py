@@ -56,7 +56,7 @@ def random_leaves(
 
     Returns:
       A transformation from a gradient to an offset; it needs ``count``. The extra
-      argument ``mask_uniforms``, one number per leaf (a tree like the parameters, or
+      argument ``mask_uniforms``, one number per leaf (a pytree like the parameters, or
       an array in the order of ``jax.tree.leaves``), replaces its draw.
 
     Raises:
@@ -131,7 +131,7 @@ def esam(
     ``update`` needs ``per_example_loss_fn(params, indices=None) -> losses`` instead of
     ``grad_fn``: the losses, (B,), of this step's examples, or of those at ``indices``,
     (k,), of which it must compute no others. Terms such as an L2 penalty belong into
-    every example's loss. Give the losses at ``params`` that the incoming gradient came
+    every example's loss. Give the losses at ``params`` that the gradient at ``w`` came
     from as ``per_example_losses``; XLA may find that they are there already, but in
     large models it does not. From ``gamma = 0.99`` on ``grad_fn`` alone will do.
 

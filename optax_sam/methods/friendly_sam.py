@@ -43,7 +43,7 @@ def friendly(
         schedule. The authors' runs have 0.6 to 0.95.
 
     Returns:
-      A transformation from a gradient to an offset, with one tree like the parameters
+      A transformation from a gradient to an offset, with one pytree like the parameters
       as state. Where only rounding is left, as on full batches of a loss without
       curvature, the offset is zero.
 
@@ -98,8 +98,8 @@ def friendly_sam(
     :math:`m` estimates the gradient of all examples. ``sigma=0`` is SAM. With a
     ``when`` that skips, the average is over the gradients of the perturbed steps.
 
-    Cost: 2 gradients per perturbed step, 1 on others; one tree like the parameters and
-    a few scalars of state.
+    Cost: 2 gradients per perturbed step, 1 on others; one pytree like the parameters
+    and a few scalars of state.
 
     Examples:
       >>> import optax, optax_sam
@@ -110,7 +110,7 @@ def friendly_sam(
          rounding errors are blown up to the length ``rho``.
       2. Their paper updates the average before it is taken out, their code after, as
          here. For ``sigma=1`` both give one direction.
-      3. With ``axis_name`` the average is that of the gradients of all devices.
+      3. With ``axis_name`` the gradients of all devices are averaged.
 
     References:
       Li et al., `Friendly Sharpness-Aware Minimization

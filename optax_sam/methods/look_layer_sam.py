@@ -80,8 +80,8 @@ def look_layer_sam(
     stacked in it (``nn.scan``). The ratio is LAMB's, 1 where either norm is zero; the
     paper follows it with LAMB.
 
-    Cost: 1 + 1/k gradients per step; one tree like the parameters and a few scalars of
-    state.
+    Cost: 1 + 1/k gradients per step; one pytree like the parameters and a few scalars
+    of state.
 
     Raises:
       ValueError: if ``rho`` or ``alpha`` is negative, or ``k`` is below 1 or traced.

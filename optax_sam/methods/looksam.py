@@ -44,7 +44,7 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
         a schedule.
 
     Returns:
-      A rule for ``blend=``, with one tree like the parameters as state.
+      A rule for ``blend=``, with one pytree like the parameters as state.
 
     Raises:
       ValueError: if ``alpha`` is negative.
@@ -107,8 +107,8 @@ def looksam(
     ``alpha=0`` is SAM-k, ``k=1`` is SAM. The paper's ViTs take ``alpha=0.7`` and
     ``rho`` about 1; on CNNs others found 0.1 to 0.3 best.
 
-    Cost: 1 + 1/k gradients per step; one tree like the parameters and a few scalars of
-    state.
+    Cost: 1 + 1/k gradients per step; one pytree like the parameters and a few scalars
+    of state.
 
     Raises:
       ValueError: if ``rho`` or ``alpha`` is negative, or ``k`` is below 1 or traced.

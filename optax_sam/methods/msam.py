@@ -54,14 +54,14 @@ def msam(
       w \leftarrow w + \text{inner}\big(\nabla L(\tilde w), w\big), \qquad
       c \leftarrow \frac{\rho}{\|v\|}, \qquad \tilde w = w - c\, v
 
-    where the new :math:`c` is that of the new :math:`v`: the last step has overshot,
+    where the new :math:`c` belongs to the new :math:`v`: the last step has overshot,
     and the loss of the next batch rises further along it. **Evaluate, checkpoint and
     average at** :math:`w`, which is :func:`msam_eval_params`.
 
-    It wraps a whole optimizer, and nothing may stand behind it in a chain: the
+    It wraps a whole optimizer, and nothing may come after it in a chain: the
     update must be applied as it is, since it also moves the perturbation. What
-    reshapes the gradient stands before it. So does a decay that is coupled, as that of
-    the authors' SGD, which is of the perturbed weights; a decay inside is of
+    reshapes the gradient goes before it. So does a coupled decay, as in the authors'
+    SGD, which decays the perturbed weights; a decay inside is of
     :math:`w`. Their AdamW decays after the step, ``optax.adamw`` before:
 
     .. code-block:: python
@@ -78,7 +78,7 @@ def msam(
     ``optax.masked(optax.set_to_zero(), frozen)``.
 
     Statistics of BatchNorm are gathered at :math:`\tilde w`; the authors estimate
-    them anew at :math:`w` in one pass over the data after training. Keep the
+    them again at :math:`w` in one pass over the data after training. Keep the
     parameters in float32: an offset of norm 3 over ten million weights rounds away
     in bfloat16. While the learning rate warms up, leave ``rho`` at zero and let it
     jump afterwards, ``lambda t: jnp.where(t < warmup_steps, 0.0, 3.0)``; without that,
@@ -185,7 +185,7 @@ def msam(
             )
         _check_not_masked(updates, params)
         states.check_state("msam", MSAMState, state)
-        checks.check_gradients("msam", "the incoming gradient", updates, params)
+        checks.check_gradients("msam", "the gradient at w", updates, params)
         # Python and NumPy numbers among the leaves become arrays, as in Optax.
         g, params = jax.tree.map(jnp.asarray, (updates, params))
         where = place(state.inner, params)

@@ -38,7 +38,7 @@ def smoothed(
 ) -> optax.GradientTransformationExtraArgs:
     r"""The ascent of :func:`optax_sam.random_sam`, from randomly smoothed weights.
 
-    It does not use the incoming gradient: it takes its own, :math:`g_1`, which the
+    It does not use the gradient at ``w``: it takes its own, :math:`g_1`, which the
     engine also falls back to, as an :class:`optax_sam.ascent.OwnGradient`. Output
     units are counted along the axes that :func:`optax_sam.roles` finds: several in
     Flax's attention, the first one in Equinox, else the last. The layers of a leaf of
@@ -55,8 +55,8 @@ def smoothed(
         0, or a schedule. The gradient is not normalized, so this depends on the scale
         of the loss.
       key: an int, a key from ``jax.random.key``, or raw key data, for the noise. With
-        ``axis_name`` each device draws noise of its own.
-      mask: the leaves that are smoothed and perturbed, a tree of bools like the
+        ``axis_name`` each device draws its own noise.
+      mask: the leaves that are smoothed and perturbed, a pytree of bools like the
         parameters or a prefix of it, or a function from the parameters to one;
         ``None`` means all.
       roles: what each leaf is, for units and stacked layers: a
@@ -65,7 +65,7 @@ def smoothed(
 
     Returns:
       A transformation from a gradient to an offset; it needs ``params``, ``grad_fn``
-      and ``count``. The extra argument ``noise``, a tree of standard normals like the
+      and ``count``. The extra argument ``noise``, a pytree of standard normals like the
       parameters, replaces its draw.
 
     Raises:
@@ -128,7 +128,7 @@ def random_sam(
     ``sigma=optax.cosine_decay_schedule(5e-4, total_steps, alpha=5.0)``, and tie
     ``rho`` to the learning rate (:func:`optax_sam.rho_from_lr`). ``sigma=0`` is SAM.
 
-    The incoming gradient is not used on perturbed steps. Under ``jit`` XLA drops its
+    The gradient at ``w`` is not used on perturbed steps. Under ``jit`` XLA drops its
     computation, so the cost is 2 gradients and not 3, as long as nothing else uses it
     either, such as a logged norm. ``optax_sam.metrics`` then tells the norm of
     :math:`g_1`.
@@ -139,7 +139,7 @@ def random_sam(
 
     Returns:
       A transformation for the first place in an ``optax.chain``, whose ``update`` needs
-      ``grad_fn``. The extra argument ``noise``, a tree of standard normals like the
+      ``grad_fn``. The extra argument ``noise``, a pytree of standard normals like the
       parameters, replaces its draw.
 
     Raises:
@@ -152,7 +152,7 @@ def random_sam(
       >>> tx = optax.chain(optax_sam.random_sam(rho=0.05, sigma=grow), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. Each leaf has noise of its own; there leaves of one shape share it, and the
+      1. Each leaf has its own noise; there, leaves of one shape share it, and the
          dropout keys come from the same key.
       2. Schedules start at step 0; theirs of ``sigma`` at 1.
       3. Clipping the emitted gradient to norm 1 and Adam are left to the chain.

@@ -28,7 +28,7 @@ def normalization_layers(params: Any, *, roles: Any = None) -> Any:
         the parameters to one; ``None`` means :func:`optax_sam.roles`.
 
     Returns:
-      A tree of bools like the parameters.
+      A pytree of bools like the parameters.
 
     Raises:
       ValueError: if there is no such layer.
@@ -55,7 +55,7 @@ def normalization_layers(params: Any, *, roles: Any = None) -> Any:
             "No normalization layer was found, by a name with norm or bn or a"
             " parameter called scale, among"
             f" {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
-            " Say which leaves to perturb: mask= a tree of bools like the parameters,"
+            " Say which leaves to perturb: mask= a pytree of bools like the parameters,"
             " or a function that makes one from them; or roles=, see"
             " optax_sam.roles_table."
         )
@@ -79,10 +79,10 @@ def sam_on(
       \text{ else } 0, \qquad d = \nabla L(w + e)
 
     with :math:`T = 1`, or :math:`|w| + \eta` on adapted leaves as in ASAM. The norm is
-    that of :math:`g_N` alone; :math:`d` is the gradient of all parameters. These layers
-    hold less than 0.1 % of the weights, and their radius is larger than SAM's by an
-    order of magnitude, as the default is: the authors' example on CIFAR-100 (WRN-28-10)
-    has ``rho=10, adapt=True``.
+    the norm of :math:`g_N` alone; :math:`d` is the gradient of all parameters. These
+    layers hold less than 0.1 % of the weights, and their radius is larger than SAM's by
+    an order of magnitude, as the default is: the authors' example on CIFAR-100
+    (WRN-28-10) has ``rho=10, adapt=True``.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state. The
     gradient at ``w`` is needed in full only where it is emitted: with
@@ -93,8 +93,9 @@ def sam_on(
     Args:
       rho: radius of the perturbation, at least 0, or a schedule of the step; in units
         of the weights, or relative to their sizes where they are adapted.
-      adapt: the adapted leaves, ``True`` for all that are perturbed, or a tree of bools
-        or a function as for ``mask``; ``None`` means gains and not offsets, as in ASAM.
+      adapt: the adapted leaves, ``True`` for all that are perturbed, or a pytree of
+        bools or a function as for ``mask``; ``None`` means gains and not offsets, as in
+        ASAM.
       eta: added to the sizes of adapted weights, at least 0, or a schedule. The
         authors' script has 0, which keeps weights that are zero, such as new biases,
         where they are.

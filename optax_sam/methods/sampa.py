@@ -29,7 +29,7 @@ class SAMPaState(NamedTuple):
       num_rejected: how many perturbed gradients were not finite and not used, () int32.
       perturbed_norm: norm of the last perturbed gradient that was used, () float.
       gradient: the gradient at the point that was predicted on the last step, along
-        which the next one ascends, like the parameters, float32 or better.
+        along which the next step is perturbed, like the parameters, float32 or better.
       inner: state of the inner optimizer.
     """
 
@@ -72,11 +72,11 @@ def sampa(
     :math:`g_y`, with its momentum and decay, or the paper's
     :math:`y = w - \eta\, g_y`. On the first step :math:`\tilde w = y = w`.
 
-    SAM's second gradient waits for the first one; here neither waits. ``update`` takes
-    ``grad_fn`` on this step's batch and ``previous_grad_fn`` on that of the step before
-    (on the first step, on the same one). A ``paired_grad_fn(w_tilde, y) -> (p, g_y)``
-    may stand for both, to compute them as one ``vmap`` over two parameters and batches,
-    which two devices can share:
+    SAM's perturbed gradient waits for the gradient at ``w``; here neither waits.
+    ``update`` takes ``grad_fn`` on this step's batch and ``previous_grad_fn`` on the
+    batch of the step before (on the first step, on the same one). A
+    ``paired_grad_fn(w_tilde, y) -> (p, g_y)`` may stand for both, to compute them as
+    one ``vmap`` over two parameters and batches, which two devices can share:
 
     .. code-block:: python
 
@@ -86,15 +86,15 @@ def sampa(
               stack(w_tilde, y), stack(previous_batch, batch))
           return [jax.tree.map(lambda x: x[i], both) for i in range(2)]
 
-    The incoming gradient is not used, and XLA drops its computation; zeros like the
+    The gradient at ``w`` is not used, and XLA drops its computation; zeros like the
     parameters will do. A perturbed gradient that is not finite gives way to
     :math:`g_y`; a :math:`g_y` that is not finite is handed to the optimizer, and not
     kept. A guard belongs inside, ``sampa(optax.apply_if_finite(...))``: around it,
-    that one looks at the incoming gradient.
+    that one looks at the gradient at ``w``.
 
     It wraps a whole optimizer. The loop keeps the previous batch, also when it resumes.
 
-    Cost: 2 gradients per step, in the time of 1 where they run in parallel; one tree
+    Cost: 2 gradients per step, in the time of 1 where they run in parallel; one pytree
     like the parameters and 3 scalars of state.
 
     Args:
@@ -203,7 +203,7 @@ def sampa(
         both = paired_grad_fn(w_tilde, predicted(g_y, state, w, extra))
         if len(both) != 2:
             raise ValueError(
-                "paired_grad_fn must return two trees of gradients, at w_tilde on the"
+                "paired_grad_fn must return two pytrees of gradients, at w_tilde on the"
                 f" batch before and at y on this one; got {len(both)}."
             )
         for name, grads in zip(sources, both, strict=True):

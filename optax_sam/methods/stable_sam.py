@@ -60,8 +60,8 @@ def stable_sam(
       d = \frac{\|g\|}{\|g_s\|}\, g_s
 
     Gradients grow on the way up, which makes SAM need a smaller learning rate than its
-    base optimizer; this one keeps that of the base. Also called SSAM, as is a sparse
-    SAM that has nothing to do with it. Every method can be renormalized so, with
+    base optimizer; this one keeps the step of the base. Also called SSAM, as is a
+    sparse SAM that has nothing to do with it. Every method can be renormalized so, with
     :func:`optax_sam.blend.renormalize`.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.

@@ -39,8 +39,8 @@ def averaged(
         is the l2 ball. The authors' runs have 0.4 to 0.9.
 
     Returns:
-      A transformation from a gradient to an offset of norm ``rho``, with one tree like
-      the parameters as state. 1e-7 is added to the norm of the average.
+      A transformation from a gradient to an offset of norm ``rho``, with one pytree
+      like the parameters as state. 1e-7 is added to the norm of the average.
 
     Raises:
       ValueError: if ``rho`` is negative or ``theta`` is not in ``[0, 1]``.
@@ -89,8 +89,8 @@ def vasso(
     With a ``when`` that skips, the average is over the gradients of the perturbed
     steps.
 
-    Cost: 2 gradients per perturbed step, 1 on others; one tree like the parameters and
-    a few scalars of state.
+    Cost: 2 gradients per perturbed step, 1 on others; one pytree like the parameters
+    and a few scalars of state.
 
     Examples:
       >>> import optax, optax_sam

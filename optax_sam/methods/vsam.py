@@ -23,7 +23,7 @@ class VarianceControlledState(NamedTuple):
     """State of :func:`variance_controlled`; the letters are those of its equations.
 
     Attributes:
-      ascends: whether the next step ascends, () bool.
+      ascends: whether the next step is perturbed, () bool.
       count: number of steps taken, () int32; numbers the draws.
       warmup_left: steps of warm-up to come, () int32.
       position: the next step's place in its window, () int32 in ``[0, K)``.
@@ -144,8 +144,9 @@ def variance_controlled(
         step per window. The share grows by a factor of at most ``1 + 2 a`` per window,
         so a short run that starts there never reaches the shares of the paper.
       norm_mask: the leaves whose norms are watched, for instance the last layers (the
-        paper's script watches the last 10 leaves); a tree of bools like the parameters
-        or a prefix of it, or a function from the parameters to one. ``None`` means all.
+        paper's script watches the last 10 leaves); a pytree of bools like the
+        parameters or a prefix of it, or a function from the parameters to one. ``None``
+        means all.
       force_quota: whether the end of a window catches up on its quota, so that each
         full window has exactly ``floor(s)`` perturbed steps.
       key: an int, a key from ``jax.random.key``, or raw key data.
@@ -285,7 +286,7 @@ def reuse_difference(decay: ArrayLike = 0.8, max_reuse: int | None = 6) -> Blend
         gradient at ``w`` is emitted. ``None`` means no limit.
 
     Returns:
-      A rule for ``blend=``, with one tree like the parameters as state.
+      A rule for ``blend=``, with one pytree like the parameters as state.
 
     Raises:
       ValueError: if an argument is out of its range.
@@ -368,7 +369,7 @@ def vsam(
     stored tree.
 
     Cost: 1 gradient per step plus 1 per sampled step, 1.3 to 1.43 on average in the
-    published runs; one tree like the parameters, three windows of scalars and a
+    published runs; one pytree like the parameters, three windows of scalars and a
     dozen scalars of state.
 
     Args:

@@ -54,7 +54,7 @@ def wsam(
     The coupled form gives both to the optimizer: it is :func:`optax_sam.gnp` with
     ``alpha = gamma / (1 - gamma)``, and with plain SGD the same.
 
-    It wraps a whole optimizer, and nothing that rescales its updates may stand behind
+    It wraps a whole optimizer, and nothing that rescales its updates may come after
     it in a chain. Leaves that the inner optimizer leaves alone still move along the
     sharpness; to freeze some, put ``optax.masked(optax.set_to_zero(), frozen)`` behind.
 

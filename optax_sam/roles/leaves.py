@@ -73,7 +73,7 @@ def path_names(path: Any) -> list[Any]:
     names = [next((getattr(k, x) for x in kinds if hasattr(k, x)), k) for k in path]
     # Tuples are keys of flat dicts, as flax.traverse_util.flatten_dict makes them.
     names = [x for k in names for x in (k if isinstance(k, tuple) else (k,))]
-    # The last one of an NNX variable, an attribute, is that of its array.
+    # The last one of an NNX variable, an attribute, belongs to its array.
     of_array = path and getattr(path[-1], "name", None) in ("value", "raw_value")
     return names[:-1] if of_array else names
 

@@ -215,7 +215,7 @@ def stack_batches(data: Any, batch_size: int) -> Any:
     sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(data)}
     if len(sizes) != 1 or sizes == {()}:
         raise ValueError(
-            "data must be a tree of arrays with the same number of examples along"
+            "data must be a pytree of arrays with the same number of examples along"
             f" their first axis; these have {sorted(sizes)}."
         )
     ((number,),) = sizes
@@ -243,7 +243,7 @@ def _number_of_batches(batches: Any, weights: Any) -> int:
     lengths = {jnp.shape(x)[:1] for _, x in leaves}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(
-            "batches must be a tree of arrays (B, m, ...), B batches of m examples,"
+            "batches must be a pytree of arrays (B, m, ...), B batches of m examples,"
             f" with the same B; the first axes here are {sorted(lengths)}. Make them"
             " with optax_sam.sharpness.stack_batches(data, m); one batch alone is"
             " [batch], a list of one."

@@ -130,7 +130,7 @@ def loss_surface(
     """
     if not isinstance(directions, (tuple, list)) or len(directions) != 2:
         raise ValueError(
-            "directions must be a pair of trees like params; got"
+            "directions must be a pair of pytrees like params; got"
             f" {type(directions).__name__}"
             + (f" of {len(directions)}." if hasattr(directions, "__len__") else ".")
         )

@@ -220,14 +220,16 @@ def _check_like(name: str, tree: Any, grads: Any) -> None:
     expected: Any = jax.tree.structure(grads)
     given: Any = jax.tree.structure(tree)
     if given != expected:
-        raise ValueError(f"{name} must be a tree like grads, {expected}; got {given}.")
+        raise ValueError(
+            f"{name} must be a pytree like grads, {expected}; got {given}."
+        )
 
     def check(path: Any, x: ArrayLike, g: ArrayLike) -> None:
         if jnp.shape(x) != jnp.shape(g):
             raise ValueError(
                 f"{name} has shape {jnp.shape(x)} at"
                 f" {jax.tree_util.keystr(path) or 'the root'}, and grads"
-                f" {jnp.shape(g)}; it must be a tree like grads."
+                f" {jnp.shape(g)}; it must be a pytree like grads."
             )
 
     jax.tree_util.tree_map_with_path(check, tree, grads)

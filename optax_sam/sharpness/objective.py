@@ -176,7 +176,9 @@ def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
     expected: Any = jax.tree.structure(params)
     given: Any = jax.tree.structure(tree)
     if given != expected:
-        raise ValueError(f"{name} must be a tree like params, {expected}; got {given}.")
+        raise ValueError(
+            f"{name} must be a pytree like params, {expected}; got {given}."
+        )
 
     def chosen(path: Any, x: ArrayLike, w: jax.Array | None) -> jax.Array | None:
         if w is None:
@@ -185,7 +187,7 @@ def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
             raise ValueError(
                 f"{name} has shape {jnp.shape(x)} at"
                 f" {jax.tree_util.keystr(path) or 'the root'}, and the parameter"
-                f" {w.shape}; it must be a tree like params."
+                f" {w.shape}; it must be a pytree like params."
             )
         return jnp.asarray(x, w.dtype)
 

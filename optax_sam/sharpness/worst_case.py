@@ -27,7 +27,7 @@ class SharpnessResult(NamedTuple):
       late_gain: the part of ``value`` that the last quarter of the steps brought. Where
         it is not small against ``value``, take more steps.
       metric: the mean change of ``metric_fn`` at these points, or ``None`` without one.
-      perturbation: the offset of the parameters, a tree like them, if there is one
+      perturbation: the offset of the parameters, a pytree like them, if there is one
         batch on one device; else ``None``, as each batch has its own.
     """
 

@@ -41,7 +41,7 @@ def mesa(
     .. math::
       v_0 = w_0, \qquad v_{t+1} = \beta v_t + (1 - \beta)\, w_{t+1}
 
-    This member keeps the average and passes the updates through unchanged;
+    This transformation keeps the average and passes the updates through unchanged;
     :func:`mesa_params` reads it, and :func:`optax_sam.trajectory_loss` is the term of
     the loss, with the logits at :math:`v` in place of the past ones, on the same
     input as the logits at :math:`w`.
@@ -54,7 +54,7 @@ def mesa(
     leave the term out of the first epochs, up to the fifth or so:
     ``coefficient=jnp.where(epoch > 5, 0.8, 0.0)``.
 
-    Cost: 1 gradient and 1 forward pass per step; one tree like the parameters.
+    Cost: 1 gradient and 1 forward pass per step; one pytree like the parameters.
 
     Args:
       decay: ``beta``, in ``[0, 1]``, or a schedule of the step.
@@ -135,15 +135,15 @@ def mesa_params(
     """The averaged weights.
 
     Args:
-      opt_state: state of an optimizer with one :func:`mesa` member.
+      opt_state: state of an optimizer with one :func:`mesa`.
       params: the parameters, whose dtypes the average is cast to; ``None`` means
         float32 or better, as it is kept.
 
     Returns:
-      A tree like the parameters.
+      A pytree like the parameters.
 
     Raises:
-      ValueError: if there is not one :func:`mesa` member.
+      ValueError: if there is not one :func:`mesa`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

@@ -59,7 +59,7 @@ def saf(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAF: holds predictions near those of ``delay`` epochs ago, for free.
 
-    No weights are perturbed and no second gradient is taken. The loss gets a term
+    No weights are perturbed and no perturbed gradient is taken. The loss gets a term
     that compares the logits of each example with its own of ``delay`` epochs before:
 
     .. math::
@@ -68,7 +68,7 @@ def saf(
         \mathrm{softmax}(z^\text{past}_i / \tau) \,\big\|\,
         \mathrm{softmax}(z_i(w) / \tau) \big)
 
-    This member keeps the table of past logits and passes the gradient through
+    This transformation keeps the table of past logits and passes the gradient through
     unchanged; :func:`saf_past_logits` reads the table and
     :func:`optax_sam.trajectory_loss` is the term. An example's epoch is the number
     of times that it was recorded, so an incomplete last batch or a restart does no
@@ -226,7 +226,7 @@ def saf_past_logits(
     It only reads, so the loss must see the state from before the update.
 
     Args:
-      opt_state: state of an optimizer with one :func:`saf` member.
+      opt_state: state of an optimizer with one :func:`saf`.
       indices: which examples of the data set, integers of any shape.
 
     Returns:
@@ -235,7 +235,7 @@ def saf_past_logits(
       ``end``, or is not in the data set, is not.
 
     Raises:
-      ValueError: if there is not one :func:`saf` member, or an index is no integer.
+      ValueError: if there is not one :func:`saf`, or an index is no integer.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

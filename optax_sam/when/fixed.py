@@ -18,7 +18,7 @@ class EveryKState(NamedTuple):
     """State of :func:`every_k`.
 
     Attributes:
-      ascends: whether the next step ascends, () bool.
+      ascends: whether the next step is perturbed, () bool.
       position: the next step's place in its period, () int32 in ``[0, k)``.
       period: the period ``k``, () int32.
     """
@@ -46,12 +46,12 @@ def _first(ascends: jax.Array, decisions: jax.Array) -> jax.Array:
 def every_k(k: int, phase: int = 0) -> When:
     r"""On every k-th step, as in SAM-5 and SAM-10.
 
-    Step :math:`t = 0, 1, \dots` ascends where :math:`(t + \text{phase}) \bmod k = 0`.
-    The average cost is :math:`1 + 1/k` gradients per step.
+    Step :math:`t = 0, 1, \dots` is perturbed where :math:`(t + \text{phase}) \bmod k =
+    0`. The average cost is :math:`1 + 1/k` gradients per step.
 
     Args:
       k: the period in steps, at least 1.
-      phase: how far into the period training starts, ``0 <= phase < k``: 0 ascends
+      phase: how far into the period training starts, ``0 <= phase < k``: 0 perturbs
         on the first step of each period, 1 on the last.
 
     Returns:
@@ -91,7 +91,7 @@ class BernoulliState(NamedTuple):
     """State of :func:`bernoulli`.
 
     Attributes:
-      ascends: whether the next step ascends, () bool.
+      ascends: whether the next step is perturbed, () bool.
       count: number of steps taken, () int32.
       key: raw key data, (2,) uint32; the draw of a step is a function of both.
       probability: the next step's probability, () float.
@@ -119,7 +119,7 @@ class BernoulliState(NamedTuple):
 def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
     r"""On each step with probability p, as in SS-SAM and RST.
 
-    Step :math:`t` ascends where :math:`u_t < p_t`, with :math:`u_t` uniform on
+    Step :math:`t` is perturbed where :math:`u_t < p_t`, with :math:`u_t` uniform on
     :math:`[0, 1)`, drawn before any gradient is seen and equal on all devices. The
     average cost is :math:`1 + p` gradients per step.
 

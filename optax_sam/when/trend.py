@@ -54,7 +54,7 @@ class LaggedNormTrendState(NamedTuple):
     """State of :func:`norm_above_trend` with ``lag=1``.
 
     Attributes:
-      ascends: whether the next step ascends, () bool.
+      ascends: whether the next step is perturbed, () bool.
       trend: the statistics.
     """
 
@@ -76,7 +76,7 @@ def norm_above_trend(
     .. math::
       \mu_t = \delta \mu_{t-1} + (1 - \delta) x_t, \qquad
       \sigma_t^2 = \delta \sigma_{t-1}^2 + (1 - \delta) (x_t - \mu_t)^2, \qquad
-      \text{ascend where } x_t \ge \mu_t + c_t \sigma_t
+      \text{perturb where } x_t \ge \mu_t + c_t \sigma_t
 
     It decides from the step's own gradient, so nothing is known ahead and
     :func:`optax_sam.dispatch` runs the one program with the conditional. With
@@ -87,8 +87,8 @@ def norm_above_trend(
       threshold: ``c_t`` in standard deviations, or a schedule of the step. The paper
         lets it fall linearly from 1 to -1 (AE-SAM) or from 2 to 0 (AE-LookSAM).
         Infinite: never or, with a minus sign, always.
-      lag: 0 or 1, whose norm decides: the step's own, or that of the step before (the
-        first step then ascends).
+      lag: 0 or 1, whose norm decides: the norm of this step, or of the step before (the
+        first step is then perturbed).
 
     Returns:
       A rule for ``when=``.

@@ -24,7 +24,7 @@ class AfterState(NamedTuple):
 
     @property
     def ascends(self) -> jax.Array:
-        """Whether the next step ascends, () bool."""
+        """Whether the next step is perturbed, () bool."""
         return (self.left == 0) & self.rule.ascends
 
     def plan(self) -> tuple[jax.Array, jax.Array]:

@@ -58,9 +58,9 @@ def test_a_mean_forgotten_on_one_gradient(on_first, on_second):
 @pytest.mark.parametrize(
     ("on_first", "on_second", "what"),
     [
-        (MEAN, LOCAL, "the incoming gradient"),
+        (MEAN, LOCAL, "the gradient at w"),
         (LOCAL, MEAN, "what grad_fn returned"),
-        (MEAN, MEAN, "the incoming gradient"),
+        (MEAN, MEAN, "the gradient at w"),
     ],
     ids=["first", "second", "both"],
 )

@@ -136,7 +136,7 @@ def test_readers_with_several_members():
     }
     assert len(metrics) == 12
     for reader in (optax_sam.ascends_next, optax_sam.ascent_plan):
-        with pytest.raises(ValueError, match="Several sharpness-aware members"):
+        with pytest.raises(ValueError, match="Several sharpness-aware transformations"):
             reader(state)
     assert optax_sam.ascends_next(state[0])
 

@@ -54,7 +54,7 @@ def test_another_structure(method):
         (r"missing: \['layer'\]\['bias'\]", less),
         (r"not in the parameters: \['shift'\]", more),
     ):
-        refuse(method, f"the incoming gradient.*{message}", wrong, params, lambda p: p)
+        refuse(method, f"the gradient at w.*{message}", wrong, params, lambda p: p)
         refuse(method, f"grad_fn returned.*{message}", params, params, lambda p: wrong)  # noqa: B023
     for aux in ((params, {"accuracy": 1.0}), None):
         message = "what grad_fn returned.*has_aux=True"
@@ -101,7 +101,7 @@ def test_value_and_grad_for_the_incoming_gradient():
         ((PARAMS, 1), ""),
     )
     for pair, message in pairs:
-        with pytest.raises(ValueError, match=f"incoming gradient{message}") as caught:
+        with pytest.raises(ValueError, match=f"gradient at w{message}") as caught:
             tx.update(pair, tx.init(PARAMS), PARAMS, grad_fn=lambda p: p)
     assert "grad_fn must return" not in str(caught.value)
 

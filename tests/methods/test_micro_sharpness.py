@@ -297,7 +297,7 @@ def test_refused_arguments_and_calls():
         ("num_shards must be an integer >= 1", {"num_shards": 0}),
         ("num_shards sets a shape or a loop", {"num_shards": jnp.array(2)}),
         ('method must be "unroll"', {"method": "pmap"}),
-        (r"needs a member.*axis_name='shards'", {"member": optax_sam.sam}),
+        (r"needs a transformation.*axis_name='shards'", {"member": optax_sam.sam}),
     ):
         with pytest.raises(ValueError, match=message):
             micro_sharpness(**{"member": member, "num_shards": 2, **changes})
@@ -309,7 +309,7 @@ def test_refused_arguments_and_calls():
         *(("a shard's number", params, {"grad_fn": f}) for f in no_shard),
         ("the number of the shard", params, {"grad_fn": of_batch}),
         ("into shards", params, {"per_example_loss_fn": lambda p, i=None: 0}),
-        (r"sam: the incoming gradient.*structure", params, {"grad_fn": less}),
+        (r"sam: the gradient at w.*structure", params, {"grad_fn": less}),
         # An error of the caller's own stays as it is.
         ("^mine", params, {"grad_fn": raising}),
     ):

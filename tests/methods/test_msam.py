@@ -287,7 +287,7 @@ def test_refused_arguments_and_calls():
     read = optax_sam.msam_eval_params
     for message, function, *args in (
         ("msam needs the parameters: tx.update", tx.update, params, state),
-        (r"msam: the incoming gradient.*missing", tx.update, less, state, params),
+        (r"msam: the gradient at w.*missing", tx.update, less, state, params),
         (advice, around.init, params),
         (advice, around.update, params, optax.MaskedState(state), params),
         ("found 0; pass the opt_state", read, params, state),

@@ -72,7 +72,7 @@ def test_a_message_is_read_as_it_is_raised(listed):
 def test_the_first_lines_run(capsys):
     block, _ = harness.code("troubleshooting.md")
     exec(block, {})
-    assert "gradients when it ascends 2" in capsys.readouterr().out
+    assert "gradients when perturbed  2" in capsys.readouterr().out
 
 
 def test_the_metrics_are_named_as_they_are():

@@ -140,10 +140,10 @@ REFUSED = {
     },
     r"gl_pair: G must be the path of a leaf.*got \['A": dict(G=["A", 3]),
     # Of directions.
-    "loss_line: direction must be a tree like params": dict(direction=TREE["a"]),
+    "loss_line: direction must be a pytree like params": dict(direction=TREE["a"]),
     r"loss_line: \(2, 4\).*\['a'\]\['kernel'\].*\(3, 2\)": dict(direction=WRONG),
     r"loss_line: alphas.*linspace.*shape \(\)": dict(alphas=0.5),
-    "loss_surface: pair of trees.*dict of 2": dict(directions=TREE | {"b": 0}),
+    "loss_surface: pair of pytrees.*dict of 2": dict(directions=TREE | {"b": 0}),
     r"loss_surface: betas.*\(1, 3\)": dict(betas=np.ones((1, 3))),
     'filter_normalized_direction: "filter", "layer" or None': dict(norm="kernel"),
     r"filter_normalized_direction: \['kernel'\].*2 axes.*=3": dict(filter_axis=3),
@@ -151,7 +151,7 @@ REFUSED = {
         params={"n": jnp.arange(3)}
     ),
     # Of what is logged, batched and correlated.
-    "sam_metrics: perturbation must be a tree like grads": dict(perturbation=[W]),
+    "sam_metrics: perturbation must be a pytree like grads": dict(perturbation=[W]),
     r"sam_metrics: grads_perturbed has shape \(4,\) at": dict(
         grads_perturbed=jnp.ones(4)
     ),
