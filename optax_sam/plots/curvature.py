@@ -150,7 +150,7 @@ def _densities(result: Any, floor: float) -> tuple[dict[str, Any], tuple[float, 
             f" them a dict by name; got {type(wrong[0]).__name__}. Eigenvalues alone"
             " have no density: draw them with ax.hist(eigenvalues)."
         )
-    known = finite("The density", [found.density for found in named.values()])
+    known = finite("result.density", [found.density for found in named.values()])
     top = float(known.max())
     return dict(named), (floor * top, 2 * top)
 

@@ -101,7 +101,7 @@ def loss_along_eigenvectors(
       '$\\lambda_{1} = 9$'
     """
     x, losses = np.asarray(result.alphas), np.asarray(result.losses)
-    known = finite("The losses", losses)
+    known = finite("result.losses", losses)
     texts = numerals(np.asarray(result.eigenvalues))
     names = [
         rf"$\lambda_{{{i}}} = {text.strip('$')}$" for i, text in enumerate(texts, 1)
@@ -172,7 +172,7 @@ def loss_surface(
     x, y = np.asarray(alphas), np.asarray(betas)
     named = by_name("losses", losses, x.shape + y.shape)
     shown = {name: np.ma.masked_invalid(values) for name, values in named.items()}
-    known = finite("losses (look at a smaller part)", named.values())
+    known = finite("losses", named.values())
     axes = as_many_axes(ax, len(named), "surfaces", lambda: _side_by_side(len(named)))
     levels, norm = _levels(known, num_levels)
     for panel, (name, values) in zip(axes, shown.items(), strict=True):

@@ -70,8 +70,8 @@ def finite(name: str, series: Any) -> np.ndarray:
     values = values[np.isfinite(values)]
     if not values.size:
         raise ValueError(
-            f"{name} has no finite value, so that there is nothing to draw. Did the"
-            " training run diverge, or does the measure's own result say why?"
+            f"{name} has no finite value, so there is nothing to draw. Did the training"
+            " run diverge? Around finite weights, look at a smaller part."
         )
     return values
 

@@ -352,7 +352,7 @@ NEEDED = "no samples_per_window, psf_norm, ascent_rate; .*vsam"
         (line, [{"SAM": [1.0]}], r"losses\['SAM'\] must have.*got \(1,\)"),
         (line, [{}], "no entries"),
         (surface, [np.ones((3, 4))], r"shape \(4, 3\).*got \(3, 4\)"),
-        (surface, [np.full((4, 3), np.nan)], "smaller.*finite"),
+        (surface, [np.full((4, 3), np.nan)], "finite.*smaller"),
         (line, [np.full(4, np.inf)], "losses has no finite value"),
         (eigenvectors, [STEPS * np.nan], "no finite value"),
         (spectrum, [np.ones(3)], "spectral_density returned.*got ndarray.*hist"),
