@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,7 @@ class Lanczos(NamedTuple):
         """The quadrature after ``m`` of the ``K`` steps; ``None``: after all."""
         d, b, alive = self.diagonal[:m], self.below[:m], self.alive[:m]
         T = jnp.diag(d) + jnp.diag(b[:-1], 1) + jnp.diag(b[:-1], -1)
-        theta, U = jnp.linalg.eigh(T)
+        theta, U = eigh(T)
         live = jnp.sum(jnp.where(alive[:, None], U**2, 0), 0) > 0.5
         # A row that lives has no nan, unless the operator itself gave it; then
         # everything is nan, and said to be so.
@@ -108,5 +109,18 @@ def lanczos(operator: Operator, start: jax.Array, num_matvecs: int) -> Lanczos:
     return Lanczos(d, b.at[-1].set(last), alive, Q)
 
 
+def _one_by_one(factorize: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """Under vmap, a loop over the matrices; with the derivatives of the function.
+
+    XLA's runtime for CPUs can wait for ever where two factorizations of batches of
+    matrices run at the same time.
+    """
+    run = jax.custom_jvp(jax.custom_batching.sequential_vmap(factorize))
+    run.defjvp(lambda at, along: jax.jvp(factorize, at, along))
+    return run
+
+
+eigh = _one_by_one(lambda x: jnp.linalg.eigh(x))
+qr = _one_by_one(lambda x: jnp.linalg.qr(x))
 # Accelerators would round products to a few digits.
 product = functools.partial(jnp.matmul, precision="highest")

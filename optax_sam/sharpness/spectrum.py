@@ -13,7 +13,12 @@ from optax_sam import schedules
 from optax_sam.sharpness.data import each
 from optax_sam.sharpness.krylov import lanczos, product
 from optax_sam.sharpness.operators import Operator, also_of_loss
-from optax_sam.sharpness.probes import random_vector, typed_key
+from optax_sam.sharpness.probes import (
+    random_vector,
+    standard_error,
+    student,
+    typed_key,
+)
 
 
 class SpectralSumResult(NamedTuple):
@@ -101,13 +106,6 @@ def jackknife(f: Callable[..., jax.Array], *sums: jax.Array) -> list[jax.Array]:
     spread = jnp.sqrt(jnp.sum((spread - spread.mean()) ** 2) * (N - 1) / N)
     bias = (fine - coarse) / 5
     return [fine, jnp.hypot(student(N) * spread, bias).astype(fine.dtype)]
-
-
-def student(number: int) -> float:
-    """What widens an error of so few draws so that two of it hold 95 % of cases."""
-    z, nu = 1.96, number - 1
-    terms = z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return sum(x / nu**i for i, x in enumerate(terms)) / z
 
 
 @also_of_loss
@@ -314,11 +312,11 @@ def spectral_density(
         return bumps @ omega
 
     densities = jax.lax.map(density_of, (nodes, weights))
-    stderr = (
-        jnp.std(densities, axis=0, ddof=1) / jnp.sqrt(num_probes)
-        if num_probes > 1
-        else jnp.full_like(grid, jnp.nan)
-    )
     return SpectralDensity(
-        grid, densities.mean(0), stderr, nodes, weights / num_probes, sigma
+        grid=grid,
+        density=densities.mean(0),
+        stderr=standard_error(densities),
+        nodes=nodes,
+        weights=weights / num_probes,
+        sigma=sigma,
     )
