@@ -22,7 +22,8 @@ class Estimate(NamedTuple):
 
     Attributes:
       estimate: the mean over the draws.
-      stderr: its standard error, of the same shape; 0 where the value is exact.
+      stderr: its standard error, of the same shape, widened where the draws are few; 0
+        where the value is exact.
     """
 
     estimate: Any
@@ -30,11 +31,18 @@ class Estimate(NamedTuple):
 
 
 def standard_error(draws: jax.Array) -> jax.Array:
-    """That of the mean over the first axis; ``nan`` for one draw."""
+    """That of the mean over the first axis; ``nan`` for one draw.
+
+    Where draws are skewed, as squares of normals are, a mean that is too low goes with
+    a spread that is too small. What their third moment adds makes up for that.
+    """
     N = len(draws)
     if N == 1:
         return jnp.full_like(draws[0], jnp.nan)
-    return jnp.std(draws, 0, ddof=1) * (student(N) / N**0.5)
+    off = draws - draws.mean(0)
+    variance = jnp.sum(off**2, 0) / (N - 1)
+    skew = jnp.mean(off**3, 0) / jnp.where(variance > 0, variance, 1)
+    return student(N) * jnp.sqrt(variance / N) + 0.5 * jnp.abs(skew) / N
 
 
 def student(number: int) -> float:
