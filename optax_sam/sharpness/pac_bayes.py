@@ -28,7 +28,8 @@ class PacBayesFlatness(NamedTuple):
       sigma: the largest standard deviation that was tried at which the drop is within
         the target; the smallest tried one, if it is beyond it at all of them.
       drop: the mean drop of the metric at ``sigma``.
-      stderr: its standard error, over the draws.
+      stderr: its standard error, over the draws. These also chose ``sigma``, so it is a
+        little too small: two of it hold the true drop for 88 to 97 of 100 keys.
       converged: whether the drop is within a tenth of the target. It is not where even
         ``sigma_max`` is borne, or the metric falls in too large steps.
     """

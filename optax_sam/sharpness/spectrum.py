@@ -41,7 +41,7 @@ class SpectralDensity(NamedTuple):
     Attributes:
       grid: ``(G,)`` eigenvalues, loss per squared parameter.
       density: ``(G,)``, the mean over probes.
-      stderr: ``(G,)``, its standard error over probes; ``nan`` with one probe.
+      stderr: ``(G,)``, the standard error at each point; ``nan`` with one probe.
       nodes: ``(N, M)``, the Ritz values of each probe.
       weights: ``(N, M)``, their weights, one in sum; 0 where a node is padding.
       sigma: the width of the normal density that each node is smoothed with.
@@ -131,7 +131,8 @@ def spectral_sum(
     ``abs(x)**0.5`` has 7 %, of either sign, and more probes do not help.
 
     Cost: ``num_top_matvecs + num_probes * num_lanczos`` products;
-    memory: ``num_eigs`` vectors and about two times the larger number of Lanczos steps.
+    memory: ``num_eigs`` vectors, one for each of the Lanczos steps (two with old
+    versions of JAX), and a few.
 
     Args:
       fn: the function, of arrays, entry by entry, such as ``jnp.square``. For
@@ -254,8 +255,8 @@ def spectral_density(
     more probes only tell how sure it is; ``num_lanczos=50, num_probes=1`` is a quick
     look.
 
-    Cost: ``num_lanczos * num_probes`` products; memory: about
-    ``2 num_lanczos`` vectors.
+    Cost: ``num_lanczos * num_probes`` products; memory: ``num_lanczos`` vectors (twice
+    as many with old versions of JAX), and a few.
 
     Args:
       operator: as in :func:`trace`.
