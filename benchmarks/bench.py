@@ -25,6 +25,8 @@ def commands(data: Path | None) -> dict[str, list[str]]:
         "step_cost": ["--rounds", "3"],
         "lsq": [],
         "correlation": fashion,
+        "coverage": [],
+        "measures": [],
         "protocol": ["--task", "digits"],  # Fashion-MNIST takes an hour more
     }
 

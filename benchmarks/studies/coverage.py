@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.stats
 from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -35,7 +36,7 @@ SIZE = 400
 
 def drawn() -> dict[str, np.ndarray]:
     """The eigenvalues of the spectra that are drawn."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(7)
     normal, place = rng.normal(size=SIZE), np.arange(1, SIZE + 1)
     clusters = np.repeat([10.0, 1.0, 0.01], [8, 72, SIZE - 80])
     return {
@@ -62,7 +63,7 @@ def dense(p: dict[str, jax.Array], convolution: bool) -> np.ndarray:
 
     def logits(p: dict[str, jax.Array]) -> jax.Array:
         if not convolution:
-            return jnp.tanh(x @ p["in"] + p["bias"]) @ p["out"]
+            return jnp.tanh(jnp.tanh(x @ p["in"] + p["bias"]) @ p["mid"]) @ p["out"]
         patches = jnp.stack([x.reshape(-1, 8, 8)[:, i : i + 6, j : j + 6]
                              for i in range(3) for j in range(3)], -1)  # fmt: skip
         maps = jnp.tanh(patches @ p["in"] + p["bias"])
@@ -89,97 +90,158 @@ def dense(p: dict[str, jax.Array], convolution: bool) -> np.ndarray:
 
 
 def networks() -> dict[str, np.ndarray]:
-    """Their Hessians, of 1,002 and 724 parameters."""
+    """Their Hessians, of 400 parameters each."""
     draw = lambda *shape: jnp.asarray(np.random.default_rng(2).normal(size=shape))
-    dense_net = {"in": draw(64, 13) / 8, "bias": jnp.zeros(13), "out": draw(13, 10) / 4}
-    conv_net = {"in": draw(9, 8) / 3, "bias": jnp.zeros(8), "out": draw(72, 9) / 8}
-    conv_net["out"] = jnp.pad(conv_net["out"], ((0, 0), (0, 1)))
+    dense_net = {"in": draw(64, 5) / 8, "bias": jnp.zeros(5)}
+    dense_net |= {"mid": draw(5, 5) / 2, "out": draw(5, 10) / 2}
+    conv_net = {"in": draw(9, 4) / 3, "bias": jnp.zeros(4), "out": draw(36, 10) / 6}
     return {"dense net": dense(dense_net, False), "conv net": dense(conv_net, True)}
 
 
-def entropies(eigenvalues: np.ndarray) -> list[float]:
-    """The Renyi entropies of the orders."""
+def entropy(eigenvalues: np.ndarray, order: float) -> float:
+    """Their Renyi entropy."""
     size = abs(eigenvalues)
     p = size[size > 1e-12 * size.max()] / size.sum()
-    shannon = -(p * np.log(p)).sum()
-    return [
-        shannon if a == 1 else np.log((p**a).sum()) / (1 - a) for a in ORDERS
-    ]  # fmt: skip
+    if order == 1:
+        return float(-(p * np.log(p)).sum())
+    return float(np.log((p**order).sum()) / (1 - order))
 
 
-def estimates(H: jax.Array, key: jax.Array) -> dict[str, Any]:
-    """All that is estimated, with its standard error."""
-    operator = sharpness.Operator(lambda v: H @ v, H[0], len(H), lambda v: v)
-    quadrature = sharpness.deflated_quadrature(operator, key)
-    power = lambda a: quadrature.sum(lambda x: jnp.abs(x) ** a)[:2]
-    found = {
-        "trace, XTrace": sharpness.trace(operator, key),
-        "trace, Hutchinson": sharpness.trace(operator, key, method="hutchinson"),
-        "Frobenius norm": sharpness.frobenius_norm(operator, key),
-        "sum of abs(x)": power(1.0),
-        "sum of squares": power(2.0),
-    }
-    for a in ORDERS:  # as renyi_entropy has them, from the same products
-        found[f"Renyi, order {a:g}"] = entropy_of(quadrature, a)
-    return {name: jnp.stack(tuple(x)) for name, x in found.items()}
+def quadratic(w: jax.Array, batch: jax.Array) -> jax.Array:
+    """A loss whose Hessian has one batch's example as its diagonal."""
+    return jnp.sum(batch[0] * w**2) / 2
 
 
 @jax.jit
-def run(H: jax.Array, keys: jax.Array) -> dict[str, Any]:
-    """The estimates with each key, one after the other."""
-    return jax.lax.map(functools.partial(estimates, H), keys)
+def run(H: jax.Array, x: jax.Array, keys: jax.Array) -> dict[str, Any]:
+    """All that is estimated, by each key: value, standard error and what they go with.
+
+    Normal draws know no directions: what uses them has the eigenvalues as a diagonal,
+    with which products are cheap. Signs, and the diagonal, have the matrix.
+    """
+    as_operator = lambda times, n: sharpness.Operator(times, x, n, lambda v: v)
+    matrix = as_operator(lambda v: H @ v, len(x))
+    spectrum = as_operator(lambda v: x * v, len(x))
+    noisy = lambda f: functools.partial(f, params=0 * x, batches=x[None, None])
+
+    def estimates(key: jax.Array) -> dict[str, Any]:
+        quadrature = sharpness.deflated_quadrature(spectrum, key)
+        density = sharpness.spectral_density(spectrum, key, num_grid=200)
+        top = sharpness.eigenvalues(spectrum, key)
+        average = noisy(sharpness.average_sharpness)(quadratic, rho=1.0, key=key)
+        noise = noisy(sharpness.pac_bayes_flatness)(
+            lambda w, batch: -quadratic(w, batch), key=key, target=jnp.abs(x).sum() / 2
+        )
+        signs = {"key": key, "method": "hutchinson"}
+        return {
+            "trace, XTrace": sharpness.trace(spectrum, key, method="xtrace"),
+            "trace, Hutchinson": sharpness.trace(matrix, **signs),
+            "diagonal, XDiag": sharpness.diagonal(matrix, key, method="xdiag"),
+            "diagonal, Hutchinson": sharpness.diagonal(matrix, **signs),
+            "Frobenius norm": sharpness.frobenius_norm(matrix, key),
+            "largest eigenvalue": (top.eigenvalues[0], top.residuals[0]),
+            "sum of abs(x)": quadrature.sum(jnp.abs)[:2],
+            "sum of squares": quadrature.sum(jnp.square)[:2],
+            "density": (density.density, density.stderr, density.grid, density.sigma),
+            "average sharpness": average[:2],
+            "PAC-Bayes drop": (noise.drop, noise.stderr, noise.sigma),
+        } | {f"Renyi, order {a:g}": entropy_of(quadrature, a) for a in ORDERS}
+
+    return jax.lax.map(estimates, keys)
 
 
-def truth(H: np.ndarray) -> dict[str, float]:
-    """The same from all eigenvalues."""
-    x = np.linalg.eigvalsh(H)
-    found = {
-        "trace, XTrace": x.sum(),
-        "trace, Hutchinson": x.sum(),
-        "Frobenius norm": np.sqrt((x**2).sum()),
-        "sum of abs(x)": abs(x).sum(),
-        "sum of squares": (x**2).sum(),
-    }
-    orders = zip(ORDERS, entropies(x), strict=True)
-    return found | {f"Renyi, order {a:g}": value for a, value in orders}
+def truth(name: str, H: np.ndarray, x: np.ndarray, known: Any) -> Any:
+    """The same from the matrix and its eigenvalues, and the unit of its error."""
+    total = abs(x).sum()
+    if name.startswith("Renyi"):
+        return entropy(x, float(name.split()[-1])), 1.0
+    if name.startswith("diagonal"):
+        return np.diag(H), np.sqrt(np.mean(np.diag(H) ** 2))
+    if name == "density":
+        grid, sigma = known
+        # Key by key, for the memory of it.
+        bumps = [
+            scipy.stats.norm.pdf(g[:, None], x, s)
+            for g, s in zip(grid, sigma, strict=True)
+        ]
+        of_keys = np.stack([b.mean(1) for b in bumps])
+        return of_keys, of_keys.max()
+    if name == "PAC-Bayes drop":
+        return known[0] ** 2 * x.sum() / 2, total / 2
+    return {
+        "Frobenius norm": (np.sqrt((x**2).sum()), np.sqrt((x**2).sum())),
+        "sum of abs(x)": (total, total),
+        "sum of squares": ((x**2).sum(), (x**2).sum()),
+        "average sharpness": (x.sum() / 2, total / 2),
+        "largest eigenvalue": (x.max(), x.max()),
+    }.get(name, (x.sum(), total))
 
 
-def measured(H: np.ndarray, dtype: str, num_keys: int) -> dict[str, list[float]]:
-    """For each estimate: coverage, error, bias and standard error, in its own unit."""
-    H = np.asarray(H, dtype).astype(float)
+def measured(H: np.ndarray, dtype: str, num_keys: int) -> dict[str, list[Any]]:
+    """For each estimate: coverage, error, bias, standard error, whether it is exact."""
+    H = np.asarray(H, dtype)
+    x = np.asarray(np.linalg.eigvalsh(H.astype(float)), dtype)
     keys = jax.random.split(jax.random.key(0), num_keys)
-    found = jax.device_get(run(jnp.asarray(H, dtype), keys))
-    rows = {}
-    for name, true in truth(H).items():
-        value, stderr = np.asarray(found[name], float).T
+    found = jax.device_get(run(jnp.asarray(H), jnp.asarray(x), keys))
+    H, x, rows = H.astype(float), x.astype(float), {}
+    for name, (value, stderr, *known) in found.items():
+        true, unit = truth(name, H, x, known)
         off = value - true
+        if name == "largest eigenvalue":  # the residual is a bound on some eigenvalue
+            off = abs(value[:, None] - x).min(1)
+            stderr = stderr / 2
         # To a rounding, which no spread of draws knows.
-        rounding = 100 * np.finfo(dtype).eps * max(abs(true), 1)
+        rounding = 100 * np.finfo(dtype).eps * max(unit, abs(x).max())
         within = abs(off) <= 2 * stderr + rounding
+        if name == "density":  # where there is one
+            within = within[true > 0.01 * unit]
         rms = np.sqrt(np.mean(off**2))
-        unit = 1 if "Renyi" in name else abs(true)
-        exact = bool(rms <= rounding)
-        rows[name] = [float(within.mean()), *(float(x / unit) for x in (
-            rms, off.mean(), stderr.mean())), exact]  # fmt: skip
+        numbers = rms, off.mean(), stderr.mean()
+        rows[name] = [
+            round(float(within.mean()), 4),
+            *(float(f"{x / unit:.3g}") for x in numbers),
+            bool(rms <= rounding),
+        ]
     return rows
 
 
 def markdown(results: Any) -> dict[str, str]:
-    """For each estimate the coverage of all spectra, and its largest error."""
-    lines, names = [], list(next(iter(results["rows"].values())))
-    for name in names:
+    """For each estimate its coverage, and its largest error and bias of all spectra."""
+    lines = []
+    for name in next(iter(results["rows"].values())):
         rows = [(case, row[name]) for case, row in results["rows"].items()]
-        held = [100 * x[0] for _, x in rows if not x[4]]
         case, worst = max(rows, key=lambda x: x[1][1])
-        error = f"{worst[1]:.2f} nats" if "Renyi" in name else f"{100 * worst[1]:.1f} %"
-        lines.append([name, f"{min(held):.0f} to {max(held):.0f} %, median"
-                      f" {np.median(held):.0f} %", f"{error} ({case})"])  # fmt: skip
-    header = [
-        "estimate",
-        "keys within two standard errors",
-        "largest error (rms), where",
-    ]
+        bias = max((row[2] for _, row in rows), key=abs)
+        where = case.partition(",")[0]
+        lines.append([name, held(results, name), f"{_shown(name, worst[1])} ({where})",
+                      _shown(name, bias, "+")])  # fmt: skip
+    header = ["estimate", "keys within two errors, median", "rms error", "bias"]
     return {"all": table(header, lines)}
+
+
+def _shown(name: str, error: float, sign: str = "-") -> str:
+    if "Renyi" in name:
+        return f"{error:{sign}.3f} nats"
+    return f"{100 * error:{sign}.2g} %"
+
+
+def held(results: Any, name: str) -> str:
+    """How many of the keys have the true value within two standard errors.
+
+    Args:
+      results: all of them.
+      name: of an estimate, or what the names of several begin with.
+    """
+    shares = [
+        100 * row[0]
+        for rows in results["rows"].values()
+        for key, row in rows.items()
+        if key.startswith(name) and (name == "largest eigenvalue" or not row[4])
+    ]
+    low, high = min(shares), max(shares)
+    if low == high:
+        return f"{high:.0f} %"
+    return f"{low:.0f} to {high:.0f} %, {np.median(shares):.0f} %"
 
 
 def main() -> None:
@@ -190,8 +252,8 @@ def main() -> None:
         settings = study.environment() | {"keys": num_keys}
         results = study.begun(settings, options.out)
         jax.config.update("jax_enable_x64", True)
-        matrices = {name: rotated(x) for name, x in drawn().items()}
-        matrices |= networks()
+        matrices = networks()
+        matrices |= {name: rotated(x) for name, x in drawn().items()}
         for dtype in ("float64", "float32"):
             for name, H in matrices.items():
                 case = f"{name}, {dtype}"

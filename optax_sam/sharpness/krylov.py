@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,7 @@ class Lanczos(NamedTuple):
         """The quadrature after ``m`` of the ``K`` steps; ``None``: after all."""
         d, b, alive = self.diagonal[:m], self.below[:m], self.alive[:m]
         T = jnp.diag(d) + jnp.diag(b[:-1], 1) + jnp.diag(b[:-1], -1)
-        theta, U = jnp.linalg.eigh(T)
+        theta, U = eigh(T)
         live = jnp.sum(jnp.where(alive[:, None], U**2, 0), 0) > 0.5
         # A row that lives has no nan, unless the operator itself gave it; then
         # everything is nan, and said to be so.
@@ -83,30 +84,56 @@ def lanczos(operator: Operator, start: jax.Array, num_matvecs: int) -> Lanczos:
     length, dtype = jnp.linalg.norm(start), start.dtype
     # A start of zero, as a projection may leave: any other, with no weight.
     start = jnp.where(length > 0, start, 1)
-    threshold = 10 * jnp.finfo(dtype).eps * n**0.5
+    start = start / jnp.linalg.norm(start)
+    extend = _extend_on_host if operator.on_host else _extend
 
     def step(state: Any, j: jax.Array) -> tuple[Any, Any]:
-        Q, q, alive, largest, b = state
-        Q = Q.at[j].set(q)
-        r = operator.times(q)
-        d = jnp.where(alive, q @ r, 0)
-        largest = jnp.maximum(largest, jnp.abs(d) + b)
-        for _ in range(2):  # twice is enough
-            r = r - product(product(Q, r), Q)
-        norm = jnp.linalg.norm(r)
-        # False where anything is nan; and rows that may hold nan are selected away.
-        healthy = alive & (norm > threshold * largest)
-        b = jnp.where(healthy, norm, 0)
-        q = jnp.where(healthy, r / norm, 0)
-        return (Q, q, healthy, largest, b), (d, b, alive, norm)
+        Q, q, *rest = state
+        return extend(Q, q, operator.times(q), rest, j)
 
     zero = jnp.zeros((), dtype)
-    unit = start / jnp.linalg.norm(start)
-    first = (jnp.zeros((K, n), dtype), unit, jnp.asarray(True), zero, zero)
+    first = (jnp.zeros((K, n), dtype), start, jnp.asarray(True), zero, zero)
+    del start
     (Q, *_), (d, b, alive, norm) = scan(operator.on_host, step, first, jnp.arange(K))
     last = jnp.where(alive[-1], norm[-1], 0)
     return Lanczos(d, b.at[-1].set(last), alive, Q)
 
 
+def _extend(
+    Q: jax.Array, q: jax.Array, r: jax.Array, rest: Any, j: jax.Array
+) -> tuple[Any, Any]:
+    """The basis with ``q`` as row ``j``, and what its image ``r`` has that is new."""
+    alive, largest, b = rest
+    Q = Q.at[j].set(q)
+    d = jnp.where(alive, q @ r, 0)
+    largest = jnp.maximum(largest, jnp.abs(d) + b)
+    for _ in range(2):  # twice is enough
+        r = r - product(product(Q, r), Q)
+    norm = jnp.linalg.norm(r)
+    threshold = 10 * jnp.finfo(Q.dtype).eps * Q.shape[1] ** 0.5
+    # False where anything is nan; and rows that may hold nan are selected away.
+    healthy = alive & (norm > threshold * largest)
+    b = jnp.where(healthy, norm, 0)
+    q = jnp.where(healthy, r / norm, 0)
+    return (Q, q, healthy, largest, b), (d, b, alive, norm)
+
+
+# A loop on the host would have two copies of the basis otherwise.
+_extend_on_host = jax.jit(_extend, donate_argnums=0)
+
+
+def _one_by_one(factorize: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """Under vmap, a loop over the matrices; with the derivatives of the function.
+
+    XLA's runtime for CPUs can wait for ever where two factorizations of batches of
+    matrices run at the same time.
+    """
+    run = jax.custom_jvp(jax.custom_batching.sequential_vmap(factorize))
+    run.defjvp(lambda at, along: jax.jvp(factorize, at, along))
+    return run
+
+
+eigh = _one_by_one(lambda x: jnp.linalg.eigh(x))
+qr = _one_by_one(lambda x: jnp.linalg.qr(x))
 # Accelerators would round products to a few digits.
 product = functools.partial(jnp.matmul, precision="highest")

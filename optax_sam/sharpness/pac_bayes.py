@@ -14,7 +14,7 @@ from optax_sam import schedules
 from optax_sam.masks import Mask
 from optax_sam.sharpness.data import each, repeat
 from optax_sam.sharpness.objective import Objective, objective
-from optax_sam.sharpness.probes import normals, typed_key
+from optax_sam.sharpness.probes import normals, standard_error, typed_key
 from optax_sam.trees import inner, wide
 
 _EPS = 1e-3  # of the papers: the noise that is left at a weight of 0
@@ -28,7 +28,8 @@ class PacBayesFlatness(NamedTuple):
       sigma: the largest standard deviation that was tried at which the drop is within
         the target; the smallest tried one, if it is beyond it at all of them.
       drop: the mean drop of the metric at ``sigma``.
-      stderr: its standard error, over the draws.
+      stderr: its standard error, over the draws. These also chose ``sigma``, so it is a
+        little too small: two of it hold the true drop for 88 to 97 of 100 keys.
       converged: whether the drop is within a tenth of the target. It is not where even
         ``sigma_max`` is borne, or the metric falls in too large steps.
     """
@@ -149,7 +150,7 @@ def pac_bayes_flatness(
 
         drops = each(o.on_host, drop, keys)
         mean = drops.mean()
-        stderr = drops.std(ddof=1) / jnp.sqrt(num_samples).astype(drops.dtype)
+        stderr = standard_error(drops)
         close = jnp.abs(mean - target) <= jnp.asarray(target, mean.dtype) / 10
         return PacBayesFlatness(1 / sigma**2, sigma, mean, stderr, close)
 

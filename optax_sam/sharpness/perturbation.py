@@ -13,7 +13,7 @@ from optax_sam.masks import Mask
 from optax_sam.sharpness.auto_pgd import Ball
 from optax_sam.sharpness.data import each
 from optax_sam.sharpness.objective import LossFn, Objective, objective
-from optax_sam.sharpness.probes import typed_key
+from optax_sam.sharpness.probes import standard_error, typed_key
 from optax_sam.sharpness.worst_case import check_norm, scale
 
 
@@ -142,7 +142,7 @@ def average_sharpness(
     of_draws = o.mean_of(rise.T)
     return AverageSharpness(
         value=of_draws.mean(),
-        stderr=of_draws.std(ddof=1) / jnp.sqrt(num_samples).astype(rise.dtype),
+        stderr=standard_error(of_draws),
         per_batch=rise.mean(axis=0),
     )
 

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from optax_sam import keys, schedules
 from optax_sam.sharpness.data import each, scan
+from optax_sam.sharpness.krylov import qr
 from optax_sam.sharpness.operators import Operator, also_of_loss
 from optax_sam.trees import widest
 
@@ -21,11 +22,34 @@ class Estimate(NamedTuple):
 
     Attributes:
       estimate: the mean over the draws.
-      stderr: its standard error, of the same shape; 0 where the value is exact.
+      stderr: its standard error, of the same shape, widened where the draws are few; 0
+        where the value is exact.
     """
 
     estimate: Any
     stderr: Any
+
+
+def standard_error(draws: jax.Array) -> jax.Array:
+    """That of the mean over the first axis; ``nan`` for one draw.
+
+    Where draws are skewed, as squares of normals are, a mean that is too low goes with
+    a spread that is too small. What their third moment adds makes up for that.
+    """
+    N = len(draws)
+    if N == 1:
+        return jnp.full_like(draws[0], jnp.nan)
+    off = draws - draws.mean(0)
+    variance = jnp.sum(off**2, 0) / (N - 1)
+    skew = jnp.mean(off**3, 0) / jnp.where(variance > 0, variance, 1)
+    return student(N) * jnp.sqrt(variance / N) + 0.5 * jnp.abs(skew) / N
+
+
+def student(number: int) -> float:
+    """What widens an error of so few draws so that two of it hold 95 % of cases."""
+    z, nu = 1.96, number - 1
+    terms = z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return sum(x / nu**i for i, x in enumerate(terms)) / z
 
 
 def typed_key(key: ArrayLike) -> jax.Array:
@@ -239,7 +263,7 @@ def _hutchinson(
     counts = jnp.arange(1.0, num_matvecs + 1, dtype=jnp.float32)
     start = (zeros, zeros)
     (mean, spread), _ = scan(operator.on_host, add, start, (keys, counts))
-    variance = num_matvecs * (num_matvecs - 1)
+    variance = num_matvecs * (num_matvecs - 1) / student(num_matvecs) ** 2
     return Estimate(mean, jax.tree.map(lambda m2: jnp.sqrt(m2 / variance), spread))
 
 
@@ -271,7 +295,7 @@ def _sketch(operator: Operator, key: ArrayLike, num_matvecs: int) -> _Sketch:
     schedules.check_integer("num_matvecs", num_matvecs, 4)
     keys = jax.random.split(typed_key(key), num_matvecs // 2)
     Omega = jax.vmap(lambda key: random_vector(key, operator))(keys)
-    Q, R = jnp.linalg.qr(each(operator.on_host, operator.times, Omega).T)
+    Q, R = qr(each(operator.on_host, operator.times, Omega).T)
     Z = each(operator.on_host, operator.times, Q.T).T
     size = jnp.abs(jnp.diagonal(R))
     spanned = size.min() <= 10 * jnp.finfo(R.dtype).eps * size.max()

@@ -65,10 +65,12 @@ def _renyi_entropy(
     loss does not change it, so it says nothing of magnitude. Rescaling two layers that
     cancel changes the entropy of the whole network, but not that of a layer.
 
-    Cost: as :func:`spectral_sum`, 660 products, for each layer if
-    ``layerwise``. Below order one the quadrature is biased, mostly upwards on trained
-    networks. The standard error has a term for that, whose coverage is not measured
-    yet. Compare values of equal settings.
+    Cost: as :func:`spectral_sum`, 660 products, for each layer if ``layerwise``. The
+    quadrature is biased upwards, most below order one: on the Hessians of two networks
+    by 0.01 nats at order 0.5, a third of the standard error, which has a term for it.
+    The true value lies within two of them for 91 to 99 of 100 keys, on eight spectra.
+    Where eigenvalues spread evenly over eight decades the bias at order 0.5 is larger
+    than that error says. Compare values of equal settings.
 
     Args:
       operator: as in :func:`trace`.

@@ -13,7 +13,12 @@ from optax_sam import schedules
 from optax_sam.sharpness.data import each
 from optax_sam.sharpness.krylov import lanczos, product
 from optax_sam.sharpness.operators import Operator, also_of_loss
-from optax_sam.sharpness.probes import random_vector, typed_key
+from optax_sam.sharpness.probes import (
+    random_vector,
+    standard_error,
+    student,
+    typed_key,
+)
 
 
 class SpectralSumResult(NamedTuple):
@@ -36,7 +41,7 @@ class SpectralDensity(NamedTuple):
     Attributes:
       grid: ``(G,)`` eigenvalues, loss per squared parameter.
       density: ``(G,)``, the mean over probes.
-      stderr: ``(G,)``, its standard error over probes; ``nan`` with one probe.
+      stderr: ``(G,)``, the standard error at each point; ``nan`` with one probe.
       nodes: ``(N, M)``, the Ritz values of each probe.
       weights: ``(N, M)``, their weights, one in sum; 0 where a node is padding.
       sigma: the width of the normal density that each node is smoothed with.
@@ -103,13 +108,6 @@ def jackknife(f: Callable[..., jax.Array], *sums: jax.Array) -> list[jax.Array]:
     return [fine, jnp.hypot(student(N) * spread, bias).astype(fine.dtype)]
 
 
-def student(number: int) -> float:
-    """What widens an error of so few draws so that two of it hold 95 % of cases."""
-    z, nu = 1.96, number - 1
-    terms = z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return sum(x / nu**i for i, x in enumerate(terms)) / z
-
-
 @also_of_loss
 def spectral_sum(
     fn: Callable[[jax.Array], jax.Array],
@@ -133,7 +131,8 @@ def spectral_sum(
     ``abs(x)**0.5`` has 7 %, of either sign, and more probes do not help.
 
     Cost: ``num_top_matvecs + num_probes * num_lanczos`` products;
-    memory: ``num_eigs`` vectors and about two times the larger number of Lanczos steps.
+    memory: ``num_eigs`` vectors, one for each of the Lanczos steps (two with old
+    versions of JAX), and a few.
 
     Args:
       fn: the function, of arrays, entry by entry, such as ``jnp.square``. For
@@ -256,8 +255,8 @@ def spectral_density(
     more probes only tell how sure it is; ``num_lanczos=50, num_probes=1`` is a quick
     look.
 
-    Cost: ``num_lanczos * num_probes`` products; memory: about
-    ``2 num_lanczos`` vectors.
+    Cost: ``num_lanczos * num_probes`` products; memory: ``num_lanczos`` vectors (twice
+    as many with old versions of JAX), and a few.
 
     Args:
       operator: as in :func:`trace`.
@@ -314,11 +313,11 @@ def spectral_density(
         return bumps @ omega
 
     densities = jax.lax.map(density_of, (nodes, weights))
-    stderr = (
-        jnp.std(densities, axis=0, ddof=1) / jnp.sqrt(num_probes)
-        if num_probes > 1
-        else jnp.full_like(grid, jnp.nan)
-    )
     return SpectralDensity(
-        grid, densities.mean(0), stderr, nodes, weights / num_probes, sigma
+        grid=grid,
+        density=densities.mean(0),
+        stderr=standard_error(densities),
+        nodes=nodes,
+        weights=weights / num_probes,
+        sigma=sigma,
     )

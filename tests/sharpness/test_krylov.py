@@ -1,6 +1,7 @@
 """Lanczos does not go on in noise, and probes know when they have seen everything."""
 
 import functools
+import re
 
 import curvature
 import jax
@@ -227,3 +228,28 @@ def test_a_density_is_that_of_the_eigenvalues(x64):
     truth = jax.scipy.stats.norm.pdf(result.grid[:, None], values, 0.1).mean(1)
     assert (abs(result.density - truth) <= 5 * result.stderr + 1e-6).all()
     assert result.stderr.max() < 0.06 * truth.max()
+
+
+def test_under_vmap_matrices_are_factorized_one_by_one():
+    """XLA's runtime for CPUs hangs where two batches of them are at the same time."""
+    operator = diagonal(jnp.arange(1.0, 13))
+    run = lambda key: (
+        sharpness.trace(operator, key, num_matvecs=8).estimate,
+        sharpness.eigenvalues(operator, key, num_matvecs=4).eigenvalues,
+    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    batched = jax.jit(jax.vmap(run))
+    text = batched.lower(keys).as_text()
+    calls = re.findall(
+        r"@lapack_\w+(syevd|geqrf|orgqr)\w*\(.*-> \(?tensor<(\S+)x", text
+    )
+    assert {name for name, _ in calls} == {"syevd", "geqrf", "orgqr"}
+    assert all(shape.count("x") == 1 for _, shape in calls)
+    for found, expected in zip(batched(keys), jax.lax.map(run, keys), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # They have derivatives still: of the trace by the scale of the operator.
+    scaled = lambda s: sharpness.trace(
+        diagonal(s * jnp.arange(1.0, 13)), 0, num_matvecs=8
+    )
+    slope = jax.grad(lambda s: scaled(s).estimate)(2.0)
+    np.testing.assert_allclose(slope, scaled(2.0).estimate / 2, rtol=1e-4)

@@ -103,6 +103,18 @@ def test_values_and_gradients_are_as_many_as_documented(name):
     assert [values.read(), gradients.read()] == [2 * x for x in expected]
 
 
+@pytest.mark.parametrize(
+    ("name", "copies"),
+    [("eigenvalues", 1), ("trace", 2), ("trace hutchinson", 1), ("renyi", 2)],
+)
+def test_programs_hold_the_loss_once_for_each_loop(name, copies):
+    """So that they compile about as long as a product, whatever the model."""
+    params, batches = problem()
+    run = lambda w, b: MEASURES[name][0](loss_fn, w, b, key=0)
+    text = jax.jit(run).lower(params, batches).as_text()
+    assert text.count("stablehlo.tanh") == copies
+
+
 @pytest.mark.parametrize("mode", ["fwd_rev", "rev_rev"])
 def test_a_product_costs_at_most_three_gradients(mode):
     # Wide enough that the model, not the loss, is what is counted.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from optax_sam import sharpness
+from optax_sam.sharpness import probes
 
 RHO = 0.1
 ONE = jnp.zeros((1, 1))  # a batch for losses that look at none
@@ -196,3 +197,16 @@ def test_normalized_logits_at_zero_and_in_half_precision():
     assert jnp.isfinite(pull(jnp.zeros(4))[0]).all()
     grown = sharpness.normalize_logits(jnp.array([0.0, 1e-12]), eps=1e-10)
     np.testing.assert_allclose(grown, [-0.005, 0.005], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("draw", "mean", "low"),
+    [(jax.random.normal, 0, 0.94), (lambda *x: jax.random.normal(*x) ** 2, 1, 0.88)],
+)
+@pytest.mark.parametrize("number", [10, 20])
+def test_two_standard_errors_of_few_draws_hold_their_mean(draw, mean, low, number):
+    draws = draw(jax.random.key(0), (number, 10_000))
+    off = jnp.abs(draws.mean(0) - mean)
+    share = (off <= 2 * probes.standard_error(draws)).mean()
+    assert low <= share <= 0.97
+    assert (off <= 2 * draws.std(0, ddof=1) / number**0.5).mean() < share - 0.01
