@@ -68,9 +68,9 @@ def maximize(
     only the best is kept, so that memory does not grow with their number.
 
     Args:
-      value_and_grad: the objective, a function of a tree like ``like``.
+      value_and_grad: the objective, a function of a pytree like ``like``.
       at_zero: the objective at zero.
-      like: a tree of arrays, whose shapes and dtypes are used.
+      like: a pytree of arrays, whose shapes and dtypes are used.
       rho: radius of the ball.
       key: an int, typed key or raw key data for the starts; ``None``: zero.
       ball: ``"l2"``, over all leaves together, or ``"linf"``.
@@ -173,7 +173,7 @@ def auto_pgd(
     is always halved at, as their second condition asks.
 
     Args:
-      value_and_grad: the objective, a function of a tree like ``u0``.
+      value_and_grad: the objective, a function of a pytree like ``u0``.
       u0: the start, in the ball and the subspace.
       rho: radius of the ball.
       ball: ``"l2"`` or ``"linf"``.
@@ -252,7 +252,7 @@ def auto_pgd(
 def checkpoint_demands(num_steps: int) -> np.ndarray:
     """Four times the improvements that are asked for after ``k`` steps; 0: none are.
 
-    The first entry makes the count begin anew after the start, which always counts.
+    The first entry makes the count begin again after the start, which always counts.
     """
     # In whole hundredths: in floating point 0.7 * 20 lies above 14.
     marks, step = [22], 19

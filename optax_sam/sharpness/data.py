@@ -29,7 +29,7 @@ class Stacked:
         self.number = len(share)
 
     def mean(self, f: Callable[[Any], Any]) -> Any:
-        """The mean of ``f(batch)``, a tree of arrays, over the batches here."""
+        """The mean of ``f(batch)``, a pytree of arrays, over the batches here."""
         scaled = lambda batch, share: jax.tree.map(
             lambda x: x * share.astype(x.dtype), f(batch)
         )
@@ -98,7 +98,7 @@ class Streamed:
             )
 
     def mean(self, f: Callable[[Any], Any]) -> Any:
-        """The mean of ``f(batch)``, a tree of arrays, weighted by examples."""
+        """The mean of ``f(batch)``, a pytree of arrays, weighted by examples."""
         pairs = self._weighed()
         return accumulate(lambda x: f(x[0]), pairs, weight=lambda x: x[1])
 
@@ -195,11 +195,11 @@ def stack_batches(data: Any, batch_size: int) -> Any:
     the same data. A shorter last batch would change both in silence; it is refused.
 
     Args:
-      data: a tree of arrays ``(N, ...)``: the examples, in the order to be used.
+      data: a pytree of arrays ``(N, ...)``: the examples, in the order to be used.
       batch_size: ``m``, a divisor of ``N``.
 
     Returns:
-      The tree with leaves ``(N / m, m, ...)``.
+      The pytree with leaves ``(N / m, m, ...)``.
 
     Raises:
       ValueError: if the arrays differ in ``N``, or ``m`` does not divide it.

@@ -34,7 +34,7 @@ def filter_normalized_direction(
 
     Args:
       key: an int, a key from ``jax.random.key``, or raw key data. The draw of a leaf
-        depends on its position in the tree and not on the mask.
+        depends on its position in the pytree and not on the mask.
       params: the weights ``w``; their own dtype, or float32 if that is narrower, is
         the direction's.
       norm: ``"filter"``; ``"layer"``, which takes a whole leaf for one filter; or
@@ -47,14 +47,14 @@ def filter_normalized_direction(
         beside those of stacked layers; ``None`` means the output axes that ``roles``
         finds: the last one in Flax, with kernels ``(in, out)`` and ``(height, width,
         in, out)``, several for the heads of attention, the first one in Equinox.
-      mask: the leaves to move: a tree of bools like the parameters or a prefix of
+      mask: the leaves to move: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
       roles: what each leaf is: a pytree of :class:`optax_sam.Role` or a function from
         the parameters to one; ``None`` means :func:`optax_sam.roles`.
 
     Returns:
-      A tree like ``params``, zero in leaves that stay in place. Zero filters have zero
-      directions.
+      A pytree like ``params``, zero in leaves that stay in place. Zero filters have
+      zero directions.
 
     Raises:
       ValueError: if ``norm`` is none of these, a chosen leaf is not real, or it has

@@ -21,8 +21,8 @@ class EigenResult(NamedTuple):
     Attributes:
       eigenvalues: ``(k,)``, in the order that was asked for; loss per squared
         parameter. ``nan`` where fewer than ``k`` were there to be found.
-      eigenvectors: a tree like the parameters with leaves ``(k, ...)``, each of length
-        one, zero in leaves that are left out.
+      eigenvectors: a pytree like the parameters with leaves ``(k, ...)``, each of
+        length one, zero in leaves that are left out.
       residuals: ``(k,)``, ``|H v - lambda v|``: an eigenvalue lies within it.
       converged: ``(k,)``, whether the residual is below the tolerance.
       num_matvecs: the Hessian-vector products that were spent.
@@ -72,7 +72,7 @@ def eigenvalues(
       num_matvecs: steps of Lanczos. 20 do for up to five large eigenvalues of a trained
         network; the smallest takes 40 to 80, and so may a network at initialization.
       which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest magnitude.
-      init: a tree like ``params`` to start near, as the last top eigenvector.
+      init: a pytree like ``params`` to start near, as the last top eigenvector.
       tol: an eigenvalue has converged once its residual is at most ``tol`` times its
         magnitude; default 1e-3, and 1e-6 in float64.
 

@@ -74,8 +74,8 @@ def geodesic_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples, with a
-        maximum for each.
+      batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples, with
+        a maximum for each.
       rho: radius, above 0, in units of the metric.
       gl_pairs: what :func:`attention_gl_pairs` and :func:`gl_pair` return, in a list;
         no leaf in two of them. They are static: close over them in ``jax.jit``.
@@ -87,8 +87,8 @@ def geodesic_sharpness(
         both are equal on the orbit: at factors of the product's singular vectors.
       num_steps: steps of each ascent, at least 1.
       num_restarts: the number of random starts, of which the best counts.
-      metric_fn: ``metric_fn(params, batch)``, an array or a tree of arrays, whose mean
-        change at the worst points is reported.
+      metric_fn: ``metric_fn(params, batch)``, an array or a pytree of arrays, whose
+        mean change at the worst points is reported.
       mask: the leaves that move, as in :func:`hvp`. Pairs that it leaves out as a whole
         are ignored.
       weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.

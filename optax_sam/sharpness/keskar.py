@@ -60,7 +60,7 @@ def keskar_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch, at least 0;
         deterministic, so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+      batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
         list, a loader or a generator of them, as for :func:`hessian`.
       key: an int, typed key or raw key data, for the start and the subspace; ``None``
         is 0.
@@ -70,7 +70,7 @@ def keskar_sharpness(
       subspace_dim: the dimension of the subspace, at most the number of weights (100 in
         the paper), whose basis takes the memory of as many copies of the parameters;
         ``None``: all directions.
-      mask: the leaves that move: a tree of bools like the parameters or a prefix of
+      mask: the leaves that move: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
       weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.
       axis_name: name of a mapped axis over which the batches are spread.

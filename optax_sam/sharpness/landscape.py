@@ -40,13 +40,13 @@ def loss_line(
         so dropout off and BatchNorm with its running averages. Those belong to ``w``:
         far from it, re-estimate them, or the curve shows how wrong they are there.
       params: the weights ``w``.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+      batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
         list, a loader or a generator of them, as for :func:`hessian`.
-      direction: ``d``, a tree like ``params``, as from
+      direction: ``d``, a pytree like ``params``, as from
         :func:`filter_normalized_direction`.
       alphas: ``(A,)``, where to evaluate, in lengths of ``d``: with filters
         normalized, 1 moves each filter by its own length.
-      mask: the leaves to move: a tree of bools like the parameters or a prefix of
+      mask: the leaves to move: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
       weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.
       axis_name: name of a mapped axis over which the batches are spread.
@@ -101,7 +101,7 @@ def loss_surface(
       loss_fn: as in :func:`loss_line`.
       params: the weights ``w``.
       batches: as in :func:`loss_line`.
-      directions: ``(d, d')``, two trees like ``params``. Two random ones are almost
+      directions: ``(d, d')``, two pytrees like ``params``. Two random ones are almost
         orthogonal in many dimensions; nothing here makes them so.
       alphas: ``(A,)``, the steps along ``d``, in its lengths.
       betas: ``(B,)``, the steps along ``d'``; ``None`` means those along ``d``.

@@ -64,8 +64,8 @@ def sam_metrics(
       loss: ``L(w)``, (), from ``value_and_grad``.
       loss_perturbed: ``L(w + e)`` on the same batch, ().
       grads: ``g``, a tree.
-      grads_perturbed: ``g_s``, a tree like ``grads``.
-      perturbation: ``e``, a tree like ``grads``.
+      grads_perturbed: ``g_s``, a pytree like ``grads``.
+      perturbation: ``e``, a pytree like ``grads``.
       params: ``w``, in the dtype that the perturbed ones had, to which ``w + e`` is
         rounded here. The methods of this library hand float32 ones to ``grad_fn``
         for half-precision leaves (``ascent_dtype``), so cast these alike:
@@ -77,8 +77,8 @@ def sam_metrics(
       Scalars in float32 or wider. It can be jitted.
 
     Raises:
-      ValueError: if a loss is no scalar, a tree differs from ``grads`` in its structure
-        or a shape, or ``learning_rate`` is negative.
+      ValueError: if a loss is no scalar, a pytree differs from ``grads`` in its
+        structure or a shape, or ``learning_rate`` is negative.
 
     Examples:
       >>> import jax, jax.numpy as jnp

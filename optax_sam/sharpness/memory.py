@@ -39,7 +39,7 @@ def memory(
       measure: a function ``(loss_fn, params, batches, ...)``, such as
         :func:`hessian_trace`.
       loss_fn: the loss.
-      params: the weights, or a tree of ``jax.ShapeDtypeStruct`` like them, as
+      params: the weights, or a pytree of ``jax.ShapeDtypeStruct`` like them, as
         ``jax.eval_shape`` makes.
       batches: stacked batches, or their shapes. For a list or a loader give one batch,
         stacked, as no more than one is there at a time.

@@ -52,7 +52,7 @@ class Objective:
         return _fill(w, self.params)
 
     def like_params(self, vector: Any) -> Any:
-        """A vector of the chosen leaves as a tree of all, with zeros elsewhere."""
+        """A vector of the chosen leaves as a pytree of all, with zeros elsewhere."""
         return _fill(vector, jax.tree.map(jnp.zeros_like, self.params))
 
     def loss(self, w: Any, batch: Any) -> jax.Array:
@@ -172,7 +172,7 @@ def check_axes(w: Any, data: Data, axis_name: Any) -> None:
 
 
 def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
-    """Of a tree like the parameters, the part that is like ``w``, in its dtypes."""
+    """Of a pytree like the parameters, the part that is like ``w``, in its dtypes."""
     expected: Any = jax.tree.structure(params)
     given: Any = jax.tree.structure(tree)
     if given != expected:

@@ -35,10 +35,10 @@ class Operator(NamedTuple):
     map can be written down as one, too.
 
     Attributes:
-      matvec: the map, from a tree like ``like`` to another one.
-      like: a tree of arrays of the shapes and dtypes that it acts on.
+      matvec: the map, from a pytree like ``like`` to another one.
+      like: a pytree of arrays of the shapes and dtypes that it acts on.
       size: ``n``, the number of entries.
-      to_params: a vector as a tree like all parameters, with zeros in those left out.
+      to_params: a vector as a pytree like all parameters, with zeros in those left out.
       on_host: whether ``matvec`` is a loop of the host, which no ``jit`` can hold.
     """
 
@@ -53,7 +53,7 @@ class Operator(NamedTuple):
         return ravel(self.matvec(self.unravel(v)))
 
     def unravel(self, v: jax.Array) -> Any:
-        """A vector ``(n,)`` as a tree that ``matvec`` takes."""
+        """A vector ``(n,)`` as a pytree that ``matvec`` takes."""
         leaves, structure = jax.tree.flatten(self.like)
         ends = np.cumsum([x.size for x in leaves])[:-1]
         parts = zip(jnp.split(v, ends), leaves, strict=True)
@@ -61,7 +61,7 @@ class Operator(NamedTuple):
         return jax.tree.unflatten(structure, shaped)
 
     def unravel_params(self, v: jax.Array) -> Any:
-        """A vector ``(n,)`` as a tree like all parameters."""
+        """A vector ``(n,)`` as a pytree like all parameters."""
         return self.to_params(self.unravel(v))
 
 
@@ -95,7 +95,7 @@ def to_scipy(operator: Operator) -> Any:
 
 
 def ravel(tree: Any) -> jax.Array:
-    """The leaves of a tree as one vector ``(n,)``."""
+    """The leaves of a pytree as one vector ``(n,)``."""
     return ravel_pytree(tree)[0]
 
 
@@ -122,12 +122,12 @@ def hessian(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples. Or a
+      batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples. Or a
         list of batches, a loader, or a generator, which the host reads batch by batch,
         once for each product; what gives its batches only once is kept on the host.
       mode: ``"fwd_rev"``; ``"rev_rev"``, about 1.7 times as dear, for models whose
         backward pass has no forward derivative (a ``custom_vjp`` inside another's).
-      mask: the leaves to look at: a tree of bools like the parameters or a prefix of
+      mask: the leaves to look at: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all. Vectors have
         no entries for the others, and the operator is the diagonal block.
       weights: ``(B,)``, the examples that count in each batch; for a list or a loader
@@ -181,7 +181,7 @@ def ggn(
     in memory at a time.
 
     Args:
-      model_fn: ``model_fn(params, batch)``, the outputs ``z``, an array or a tree of
+      model_fn: ``model_fn(params, batch)``, the outputs ``z``, an array or a pytree of
         arrays.
       loss_fn: ``loss_fn(outputs, batch)``, the mean loss of one batch.
       params: as in :func:`hessian`, and so are the other arguments.
@@ -331,11 +331,11 @@ def hvp(loss_fn: LossFn, params: Any, batches: Any, v: Any, **options: Any) -> A
       loss_fn: as in :func:`hessian`.
       params: the weights ``w``.
       batches: as in :func:`hessian`.
-      v: a tree like ``params``; what it holds in leaves that are left out is ignored.
+      v: a pytree like ``params``; what it holds in leaves that are left out is ignored.
       **options: ``mode``, ``mask``, ``weights`` and ``axis_name`` of :func:`hessian`.
 
     Returns:
-      ``Hv``, a tree like ``params``, zero in leaves that are left out.
+      ``Hv``, a pytree like ``params``, zero in leaves that are left out.
 
     Raises:
       ValueError: if ``v`` has another structure or shape than the parameters, or as

@@ -80,7 +80,7 @@ def pac_bayes_flatness(
       metric_fn: ``metric_fn(params, batch)``, the mean accuracy of one batch, or any
         other number that is larger where the model is better.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+      batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
         list, a loader or a generator of them, as for :func:`hessian`.
       key: an int, typed key or raw key data, for the noise.
       target: the drop to be borne, above 0, in units of the metric.
@@ -89,7 +89,7 @@ def pac_bayes_flatness(
         (or relative to them).
       num_samples: draws of the noise.
       num_steps: values of ``sigma`` to try, at least 1.
-      mask: the leaves that get noise: a tree of bools like the parameters or a prefix
+      mask: the leaves that get noise: a pytree of bools like the parameters or a prefix
         of it, or a function from the parameters to one; ``None`` means all.
       weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.
       axis_name: name of a mapped axis over which the batches are spread.
@@ -198,7 +198,7 @@ def pac_bayes_bound(
       params: the weights ``w``.
       sigma: the noise they bear, from :func:`pac_bayes_flatness`, above 0.
       num_examples: ``m``, the number of training examples.
-      initial: the weights :math:`w_0` before training, a tree like ``params``; needed
+      initial: the weights :math:`w_0` before training, a pytree like ``params``; needed
         unless ``reference`` is ``"orig"`` and the bound is not magnitude-aware.
       reference: ``"init"``: :math:`r = w - w_0`; ``"orig"``: :math:`r = w`.
       magnitude_aware: which of the two; as ``sigma`` was found.

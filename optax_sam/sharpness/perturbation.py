@@ -77,7 +77,7 @@ def average_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+      batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
         list, a loader or a generator of them, as for :func:`hessian`.
       rho: size of an offset's entries, above 0, in units of the weights; relative to
         them if adaptive. The paper's: 0.05 to 0.4 (CNN), 0.1 to 0.8 (ViT, adaptive).
@@ -88,7 +88,7 @@ def average_sharpness(
       num_samples: the number of draws, at least 2 for a standard error.
       antithetic: whether each draw is used with both signs, which removes the term of
         first order, :math:`g^\top \delta`, exactly.
-      mask: the leaves that move: a tree of bools like the parameters or a prefix of
+      mask: the leaves that move: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
       weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.
       axis_name: name of a mapped axis over which the batches are spread; ``per_batch``
@@ -183,11 +183,11 @@ def sam_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+      batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
         list, a loader or a generator of them, as for :func:`hessian`.
       rho: radius, above 0, in units of the weights; relative to them if adaptive.
       adaptive: whether the offset is ASAM's (with its ``eta`` 0, on all leaves).
-      mask: the leaves that move: a tree of bools like the parameters or a prefix of
+      mask: the leaves that move: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
       weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.
       axis_name: name of a mapped axis over which the batches are spread; ``per_batch``

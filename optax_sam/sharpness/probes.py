@@ -18,7 +18,7 @@ from optax_sam.trees import widest
 
 
 class Estimate(NamedTuple):
-    """A number, or a tree of numbers, that was estimated from random draws.
+    """A number, or a pytree of numbers, that was estimated from random draws.
 
     Attributes:
       estimate: the mean over the draws.
@@ -63,7 +63,7 @@ def typed_key(key: ArrayLike) -> jax.Array:
 
 
 def normals(key: jax.Array, like: Any) -> Any:
-    """A tree of independent standard normals."""
+    """A pytree of independent standard normals."""
     return optax.tree.random_like(key, like, jax.random.normal)
 
 
@@ -154,8 +154,8 @@ def diagonal(
         where its vectors take at most 2 GiB, else Hutchinson's.
 
     Returns:
-      An :class:`Estimate` whose entries are trees like ``params``, zero in leaves that
-      are left out.
+      An :class:`Estimate` whose entries are pytrees like ``params``, zero in leaves
+      that are left out.
 
     Raises:
       ValueError: as :func:`trace` does.

@@ -67,7 +67,7 @@ def progress(
     loss surface                                 ``B`` times the points of its grid
     ============================================ ======================================
 
-    under ``shard_map`` those of all devices. Being another function it compiles anew,
+    under ``shard_map`` those of all devices. Being another function it compiles again,
     and an evaluation costs some 30 microseconds more, so it is for what takes long.
     Inside ``jax.checkpoint`` evaluations for the backward pass count, too.
 

@@ -19,7 +19,7 @@ _product = partial(jnp.matmul, precision="highest")
 
 
 class Geometry(NamedTuple):
-    r"""Flat coordinates :math:`u` around :math:`w`, a tree like the chosen leaves.
+    r"""Flat coordinates :math:`u` around :math:`w`, a pytree like the chosen leaves.
 
     Attributes:
       point: ``u`` to the point that a geodesic reaches at time one, to second order.
@@ -146,7 +146,7 @@ def moved(
 def geometry(w: Any, pairs: list[Located], metric: Metric, eps: float) -> Geometry:
     """Flat coordinates at ``w``: those of the pairs, and relative changes elsewhere.
 
-    A vector of coordinates is a tree like ``w``, where those of a pair stand in the
+    A vector of coordinates is a pytree like ``w``, where those of a pair stand in the
     places of its leaves, so that its length is the global norm.
     """
     leaves, structure = named_leaves(w), jax.tree.structure(w)

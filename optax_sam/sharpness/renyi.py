@@ -90,8 +90,9 @@ def _renyi_entropy(
         means :func:`optax_sam.roles`.
 
     Returns:
-      A :class:`RenyiResult`; if ``layerwise``, a tree like ``params`` of them, ``None``
-      at the other leaves. For stacked layers its fields have their axes in front.
+      A :class:`RenyiResult`; if ``layerwise``, a pytree like ``params`` of them,
+      ``None`` at the other leaves. For stacked layers its fields have their axes in
+      front.
 
     Raises:
       ValueError: if an order is not positive, there is no layer to look at, or for what
@@ -165,7 +166,7 @@ def _by_layer(
     axis_name: Any = None,
     **options: Any,
 ) -> Any:
-    """The entropies of each layer's own block, a tree like ``params``."""
+    """The entropies of each layer's own block, a pytree like ``params``."""
     key = typed_key(key)
     data = data_of(batches, weights, axis_name)
     entropy = functools.partial(_whole, axis_name=axis_name, **options)

@@ -21,11 +21,11 @@ def to_scalars(
     them. Flags become 0 or 1. ``None`` and what is no number (strings, functions, keys)
     are left out, and so is what belongs on no chart: a field of a result, or an entry
     of a dict, in which some array has more than ``max_size`` numbers, as a whole. So
-    eigenvectors, perturbations, grids and a tree like the parameters go, small biases
+    eigenvectors, perturbations, grids and a pytree like the parameters go, small biases
     in them too, and what has a few numbers for each layer stays.
 
     Args:
-      result: a number, an array, a result of a measure, or a dict, list or tree of
+      result: a number, an array, a result of a measure, or a dict, list or pytree of
         these.
       prefix: what all names begin with; alone, without a last ``/``, the name of a
         single number.

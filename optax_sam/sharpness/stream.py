@@ -29,15 +29,15 @@ def accumulate(
     calls as arguments. A batch of another size compiles once more.
 
     Args:
-      f: ``f(batch)``, an array or a tree of arrays, each the mean over the batch.
-      batches: the batches, trees of arrays ``(m, ...)``: a list, or a loader. An
+      f: ``f(batch)``, an array or a pytree of arrays, each the mean over the batch.
+      batches: the batches, pytrees of arrays ``(m, ...)``: a list, or a loader. An
         iterator is used up by one pass, so make a new one for each call.
       weight: ``weight(batch)``, the number of examples that count, for instance
         ``lambda batch: batch["mask"].sum()`` of a padded one; ``None``: the length of
         the batch's arrays.
 
     Returns:
-      The mean, a tree like what ``f`` returns, in float32 or wider, on the device.
+      The mean, a pytree like what ``f`` returns, in float32 or wider, on the device.
 
     Raises:
       ValueError: if there is no batch, the arrays of one differ in their length and no

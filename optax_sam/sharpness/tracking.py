@@ -20,10 +20,10 @@ from optax_sam.trees import cache
 
 
 class ProbeState(NamedTuple):
-    """What a :class:`Probe` remembers; a tree of arrays, to be saved in checkpoints.
+    """What a :class:`Probe` remembers; a pytree of arrays, to be saved in checkpoints.
 
     Attributes:
-      starts: for each measure that can start from its last result, a tree like the
+      starts: for each measure that can start from its last result, a pytree like the
         parameters: the sum of the eigenvectors that it found; zero at first.
     """
 
@@ -49,7 +49,7 @@ class Probe:
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic.
-      batches: a tree of arrays ``(B, m, ...)``, as from :func:`stack_batches`; or a
+      batches: a pytree of arrays ``(B, m, ...)``, as from :func:`stack_batches`; or a
         list or a loader, which the host reads for each product.
       key: for the random parts of measures: an int or a key.
       every: number of steps from one measurement to the next, at least 1.

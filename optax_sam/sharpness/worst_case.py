@@ -78,7 +78,7 @@ def worst_case_sharpness(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
-      batches: a tree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
+      batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
         list, a loader or a generator of them, as for :func:`hessian`.
       rho: radius, above 0, in units of the weights; relative to them if adaptive. The
         paper's: 0.25 to 2 (CNN, l2), 0.5 to 4 (ViT, adaptive l2), 5e-4 to 4e-3 (CNN,
@@ -90,9 +90,9 @@ def worst_case_sharpness(
       num_restarts: the number of random starts, of which the best counts.
       random_init: ``False``: start at ``w``, which is deterministic, and blind at a
         critical point, where the gradient is 0.
-      metric_fn: ``metric_fn(params, batch)``, an array or a tree of arrays, such as the
-        0-1 error, whose mean change at the worst points is reported.
-      mask: the leaves that move: a tree of bools like the parameters or a prefix of
+      metric_fn: ``metric_fn(params, batch)``, an array or a pytree of arrays, such as
+        the 0-1 error, whose mean change at the worst points is reported.
+      mask: the leaves that move: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
       weights: ``(B,)``, the examples that count in each batch; ``None``: all alike.
       axis_name: name of a mapped axis over which the batches are spread; ``per_batch``
@@ -168,9 +168,9 @@ def worst_cases(
 
     Args:
       o: the objective.
-      point: the chosen leaves, a tree like ``o.w``, at the coordinates ``u``; at 0 they
-        are ``o.w``.
-      like: a tree of arrays like ``u``.
+      point: the chosen leaves, a pytree like ``o.w``, at the coordinates ``u``; at 0
+        they are ``o.w``.
+      like: a pytree of arrays like ``u``.
       rho: radius of the ball.
       key: for the random starts.
       norm: which ball.
