@@ -5,13 +5,12 @@ of each, through adapters of rank 4. SAM perturbs the adapters or, where the net
 used, the merged weights; or noise perturbs these, for one gradient evaluation. Other
 seeds choose each radius with held-out images. Needs scikit-learn too.
 
-    python examples/lora.py [--quick]
+    python examples/lora.py [--wrong 0.2] [--quick]
 """
 
 import argparse
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
@@ -48,15 +47,9 @@ def merge(params, adapters):
 
 
 def noise(rho):
-    """Flat-LoRA's: the gradient at weights with noise of a share of their size."""
-
-    def update(grads, key, params, *, grad_fn):
-        drawn = optax.tree.random_like(key, params)
-        size = lambda w: rho * jnp.linalg.norm(w, axis=0) / len(w) ** 0.5
-        noisy = jax.tree.map(lambda w, e: w + size(w) * e, params, drawn)
-        return grad_fn(noisy), jax.random.split(key)[0]
-
-    return optax.GradientTransformationExtraArgs(lambda _: jax.random.key(0), update)
+    """Flat-LoRA's, as large as a share of the weights of each output."""
+    rule = optax_sam.ascent.filter_noise(rho / 128**0.5)  # so many inputs
+    return optax_sam.sharpness_aware(rule)
 
 
 METHODS = {  # what perturbs, and whether the merged weights
@@ -89,7 +82,9 @@ def fit(make, is_merged, rho, params, adapters, batches):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and seeds")
-    steps, seeds = (30, 2) if parser.parse_args().quick else (300, 20)
+    parser.add_argument("--wrong", type=float, default=0.0, help="share of the labels")
+    options = parser.parse_args()
+    steps, seeds = (30, 2) if options.quick else (300, 20)
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype(np.float32)
     known = MLPClassifier((128, 128), random_state=0).fit(x[:600], y[:600])
@@ -102,9 +97,10 @@ def main():
             rng = np.random.default_rng(seed)
             order = rng.permutation(range(600, 1000))
             few = np.concatenate([order[y[order] == c][:SHOTS] for c in range(10)])
+            drawn = np.where(rng.random(len(y)) < options.wrong, rng.permutation(y), y)
             rows = rng.permuted(np.tile(few, (steps, 1)), axis=1)[:, :BATCH_SIZE]
             adapters = new_adapters(params, rng)
-            tuned = fit(*method, rho, params, adapters, (x[rows], y[rows]))
+            tuned = fit(*method, rho, params, adapters, (x[rows], drawn[rows]))
             yield 100 * np.mean(forward(tuned, x[judge]).argmax(-1) == y[judge])
 
     base = np.array([*accuracies((optax_sam.sam, False), 0.0, range(seeds), test)])
@@ -113,7 +109,7 @@ def main():
         means = [np.mean([*accuracies(method, r, SEARCH, held_out)]) for r in RHOS]
         rho = RHOS[np.argmax(means)]
         gain = np.array([*accuracies(method, rho, range(seeds), test)]) - base
-        mean, error = gain.mean(), gain.std() / seeds**0.5
+        mean, error = gain.mean(), 2 * gain.std() / seeds**0.5
         print(f"{name}, rho {rho:g}: {mean:+.1f} ± {error:.1f}")
 
 
