@@ -377,7 +377,7 @@ class Found:
 
     def table(self, columns: dict[str, Measure], paired: dict[str, Measure]) -> str:
         """Means of some columns, and differences from AdamW with 95 % intervals."""
-        header = ["row", "`rho`", "gradients", *columns]
+        header = ["row", "`rho`", "gradients / AdamW", *columns]
         header += [f"{name}, minus AdamW's" for name in paired]
         made = []
         for (name, rho), runs in self.runs.items():
