@@ -33,7 +33,14 @@ from benchmarks.lib.study import read as read_json
 from benchmarks.pods import pods
 from benchmarks.quality import protocol, report
 from benchmarks.steps import cost_report, overhead, torch_peers
-from benchmarks.studies import correlation, coverage, curvature_peers, lsq, measures
+from benchmarks.studies import (
+    correlation,
+    coverage,
+    curvature_peers,
+    language,
+    lsq,
+    measures,
+)
 from optax_sam.method import METHODS
 
 PAGES = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "benchmarks/README.md"]
@@ -68,6 +75,9 @@ def tables() -> dict[str, str]:
     lines = protocol.read(RESULTS / "protocol.jsonl")
     for part, text in report.markdown(lines).items():
         found[f"protocol, {part}"] = text
+    lines = protocol.read(RESULTS / "language.jsonl")
+    for part, text in language.markdown(lines).items():
+        found[f"language, {part}"] = text
     for study in (lsq, correlation, coverage, measures):
         name = study.__name__.rpartition(".")[2]
         for part, text in study.markdown(read(name)).items():

@@ -61,14 +61,28 @@ class ResNet(nn.Module):
         return nn.Dense(self.classes, dtype=HALF)(x.mean((1, 2))).astype(jnp.float32)
 
 
+def rotated(x: jax.Array) -> jax.Array:
+    """Queries or keys, (batch, length, heads, features), turned by their positions."""
+    size = x.shape[-1] // 2
+    rates = 1e-4 ** (jnp.arange(size) / size)
+    angles = jnp.arange(x.shape[1])[:, None, None] * rates
+    a, b, sin, cos = x[..., :size], x[..., size:], jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
+
+
 class Decoder(nn.Module):
-    """Pre-norm decoder blocks between an embedding and its transpose."""
+    """Pre-norm decoder blocks between an embedding and its transpose.
+
+    Attributes:
+      rotary: whether attention knows positions otherwise than by its mask.
+    """
 
     blocks: int = 4
     width: int = 1024
     heads: int = 16
     vocabulary: int = 16384
     dtype: Any = HALF
+    rotary: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -83,6 +97,8 @@ class Decoder(nn.Module):
         for i in range(self.blocks):
             y = normed(x)
             q, k, v = (dense(f"{name}_{i}", heads)(y) for name in "qkv")
+            if self.rotary:
+                q, k = rotated(q), rotated(k)
             y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
             x = x + dense(f"out_{i}", self.width, (-2, -1))(y)
             y = nn.gelu(dense(f"up_{i}", 4 * self.width)(normed(x)))

@@ -79,6 +79,11 @@ def _every(k: int) -> Callable[[Values, Setting], Any]:
     return lambda v, s: optax_sam.sam(v["rho"], when=when.every_k(k))
 
 
+def _late(share: float) -> Callable[[Values, Setting], Any]:
+    rule = lambda s: when.after(round((1 - share) * s.steps))
+    return lambda v, s: optax_sam.sam(v["rho"], when=rule(s))
+
+
 def _vsam(**fixed: Any) -> Callable[[Values, Setting], Any]:
     # The code warms up for 3 epochs of 200; the rule needs 2 windows less a step.
     def member(v: Values, s: Setting) -> Any:
@@ -129,6 +134,7 @@ ROWS = {
     "SGD 2x": Row(length=2, what="twice the epochs: as many gradients as SAM"),
     "SGD, early": Row(early=True, what="the best epoch of the search too"),
     "SAM": Row(lambda v, s: optax_sam.sam(v["rho"]), RHO),
+    "SAM, last quarter": Row(_late(0.25), RHO, what="`when.after`, SGD until then"),
     "vSAM": Row(_vsam(), RHO, what="the authors' start"),
     "vSAM .33": Row(_vsam(initial_rate=0.33), RHO, what="`initial_rate=0.33`"),
     "vSAM .33 to .4": Row(

@@ -115,6 +115,32 @@ def test_vit_is_fine_tuned(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_adapters_and_merged_weights_are_perturbed(tmp_path: Path, monkeypatch) -> None:
+    output = run(tmp_path, "lora.py", "--quick")
+    assert 20 < float(re.search(r"no perturbation: ([\d.]+) %", output)[1]) < 100
+    gains = re.findall(r"^(\w+) .* rho [\d.]+: [+-][\d.]+ ± [\d.]+$", output, re.M)
+    assert gains == ["SAM", "SAM", "noise"]
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import lora
+
+    rng = np.random.default_rng(0)
+    shapes = [(64, 16), (16, 10)]
+    params = [(rng.normal(size=s) / 8, np.zeros(s[1])) for s in shapes]
+    batches = rng.normal(size=(3, 8, 64)), rng.integers(10, size=(3, 8))
+    adapters = lora.new_adapters(params, rng)
+    found = {
+        (name, rho): lora.fit(*method, rho, params, adapters, batches)[0][0]
+        for name, method in lora.METHODS.items()
+        for rho in (0.0, 0.5)
+    }
+    nowhere, *others = (w for (_, rho), w in found.items() if not rho)
+    for w in others:
+        np.testing.assert_allclose(w, nowhere, atol=1e-5)
+    for w in (w for (_, rho), w in found.items() if rho):
+        assert sum(np.allclose(w, other, atol=1e-4) for other in found.values()) == 1
+
+
+@pytest.mark.slow
 def test_accumulated_gradients_train_the_large_batch(tmp_path: Path) -> None:
     output = run(tmp_path, "accumulate.py")
     assert re.findall(r"(\d+) of them ascents", output) == ["20", "20"]

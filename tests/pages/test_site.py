@@ -328,7 +328,7 @@ def test_excerpts_keep_rows_and_columns_that_say_something(excerpts):
 
 
 def test_numbers_are_those_of_the_pages_that_are_quoted():
-    sources = "results/accuracy", "guide/quantization"
+    sources = "results/accuracy", "guide/quantization", "guide/examples"
     numbers = lambda text: set(re.findall(r"\d+\.\d+ ± \d+\.\d+", text))
     known = set().union(*(numbers(PAGES[f"docs/{name}.md"]) for name in sources))
     start = "docs/start/choosing.md", "docs/start/does_it_help.md"
