@@ -88,23 +88,26 @@ class Quadrature(NamedTuple):
         return SpectralSumResult(estimate, stderr, self.is_deflated.sum())
 
 
-def jackknife(f: Callable[..., jax.Array], *sums: jax.Array) -> list[jax.Array]:
+def jackknife(
+    f: Callable[..., jax.Array], *sums: jax.Array, left: float = 0.2
+) -> list[jax.Array]:
     r"""A function of means over probes, and its standard error.
 
     The error has two parts. One is the spread of the probes, from leaving out one at a
-    time, widened as Student's distribution is for so few. The other is a fifth of what
+    time, widened as Student's distribution is for so few. The other is a part of what
     the second half of the Lanczos steps has changed, for the bias of the quadrature.
 
     Args:
       f: a function of as many means.
       *sums: each ``(2, N)``, as :meth:`Quadrature.sums` gives them.
+      left: that part, what further steps would change.
     """
     N = sums[0].shape[1]
     fine, coarse = (f(*(x.mean(1)[i] for x in sums)) for i in (0, 1))
     without = [(x[0].sum() - x[0]) / (N - 1) for x in sums]
     spread = f(*without)
     spread = jnp.sqrt(jnp.sum((spread - spread.mean()) ** 2) * (N - 1) / N)
-    bias = (fine - coarse) / 5
+    bias = left * (fine - coarse)
     return [fine, jnp.hypot(student(N) * spread, bias).astype(fine.dtype)]
 
 
