@@ -142,7 +142,7 @@ def test_principal_components_of_a_path(x64):
         (lambda path, pair: dict(directions=pair[:1]), "pair of pytrees"),
         (
             lambda path, pair: dict(path=[*path, jnp.ones(2)]),
-            r"path\[12\] must be a tree",
+            r"path\[12\] must be a pytree",
         ),
     ],
 )
