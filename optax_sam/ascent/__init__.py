@@ -1,9 +1,9 @@
 """Where the perturbed gradient is taken: rules from a gradient to an offset ``e``.
 
-A rule is an ordinary ``optax.GradientTransformationExtraArgs`` whose updates are the
-offset, uphill. The engine hands it ``grad_fn``, for rules that look more than once,
-and ``count``, the step that schedules are read at and draws belong to. The rule that
-only one method uses is in the file of that method.
+A rule is an ordinary ``optax.GradientTransformationExtraArgs``. Its updates are the
+offset, which points uphill. The engine passes it ``grad_fn``, for rules that compute
+more gradients, and ``count``, the step for its schedules and random draws. If only one
+method uses a rule, the rule is in the file of that method.
 """
 
 from optax_sam.ascent.ball import l2, weight_scaled

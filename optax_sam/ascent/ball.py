@@ -52,9 +52,9 @@ def l2(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
 def weight_scaled(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     r"""SAM's offset times the sizes of the weights: :math:`e = \rho\, |w|\, g / \|g\|`.
 
-    It is what big_vision's GSAM calls adaptive. It is not ASAM's ellipsoid
-    (:func:`optax_sam.ascent.adaptive`), which multiplies by the sizes twice and divides
-    by the norm of the scaled gradient.
+    big_vision's GSAM calls this offset adaptive. ASAM's ellipsoid differs
+    (:func:`optax_sam.ascent.adaptive`): it multiplies by the sizes twice and divides by
+    the norm of the scaled gradient.
 
     Args:
       rho: radius relative to the weights' sizes, at least 0, or a schedule.

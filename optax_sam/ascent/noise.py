@@ -29,25 +29,25 @@ class FilterNoiseState(NamedTuple):
 def filter_noise(
     gamma: optax.ScalarOrSchedule, key: ArrayLike = 0, *, roles: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Noise instead of an ascent: the perturbation of :func:`optax_sam.mrwp`.
+    r"""The perturbation of :func:`optax_sam.mrwp`: random noise, without a gradient.
 
     .. math::
       e_u = \gamma\, \|W_u\|\, z_u, \quad z \sim \mathcal N(0, I)
         \qquad \text{for each output unit } u
 
-    It uses no gradient, so that the perturbed one does not wait for the one at ``w``.
-    Alone in :func:`optax_sam.sharpness_aware` it is RWP. With ``axis_name`` each device
-    or shard draws noise of its own, and the emitted mean is LPF-SGD. Neither uses the
-    gradient at ``w``: give ``tx.update`` zeros in its place
-    (``jax.tree.map(jnp.zeros_like, params)``), and a step costs 1 gradient. A step
-    whose perturbed gradient is not finite then emits zeros.
+    It uses no gradient, so the perturbed gradient does not depend on the gradient at
+    ``w``. Alone in :func:`optax_sam.sharpness_aware` it is RWP. With ``axis_name`` each
+    device or shard draws its own noise, and the emitted mean is LPF-SGD. Neither uses
+    the gradient at ``w``. Pass zeros to ``tx.update`` in its place
+    (``jax.tree.map(jnp.zeros_like, params)``): a step then costs 1 gradient. If the
+    perturbed gradient is not finite, such a step emits zeros.
 
     Args:
       gamma: size of the noise relative to the norm of a unit's weights, at least 0, or
         a schedule. As it is multiplied by the whole norm, the noise of a unit with
         ``n`` inputs is ``gamma * sqrt(n)`` times as long as its weights.
       key: an int, a key from ``jax.random.key``, or raw key data, for the noise. With
-        ``axis_name`` each device draws noise of its own.
+        ``axis_name`` each device draws its own noise.
       roles: what each leaf is, for units and stacked layers: a
         pytree of :class:`optax_sam.Role` or a function from the parameters to one;
         ``None`` means :func:`optax_sam.roles`.

@@ -25,22 +25,22 @@ def n_step(
     step_size: optax.ScalarOrSchedule | None = None,
     project: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Several ascent steps, each normalized, kept inside the ball of radius rho.
+    r"""Several normalized ascent steps, kept inside the ball of radius ``rho``.
 
     .. math::
       \delta_0 = 0, \qquad
       \delta_{i+1} = \Pi_\rho\big(\delta_i + s\, g_i / \|g_i\|\big), \qquad
       g_i = \nabla L(w + \delta_i), \qquad e = \delta_n
 
-    The gradient at ``w`` is given, so ``n`` steps cost ``n`` gradients and
-    the descent gradient one more.
+    The gradient at ``w`` is given. A perturbed step costs ``n`` gradients for the ``n``
+    ascent steps and 1 for the perturbed gradient.
 
     Args:
       rho: radius of the ball, at least 0, or a schedule.
       num_steps: number ``n`` of ascent steps, at least 1; up to 8 are unrolled,
         more run in a loop (slow for convolutions on CPU).
       step_size: length ``s`` of one step; ``None`` means ``rho``.
-      project: whether to return into the ball after each step. Without it the offset
+      project: whether to project onto the ball after each step. Without it the offset
         can reach ``n * s``, as in ``optax.contrib.sam`` with
         ``sync_period = n + 1``.
 

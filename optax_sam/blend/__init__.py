@@ -1,8 +1,8 @@
-"""How both gradients become one, and what is emitted without the perturbed one.
+"""How the two gradients are combined, and what is emitted on steps without the second.
 
-A rule is a :class:`Blend`. The engine averages what it emits over ``axis_name`` and
-casts it to the dtype of the gradient at ``w``. The rule that only one method uses is in
-the file of that method.
+A rule is a :class:`Blend`. The engine averages the emitted gradient over ``axis_name``
+and casts it to the dtype of the gradient at ``w``. If only one method uses a rule, the
+rule is in the file of that method.
 """
 
 from optax_sam.methods.gnp import interpolate
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def take_ascended() -> Blend:
-    """The perturbed gradient where there is one, else the one at ``w``: SAM.
+    """The blend of SAM: the perturbed gradient, or else the gradient at ``w``.
 
     Returns:
       A rule for ``blend=``.

@@ -23,20 +23,21 @@ def ae_looksam(
     lag: int = 0,
     **options: Unpack[WithoutWhen],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AE-LookSAM: SAM where the norm is above its trend, LookSAM's reuse elsewhere.
+    r"""AE-LookSAM: perturbs on the steps of AE-SAM and reuses as LookSAM on the others.
 
     It perturbs on the steps of :func:`optax_sam.ae_sam`. On the others it emits
 
     .. math::
       d = g + \alpha\, \frac{\|g\|}{\|g_v\|}\, g_v
 
-    with the normal part :math:`g_v` of the last perturbed step, as
-    :func:`optax_sam.looksam`; before the first one, the gradient at ``w``. The paper's
-    threshold is ``optax.linear_schedule(2.0, 0.0, total_steps)``. ``alpha=0`` is
-    AE-SAM.
+    where :math:`g_v` is the normal part of the last perturbed gradient, as in
+    :func:`optax_sam.looksam`. Before the first perturbed step it emits the gradient at
+    ``w``. The paper's threshold is ``optax.linear_schedule(2.0, 0.0, total_steps)``.
+    ``alpha=0`` is AE-SAM.
 
-    Cost: 1 gradient per step and 1 per perturbed step, a fifth of the steps with the
-    paper's threshold; one pytree like the parameters and a dozen scalars of state.
+    Cost: 1 gradient per step and 1 more per perturbed step; one pytree like the
+    parameters and a dozen scalars of state. With the paper's threshold a fifth of the
+    steps are perturbed.
 
     Examples:
       >>> import optax, optax_sam
@@ -44,7 +45,7 @@ def ae_looksam(
       >>> tx = optax.chain(optax_sam.ae_looksam(threshold=fall), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. None was found. That the reuse is LookSAM's formula is our reading.
+      1. None was found. In our reading the reuse has LookSAM's formula.
 
     References:
       Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization

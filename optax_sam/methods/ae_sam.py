@@ -21,7 +21,7 @@ def ae_sam(
     lag: int = 0,
     **options: Unpack[WithoutWhen],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AE-SAM: a SAM step where the gradient's norm lies above its trend.
+    r"""AE-SAM: perturbs on the steps where the gradient's norm lies above its trend.
 
     With :math:`x_t = \|g_t\|^2`, its running mean :math:`\mu_t` and deviation
     :math:`\sigma_t` (:func:`optax_sam.when.norm_above_trend`):
@@ -32,12 +32,12 @@ def ae_sam(
         g & \text{otherwise}
       \end{cases}
 
-    The paper lets the threshold fall over training:
+    The paper lets the threshold fall during the training run:
     ``threshold=optax.linear_schedule(1.0, -1.0, total_steps)``. A threshold of minus
     infinity is SAM.
 
-    Cost: 1 gradient per step and 1 per perturbed step, half of the steps with the
-    paper's threshold. A dozen scalars of state.
+    Cost: 1 gradient per step and 1 more per perturbed step; a dozen scalars of state.
+    With the paper's threshold half of the steps are perturbed.
 
     Examples:
       >>> import optax, optax_sam
@@ -45,8 +45,8 @@ def ae_sam(
       >>> tx = optax.chain(optax_sam.ae_sam(rho=0.05, threshold=fall), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. None was found. The statistics start at the first step's gradient; how the
-         paper starts them is not known.
+      1. None was found. The statistics start at the first step's gradient; the paper
+         does not say how it starts them.
 
     References:
       Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization

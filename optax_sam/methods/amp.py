@@ -24,7 +24,7 @@ def raw_steps(
     projection: Literal["leaf", "global"] = "leaf",
     roles: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The ascent of :func:`optax_sam.amp`: steps of the gradient's own length.
+    """The ascent of :func:`optax_sam.amp`: steps as long as the gradient.
 
     Args:
       epsilon: radius of the balls in units of the weights, at least 0, or a schedule
@@ -94,7 +94,7 @@ def amp(
     roles: Any = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AMP: raw gradient ascent inside a ball for each leaf, a relative older than SAM.
+    r"""AMP: raw gradient steps inside a ball for each leaf, published before SAM.
 
     .. math::
       \delta_0 = 0, \qquad
@@ -102,9 +102,9 @@ def amp(
       \qquad d = \nabla L(w + \delta_n)
 
     where :math:`\Pi_\epsilon` shortens each leaf to the norm :math:`\epsilon` if it is
-    longer; of a leaf of stacked layers (``nn.scan``), each layer. The step is not
-    normalized: small gradients perturb little. With ``n`` leaves at their bound the
-    whole perturbation has the norm :math:`\epsilon \sqrt n`.
+    longer. In a leaf of stacked layers (``nn.scan``) it shortens each layer. The step
+    is not normalized, so small gradients perturb little. With ``n`` leaves at their
+    bound the whole perturbation has the norm :math:`\epsilon \sqrt n`.
 
     Cost: ``inner_iter + 1`` gradients per perturbed step, 1 on others; a few scalars of
     state.
@@ -122,8 +122,8 @@ def amp(
       >>> tx = optax.chain(optax_sam.amp(epsilon=0.1), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. Their script clips each gradient to the norm 50, also those of the ascent.
-      2. BatchNorm's statistics are the caller's; there every pass updates them.
+      1. Their script clips each gradient to the norm 50, also the ascent's.
+      2. The caller updates BatchNorm's statistics; there every pass updates them.
 
     References:
       Zheng, Zhang and Mao, `Regularizing Neural Networks via Adversarial Model

@@ -31,12 +31,11 @@ def adaptive(
         schedule.
       adapt: the adapted leaves: a bool for all, a pytree of bools like the parameters
         or a prefix of it, or a function from the parameters to one; ``None`` means
-        kernels, embeddings and gains of normalization layers, and neither biases nor
+        kernels, embeddings and gains of normalization layers, but not biases and
         offsets.
-      roles: what each leaf is, where ``adapt`` does not say it: a pytree of
+      roles: what each leaf is, if ``adapt`` is not given: a pytree of
         :class:`optax_sam.Role` or a function from the parameters to one; ``None``
-        means :func:`optax_sam.roles`, whose table :func:`optax_sam.roles_table`
-        prints.
+        means :func:`optax_sam.roles`. :func:`optax_sam.roles_table` prints them.
 
     Returns:
       A transformation from a gradient to an offset with ``norm(e / T) = rho``; it
@@ -89,18 +88,20 @@ def asam(
     roles: Any = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""ASAM: SAM in an ellipsoid that follows the sizes of the weights.
+    r"""ASAM: perturbs in an ellipsoid that follows the sizes of the weights.
 
     .. math::
       T = |w| + \eta \text{ on adapted leaves, else } 1, \qquad
       e = \rho\, \frac{T^2 g}{\|T g\|}, \qquad d = \nabla L(w + e)
 
     The perturbation does not change when layers are rescaled without changing the
-    function. Two flavours are published, and they need different radii: the authors'
-    (the defaults: kernels and norm gains are adapted, biases have ``T = 1``; ``rho``
-    0.5 on CIFAR-10, 1.0 on CIFAR-100) and the one of davda54/sam (``adapt=True,
-    eta=0.0``: all leaves, biases too; ``rho`` about 2). The authors' example script
-    runs with ``eta=0.0``.
+    function. Two flavours are published, and they need different radii:
+
+    - **The authors' flavour** is the default. It adapts kernels and norm gains; biases
+      have ``T = 1``. ``rho`` is 0.5 on CIFAR-10 and 1.0 on CIFAR-100. The authors'
+      example script runs with ``eta=0.0``.
+    - **davda54/sam** adapts all leaves, biases too: ``adapt=True, eta=0.0``. ``rho`` is
+      about 2.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
@@ -112,8 +113,8 @@ def asam(
       1. 1e-12 is added to the norm; there 1e-16, which float32 does not see.
       2. The adapted leaves are found by names and structure, see
          :func:`optax_sam.roles`; there by ``weight`` in the name, which PyTorch gives
-         to kernels, embeddings and gains. What no name tells is adapted here if it
-         has two or more axes, such as a bare class token.
+         to kernels, embeddings and gains. If no name identifies a leaf, it is adapted
+         here if it has two or more axes, such as a bare class token.
 
     References:
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant

@@ -44,22 +44,22 @@ def awp(
     mask: Mask = matrices,
     **options: Unpack[WithoutMask],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AWP: perturbs each matrix by a share of its norm, for adversarial training.
+    r"""AWP: perturbs each matrix relative to its norm, for adversarial training.
 
     .. math::
       e_l = \gamma\, \frac{\|w_l\|}{\|g_l\|}\, g_l \text{ on matrices } l,
       \text{ else } 0, \qquad d = \nabla L(w + e)
 
-    ``L`` is the loss of adversarial examples, which the caller makes once, at ``w``,
-    and closes ``grad_fn`` over; on clean ones it is a SAM with a ball for each layer.
-    Layers that are stacked in a leaf (``nn.scan``) are perturbed one by one. The
+    ``L`` is the loss of adversarial examples. Make them once per step, at ``w``, and
+    close ``grad_fn`` over them. On clean examples the method is SAM with a ball for
+    each layer. Stacked layers in one leaf (``nn.scan``) are perturbed one by one. The
     authors start it after some epochs: ``when=optax_sam.when.after(steps)``.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
     Args:
-      gamma: norm of the perturbation relative to that of a matrix, at least 0, or a
-        schedule. The authors take 0.01 with PGD and 0.005 with TRADES.
+      gamma: norm of the perturbation relative to the norm of a matrix, at least 0, or
+        a schedule. The authors take 0.01 with PGD and 0.005 with TRADES.
       roles: what each leaf is, for the default of ``mask`` and for stacked layers: a
         pytree of :class:`optax_sam.Role` or a function from the parameters to one;
         ``None`` means :func:`optax_sam.roles`.
@@ -76,8 +76,9 @@ def awp(
     Differs from the authors' code in:
       1. The direction is the gradient itself; there it is a step of a second optimizer
          on a copy of the network, which rounds away digits.
-      2. A matrix of zeros is perturbed by ``gamma * g_l``; there it stays.
-      3. A decay after it in the chain is of ``w``; there of the perturbed weights.
+      2. A matrix of zeros is perturbed by ``gamma * g_l``; there it is not perturbed.
+      3. A decay after it in the chain decays ``w``; there it decays the perturbed
+         weights.
 
     References:
       Wu, Xia and Wang, `Adversarial Weight Perturbation Helps Robust Generalization

@@ -27,7 +27,7 @@ class RandomLeavesState(NamedTuple):
     """State of :func:`random_leaves`.
 
     Attributes:
-      active: the leaves that move on the next ascent, (num_leaves,) bool.
+      active: the leaves that move on the next perturbed step, (num_leaves,) bool.
       key: raw key data, (2,) uint32; the draw of a step is a function of both.
     """
 
@@ -45,13 +45,13 @@ def random_leaves(
       l \in S \text{ where } u_l \le \beta, \quad u_l \sim U(0, 1)
 
     The norm is over the chosen leaves. A leaf of stacked layers (``nn.scan``) moves as
-    one: the state holds one draw for each leaf. On the first step all are chosen; the
-    draw at the end of a step is for the next one.
+    one, because the state holds one draw for each leaf. On the first step all leaves
+    are chosen. Each step draws the leaves of the next one.
 
     Args:
       rho: radius of the ball, at least 0, or a schedule; the offset's norm is
         ``rho / beta``.
-      beta: the probability of a leaf to move, in ``(0, 1]``.
+      beta: the probability that a leaf moves, in ``(0, 1]``.
       key: an int, a key from ``jax.random.key``, or raw key data, for the leaves.
 
     Returns:
@@ -112,38 +112,40 @@ def esam(
     key: ArrayLike = 0,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""ESAM: perturbs random leaves and descends on the examples that mind most.
+    r"""ESAM: perturbs random leaves, then uses the examples whose losses rise most.
 
-    Stochastic weight perturbation (SWP) moves each leaf with probability beta;
-    sharpness-sensitive data selection (SDS) keeps the examples whose loss rises most,
-    a static number of them, so that the perturbed gradient runs on a part of the batch:
+    Stochastic weight perturbation (SWP) moves each leaf with probability beta.
+    Sharpness-sensitive data selection (SDS) keeps the examples whose losses rise most.
+    Their number is static, so the perturbed gradient runs on a part of the batch:
 
     .. math::
       e = \frac{\rho}{\beta}\, \frac{g_S}{\|g_S\|}, \qquad
       s_i = L_i(w + e) - L_i(w), \qquad
       d = \nabla \frac1k \sum_{i \in \text{top-}k(s)} L_i(w + e)
 
-    with :math:`k = \max(1, \lfloor \gamma B \rfloor - 1)` of :math:`B` examples, as
-    the authors' comparison with the :math:`\lfloor \gamma B \rfloor`-th leaves them,
-    and all from ``gamma = 0.99`` on. ``beta=1, gamma=1`` is SAM. SWP saves nothing
-    under ``jit``, since a random mask cannot skip work.
+    with :math:`k = \max(1, \lfloor \gamma B \rfloor - 1)` of :math:`B` examples. The
+    authors' code also keeps this number, because it compares each loss with the
+    :math:`\lfloor \gamma B \rfloor`-th. From ``gamma = 0.99`` on all examples are kept.
+    ``beta=1, gamma=1`` is SAM. SWP saves nothing under ``jit``, since a random mask
+    cannot skip work.
 
     ``update`` needs ``per_example_loss_fn(params, indices=None) -> losses`` instead of
-    ``grad_fn``: the losses, (B,), of this step's examples, or of those at ``indices``,
-    (k,), of which it must compute no others. Terms such as an L2 penalty belong into
-    every example's loss. Give the losses at ``params`` that the gradient at ``w`` came
-    from as ``per_example_losses``; XLA may find that they are there already, but in
-    large models it does not. From ``gamma = 0.99`` on ``grad_fn`` alone will do.
+    ``grad_fn``. It returns the losses, (B,), of this step's examples. With ``indices``,
+    (k,), it must compute the losses of these examples and no others. Add terms such as
+    an L2 penalty to the loss of every example. If you have the losses at ``params``
+    from the gradient at ``w``, pass them as ``per_example_losses``: in large models XLA
+    does not find that they exist already. From ``gamma = 0.99`` on ``grad_fn`` alone is
+    enough.
 
-    Of a batch that is sharded under ``jit``, the selected examples must be placed
-    again, or all devices compute them all: in ``per_example_loss_fn``
-    ``jax.lax.with_sharding_constraint(x[indices], NamedSharding(mesh, P("data")))``,
-    with ``gamma=0.5 + 1 / B``, so that half of the batch is kept, which the devices
+    If the batch is sharded under ``jit``, place the selected examples again in
+    ``per_example_loss_fn``. Otherwise all devices compute all of them. Write
+    ``jax.lax.with_sharding_constraint(x[indices], NamedSharding(mesh, P("data")))``
+    and set ``gamma=0.5 + 1 / B``. This keeps half of the batch, which the devices can
     divide.
 
     Cost: 1 gradient, 1 forward pass and a gradient of ``k`` examples per perturbed
-    step, 1.82 gradients for ``gamma=0.5``; 1 on other steps; one bool for each leaf, a
-    key and a few scalars of state.
+    step, which is 1.82 gradients for ``gamma=0.5``; 1 on other steps; one bool for each
+    leaf, a key and a few scalars of state.
 
     Args:
       rho: radius of the perturbation in units of the weights, at least 0, or a
@@ -152,10 +154,9 @@ def esam(
         at least one example.
 
     Returns:
-      A transformation for the first place in an ``optax.chain``, whose ``update`` needs
-      ``per_example_loss_fn``.
-      The extra argument ``mask_uniforms``, one number per leaf, replaces the draw of
-      the leaves that move on the next step.
+      A transformation for the first place in an ``optax.chain``. Its ``update`` needs
+      ``per_example_loss_fn``. The extra argument ``mask_uniforms``, one number per
+      leaf, replaces the draw of the leaves that move on the next step.
 
     Raises:
       ValueError: if ``rho`` is negative, ``beta`` or ``gamma`` is not in ``(0, 1]`` or

@@ -17,7 +17,7 @@ from optax_sam.trees import inner, rescale, root, wide
 def fisher(
     rho: optax.ScalarOrSchedule = 0.1, eta: optax.ScalarOrSchedule = 1.0
 ) -> optax.GradientTransformationExtraArgs:
-    """The ascent of :func:`optax_sam.fisher_sam`: an ellipsoid, short where g is large.
+    """The ascent of :func:`optax_sam.fisher_sam`: large gradient entries move less.
 
     Args:
       rho: radius of the perturbation in the Fisher metric, at least 0, or a schedule
@@ -59,17 +59,18 @@ def fisher_sam(
     eta: optax.ScalarOrSchedule = 1.0,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Fisher SAM: SAM in a ball that the diagonal Fisher information measures.
+    r"""Fisher SAM: perturbs in a ball of the metric of the diagonal Fisher information.
 
     .. math::
       F = 1 + \eta\, g^2, \qquad
       e = \rho\, \frac{F^{-1} g}{\sqrt{\langle g, F^{-1} g \rangle}}, \qquad
       d = \nabla L(w + e)
 
-    ``eta=0`` is SAM. The squared gradient of the batch replaces the Fisher
-    information, as in the codes of others; gradients of single examples would cost
-    more. It is small where gradients are small: with a gradient of norm 1 over a
-    million weights an ``eta`` of 1 changes nothing, so scale ``eta`` with their number.
+    ``eta=0`` is SAM. As in the codes of others, the squared gradient of the batch
+    replaces the Fisher information, because gradients of single examples would cost
+    more. The squared gradient is small where gradients are small. With a gradient of
+    norm 1 over a million weights an ``eta`` of 1 changes nothing, so scale ``eta`` with
+    the number of weights.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
@@ -78,8 +79,8 @@ def fisher_sam(
       >>> tx = optax.chain(optax_sam.fisher_sam(rho=0.1), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. None was found. The formulas and defaults are those of two codes by others,
-         which agree but for the names and the epsilon.
+      1. None was found. The formulas and defaults come from two codes by others, which
+         differ only in the names and the epsilon.
 
     References:
       Kim et al., `Fisher SAM: Information Geometry and Sharpness Aware Minimisation

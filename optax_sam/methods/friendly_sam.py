@@ -32,19 +32,19 @@ def friendly(
     sigma: optax.ScalarOrSchedule = 1.0,
     decay: optax.ScalarOrSchedule = 0.6,
 ) -> optax.GradientTransformationExtraArgs:
-    """The ascent of :func:`optax_sam.friendly_sam`: along what the average leaves over.
+    """The ascent of :func:`optax_sam.friendly_sam`: ``g`` minus its running average.
 
     Args:
       rho: radius of the perturbation in units of the weights, at least 0, or a
         schedule of the step.
-      sigma: how much of the average is taken out, at least 0, or a schedule; 0 is the
-        l2 ball.
+      sigma: share of the average that is subtracted, at least 0, or a schedule; 0 is
+        the l2 ball.
       decay: the average's memory ``lambda`` per perturbed step, in ``[0, 1]``, or a
         schedule. The authors' runs have 0.6 to 0.95.
 
     Returns:
       A transformation from a gradient to an offset, with one pytree like the parameters
-      as state. Where only rounding is left, as on full batches of a loss without
+      as state. If only rounding errors remain, as on full batches of a loss without
       curvature, the offset is zero.
 
     Raises:
@@ -87,16 +87,16 @@ def friendly_sam(
     decay: optax.ScalarOrSchedule = 0.6,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""F-SAM: perturbs along the batch's own noise, without the full gradient.
+    r"""F-SAM: perturbs along the batch's noise, without the full gradient.
 
     .. math::
       a_t = g_t - \sigma\, m_{t-1}, \qquad
       m_t = \lambda\, m_{t-1} + (1 - \lambda)\, g_t, \qquad
       d = \nabla L\Big(w + \rho\, \frac{a_t}{\|a_t\|}\Big)
 
-    from :math:`a_0 = m_0 = g_0`, so that the first step is SAM's. The average
-    :math:`m` estimates the gradient of all examples. ``sigma=0`` is SAM. With a
-    ``when`` that skips, the average is over the gradients of the perturbed steps.
+    from :math:`a_0 = m_0 = g_0`, so the first step is SAM's. The average
+    :math:`m` estimates the gradient of all examples. ``sigma=0`` is SAM. If
+    ``when`` skips steps, the average is over the gradients of the perturbed steps.
 
     Cost: 2 gradients per perturbed step, 1 on others; one pytree like the parameters
     and a few scalars of state.
@@ -106,10 +106,10 @@ def friendly_sam(
       >>> tx = optax.chain(optax_sam.friendly_sam(rho=0.2), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. Where only rounding is left of the gradient, the offset is zero; there
-         rounding errors are blown up to the length ``rho``.
-      2. Their paper updates the average before it is taken out, their code after, as
-         here. For ``sigma=1`` both give one direction.
+      1. If only rounding errors remain of the gradient, the offset is zero; there it is
+         rounding errors, scaled up to the length ``rho``.
+      2. Their paper updates the average before it subtracts it; their code updates it
+         after, as here. For ``sigma=1`` both give the same direction.
       3. With ``axis_name`` the gradients of all devices are averaged.
 
     References:

@@ -36,7 +36,7 @@ def gam(
     h_minus: Literal["paper", "code"] = "paper",
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""GAM: lowers the largest gradient norm nearby together with the loss.
+    r"""GAM: lowers the largest gradient norm nearby as well as the loss.
 
     With :math:`\rho` for ``norm_rho``, :math:`\rho'` for ``grad_rho``,
     :math:`\alpha` for ``beta1`` and :math:`\beta` for ``beta0``:
@@ -49,12 +49,12 @@ def gam(
         h_- = \beta\, g_0 + (1 - \beta)\, g_2 \\
       d &= h_+ - \gamma \Big(h_- - \frac{\langle h_-, h_+ \rangle}{\|h_+\|^2}\, h_+\Big)
 
-    The difference :math:`h` goes where the gradient norm rises, so :math:`w_2` is where
-    it is about largest. This is the authors' accelerated form, without products with
-    the Hessian. ``gamma=0, beta1=1`` is SAM with ``rho = grad_rho``.
+    The difference :math:`h` points where the gradient norm rises, so the norm is about
+    largest at :math:`w_2`. This is the authors' accelerated form, which needs no
+    products with the Hessian. ``gamma=0, beta1=1`` is SAM with ``rho = grad_rho``.
 
-    Cost: 4 gradients per perturbed step, one after another, 1 on others; a few scalars
-    of state. The norms in ``metrics`` are those of :math:`g_0` and :math:`d`.
+    Cost: 4 gradients per perturbed step, which run one after another, and 1 on others;
+    a few scalars of state. ``metrics`` has the norms of :math:`g_0` and :math:`d`.
 
     Args:
       grad_rho: radius of the steps along gradients in units of the weights, at least 0,
@@ -78,9 +78,8 @@ def gam(
 
     Differs from the authors' code in:
       1. The paper's :math:`h_-` by default.
-      2. A difference :math:`h` that is nothing but rounding of the precision it is
-         taken in (float32 at least) moves nothing; there rounding errors are blown up
-         to the length ``norm_rho``.
+      2. If the difference :math:`h` consists only of rounding errors (in float32 or
+         better), nothing moves; there they are scaled up to the length ``norm_rho``.
       3. The projection has no epsilon; there 1e-12 is added to norms.
 
     References:

@@ -18,17 +18,17 @@ from optax_sam.trees import norm, rescale, wide
 def centralized(
     rho: optax.ScalarOrSchedule, *, roles: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The ascent of :func:`optax_sam.gcsam`: no output unit is moved as a whole.
+    """The ascent of :func:`optax_sam.gcsam`: no output unit moves as a whole.
 
     Args:
-      rho: length of the perturbation before its means are taken out, in units of the
-        weights, at least 0, or a schedule of the step.
+      rho: length of the perturbation before its means are subtracted, in units of
+        the weights, at least 0, or a schedule of the step.
       roles: what each leaf is, for its output units: a
         pytree of :class:`optax_sam.Role` or a function from the parameters to one;
         ``None`` means :func:`optax_sam.roles`.
 
     Returns:
-      A transformation from a gradient to an offset of at most the norm ``rho``; it
+      A transformation from a gradient to an offset whose norm is at most ``rho``; it
       needs ``params``.
 
     Raises:
@@ -62,15 +62,15 @@ def gcsam(
     roles: Any = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""GCSAM: SAM whose perturbation has the mean zero in each output unit.
+    r"""GCSAM: the perturbation has mean zero in each output unit.
 
     .. math::
       e_u = \frac{\rho}{\|g\|}\, \big(g_u - \operatorname{mean}(g_u)\big)
         \text{ for each output unit } u, \qquad d = \nabla L(w + e)
 
     Leaves without units, such as biases, are perturbed as in SAM. Units are counted
-    along the axes that :func:`optax_sam.roles` finds; ``optax.centralize`` takes those
-    of PyTorch's kernels, whose first axis counts the outputs.
+    along the axes that :func:`optax_sam.roles` finds. ``optax.centralize`` differs: it
+    counts them along the first axis, as in PyTorch's kernels.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
@@ -81,7 +81,7 @@ def gcsam(
     Differs from the authors' code in:
       1. A unit of an embedding is one of its features; there it is one of its rows.
       2. Their paper differs from both: it divides by the norm of the centralized
-         gradient, and centralizes the perturbed one, too.
+         gradient, and also centralizes the perturbed one.
 
     References:
       Hassan et al., `GCSAM: Gradient Centralized Sharpness Aware Minimization

@@ -19,14 +19,14 @@ def interpolate(
 ) -> Blend:
     r"""The blend of :func:`optax_sam.gnp`: :math:`d = (1 - \alpha)\, g + \alpha\, g_s`.
 
-    On steps without a perturbed gradient the one at ``w`` is emitted.
+    On steps without a perturbed gradient it emits the gradient at ``w``.
 
     Args:
       alpha: share of the perturbed gradient, at least 0, or a schedule; 0 is the base
         optimizer, 1 is SAM, more extrapolates. The weight of the penalty is
         ``alpha * rho``.
-      unit_gradient: whether ``g`` enters as ``g / ||g||``, as the configuration of
-        the authors' code has it (``norm_perturbations``) and their paper has not.
+      unit_gradient: whether ``g`` enters as ``g / ||g||``. The configuration of the
+        authors' code does this (``norm_perturbations``); their paper does not.
 
     Returns:
       A rule for ``blend=``.
@@ -56,22 +56,21 @@ def gnp(
     alpha: optax.ScalarOrSchedule = 0.8,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""GNP: a penalty on the gradient's norm, from a share of the perturbed gradient.
+    r"""GNP: penalizes the gradient's norm with a share of the perturbed gradient.
 
     .. math::
       d = (1 - \alpha)\, g + \alpha\, \nabla L\Big(w + \rho\, \frac{g}{\|g\|}\Big)
         \approx \nabla \big(L + \alpha \rho\, \|\nabla L\|\big)(w)
 
-    to first order in :math:`\rho`, and exactly on a quadratic. ``alpha=1`` is SAM,
-    ``alpha=0`` the base optimizer; more than 1 extrapolates. Two methods of the
-    literature are this one:
+    to first order in :math:`\rho`, and exactly on a quadratic. ``alpha=1`` is SAM and
+    ``alpha=0`` is the base optimizer. More than 1 extrapolates. Two other methods are
+    settings of this one:
 
-    - **G-RST** draws the perturbed steps, and makes up for the others by an ``alpha``
-      above 1, so that its mean over the draws is 1:
-      ``gnp(rho, alpha=2.0, when=when.bernoulli(0.5))``. With ``alpha=1`` that is RST,
-      or SS-SAM.
+    - **G-RST** perturbs on random steps with an ``alpha`` above 1, so that the mean of
+      ``alpha`` over all steps is 1: ``gnp(rho, alpha=2.0, when=when.bernoulli(0.5))``.
+      With ``alpha=1`` it is RST, or SS-SAM.
     - **WSAM's coupled form** with weight :math:`\gamma` has
-      ``alpha = gamma / (1 - gamma)``; see :func:`optax_sam.wsam` for the other.
+      ``alpha = gamma / (1 - gamma)``. :func:`optax_sam.wsam` is its other form.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
@@ -90,7 +89,7 @@ def gnp(
       1. Its configuration mixes :math:`g / \|g\|` with :math:`g_s`, unlike the paper:
          that is ``blend.interpolate(alpha, unit_gradient=True)`` in
          :func:`optax_sam.sharpness_aware`.
-      2. 1e-12 is added to the norm; there nothing, so that a zero gradient gives NaN.
+      2. 1e-12 is added to the norm; there nothing is, so a zero gradient gives NaN.
 
     References:
       Zhao, Zhang and Hu, `Penalizing Gradient Norm for Efficiently Improving

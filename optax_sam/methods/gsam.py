@@ -22,15 +22,18 @@ def surrogate_gap(
     alpha: optax.ScalarOrSchedule = 0.4,
     minimize: Literal["perturbed", "clean"] = "perturbed",
 ) -> Blend:
-    r"""The blend of :func:`optax_sam.gsam`, which has the perturbed form.
+    r"""The blend of :func:`optax_sam.gsam`, which also has a form for the clean loss.
+
+    :func:`optax_sam.gsam` shows the form that minimizes the perturbed loss. The other
+    form is
 
     .. math::
       d = g + \alpha \Big(g_s - \frac{\langle g, g_s \rangle}{\|g\|^2} g\Big)
         \quad\text{to minimize the clean loss}
 
-    The added part is normal to the other: the step along it lowers the gap and, to
-    first order, leaves the loss that is minimized as it is. On steps without a
-    perturbed gradient the one at ``w`` is emitted.
+    The added part is normal to the gradient of the minimized loss. The step along it
+    lowers the gap and, to first order, does not change the minimized loss. On steps
+    without a perturbed gradient it emits the gradient at ``w``.
 
     Args:
       alpha: weight of the gap, at least 0, or a schedule; 0 is SAM.
@@ -78,17 +81,16 @@ def gsam(
     alpha: optax.ScalarOrSchedule = 0.4,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""GSAM: lowers the perturbed loss and its gap to the clean loss together.
+    r"""GSAM: lowers the perturbed loss and its gap to the loss at ``w``.
 
     .. math::
       g_s = \nabla L\Big(w + \rho\, \frac{g}{\|g\|}\Big), \qquad
       g_\perp = g - \frac{\langle g, g_s \rangle}{\|g_s\|^2}\, g_s, \qquad
       d = g_s - \alpha\, g_\perp
 
-    The paper ties the radius to the learning rate, see
-    :func:`optax_sam.rho_from_lr`; its ``alpha`` is 0.01 for ResNets and 0.4 to 1 for
-    ViTs. A large ``alpha`` and a large radius together do not train (see the demo's
-    page).
+    The paper's radius follows the learning rate: see :func:`optax_sam.rho_from_lr`. Its
+    ``alpha`` is 0.01 for ResNets and 0.4 to 1 for ViTs. With a large ``alpha`` and a
+    large radius together, training fails (see the demo's page).
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
@@ -102,7 +104,7 @@ def gsam(
       >>> tx = optax.chain(optax_sam.gsam(rho, alpha=0.4), optax.sgd(lr))
 
     Differs from the authors' code in:
-      1. The projection has no epsilon, and a zero gradient none at all; the PyTorch
+      1. The projection has no epsilon, and is left out for a zero gradient; the PyTorch
          code adds 1e-12 to norms and cosine.
       2. Their "adaptive" flags are other ascents: big_vision's is
          :func:`optax_sam.ascent.weight_scaled`, the PyTorch code's
@@ -136,11 +138,11 @@ def rho_from_lr(
     A learning rate that does not change gives ``rho_max``.
 
     Args:
-      lr_schedule: the true learning rate by step, as the optimizer gets it.
+      lr_schedule: the learning rate by step, as the optimizer gets it.
       rho_min: radius at the lowest learning rate, at least 0.
       rho_max: radius at the highest learning rate, at least ``rho_min``.
-      lr_min: the lowest learning rate; ``None`` means the lowest one after the peak,
-        which the schedule is searched for when it is first used.
+      lr_min: the lowest learning rate; ``None`` means the lowest one after the peak.
+        The schedule is searched for it on the first use.
       lr_max: the highest learning rate; ``None`` means the schedule's peak.
 
     Returns:

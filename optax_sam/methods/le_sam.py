@@ -16,14 +16,13 @@ from optax_sam.trees import EPS, norm, rescale
 def loss_budget(
     sigma: optax.ScalarOrSchedule, max_rho: optax.ScalarOrSchedule = 0.5
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The ascent of :func:`optax_sam.le_sam`, whose radius follows the gradient.
+    r"""The ascent of :func:`optax_sam.le_sam`: the radius follows the gradient norm.
 
     Args:
-      sigma: ``sigma``, by how much the loss is to rise along the gradient, at least 0,
-        or a schedule. The authors let it fall to zero along a cosine in the last
-        epochs.
-      max_rho: the largest radius, at least 0, or a schedule. Gradients shorter than
-        ``sigma / max_rho`` are perturbed by it as in SAM.
+      sigma: how much the loss should rise along the gradient, at least 0, or a
+        schedule. The authors let it fall to zero along a cosine in the last epochs.
+      max_rho: the largest radius, at least 0, or a schedule. It is the radius for
+        gradients shorter than ``sigma / max_rho``, as in SAM.
 
     Returns:
       A transformation from a gradient to an offset; a zero gradient gives a zero
@@ -64,9 +63,9 @@ def le_sam(
       \rho_t = \min\Big(\frac{\sigma}{\|g\|},\, \rho_{\max}\Big), \qquad
       d = \nabla L\Big(w + \rho_t\, \frac{g}{\|g\|}\Big)
 
-    The loss rises by :math:`\rho_t \|g\| = \sigma` on the way, whatever the gradient's
-    norm is, and the rest of its rise is that of the curvature. While gradients are
-    short the cap decides, and it is SAM with ``rho=max_rho``.
+    To first order the loss rises by :math:`\rho_t \|g\| = \sigma`, whatever the
+    gradient's norm is. Curvature adds to the rise. For short gradients the radius is at
+    its cap, and the method is SAM with ``rho=max_rho``.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
@@ -76,8 +75,8 @@ def le_sam(
       >>> tx = optax.chain(optax_sam.le_sam(sigma=fall), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. None was read: the formula is the paper's, and the defaults are ours. At a
-         gradient of norm 1 the radius is SAM's default.
+      1. We did not read their code: the formula is the paper's, and the defaults are
+         ours. At a gradient of norm 1 the radius is SAM's default.
 
     References:
       Wang et al., `Fix the Loss, Not the Radius: Rethinking the Adversarial

@@ -71,14 +71,14 @@ def look_layer_sam(
     roles: Any = None,
     **options: Unpack[WithoutWhen],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Look-LayerSAM: LookSAM for very large batches, with layer-wise perturbations.
+    r"""Look-LayerSAM: LookSAM with a ball for each layer, for very large batches.
 
     .. math::
       e_l = \rho\, \frac{\|w_l\|}{\|g_l\|}\, g_l \quad\text{for each layer } l
 
-    and otherwise :func:`optax_sam.looksam`. A layer is a leaf, or one of those that are
-    stacked in it (``nn.scan``). The ratio is LAMB's, 1 where either norm is zero; the
-    paper follows it with LAMB.
+    The rest is :func:`optax_sam.looksam`. A layer is a leaf, or one of the layers that
+    are stacked in a leaf (``nn.scan``). The ratio is LAMB's: it is 1 where either norm
+    is zero. The paper puts LAMB after it.
 
     Cost: 1 + 1/k gradients per step; one pytree like the parameters and a few scalars
     of state.
@@ -91,7 +91,7 @@ def look_layer_sam(
       >>> tx = optax.chain(optax_sam.look_layer_sam(rho=0.05), optax.lamb(1e-3))
 
     Differs from the authors' code in:
-      1. There is none. The trust ratio is our reading of the paper; ports take
+      1. They published none. The trust ratio is our reading of the paper; ports take
          :math:`\rho\, g_l / \|g_l\|`, or divide by the norm twice.
 
     References:

@@ -23,25 +23,26 @@ class ReuseNormalState(NamedTuple):
     """State of :func:`reuse_normal`.
 
     Attributes:
-      normal: the last direction of the perturbed gradient's part normal to the one at
-        ``w``, a unit vector like the parameters, float32 or better; zero if there was
-        none.
+      normal: the last direction of the perturbed gradient's part normal to the
+        gradient at ``w``, a unit vector like the parameters, float32 or better; zero if
+        there was none.
     """
 
     normal: Any
 
 
 def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
-    """The blend of :func:`optax_sam.looksam`: adds the direction that ``g`` lacked.
+    """The blend of :func:`optax_sam.looksam`: adds the last normal direction to ``g``.
 
-    1e-12 is added to the squared norm where that is above 1e-8. A normal part that is
-    not longer than rounding leaves it has no direction and is not reused. Neither is
-    one whose squares vanish, as in float32 those of gradients below 1e-19. With
-    ``axis_name``, norms are those of each device's own gradient.
+    1e-12 is added to the squared norm where that is above 1e-8. A normal part is not
+    reused if it is no longer than its rounding errors: it then has no direction. It is
+    not reused either if its squares underflow, as they do in float32 for gradients
+    below 1e-19. With ``axis_name``, each device takes the norms of its
+    gradient.
 
     Args:
-      alpha: length of what is added, relative to the gradient at ``w``, at least 0, or
-        a schedule.
+      alpha: length of the added part relative to the gradient at ``w``, at least 0,
+        or a schedule.
 
     Returns:
       A rule for ``blend=``, with one pytree like the parameters as state.
@@ -93,10 +94,11 @@ def looksam(
     alpha: optax.ScalarOrSchedule = 0.7,
     **options: Unpack[WithoutWhen],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LookSAM: a SAM step every k steps, whose direction is reused on the others.
+    r"""LookSAM: perturbs on every k-th step and reuses its direction on the others.
 
-    The part of the perturbed gradient that is normal to the one at ``w`` changes
-    slowly. It is kept and added, at a fixed share of that one's length:
+    One part of the perturbed gradient is normal to the gradient at ``w``. This part
+    changes slowly. The method keeps its direction and adds it to the gradient at ``w``,
+    at a fixed share of that gradient's length:
 
     .. math::
       d &= g_s, \quad g_v = g_s - \frac{\langle g, g_s \rangle}{\|g\|^2}\, g, \quad
@@ -104,8 +106,8 @@ def looksam(
         && \text{on every } k\text{-th step, from the first} \\
       d &= g + \alpha\, \frac{\|g\|}{\|g_v\|}\, g_v && \text{on the others}
 
-    ``alpha=0`` is SAM-k, ``k=1`` is SAM. The paper's ViTs take ``alpha=0.7`` and
-    ``rho`` about 1; on CNNs others found 0.1 to 0.3 best.
+    ``alpha=0`` is SAM-k, and ``k=1`` is SAM. The paper's ViTs take ``alpha=0.7`` and
+    ``rho`` about 1. On CNNs others found ``alpha`` of 0.1 to 0.3 best.
 
     Cost: 1 + 1/k gradients per step; one pytree like the parameters and a few scalars
     of state.
@@ -118,10 +120,11 @@ def looksam(
       >>> tx = optax.chain(optax_sam.looksam(rho=0.05, k=5, alpha=0.3), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. There is none: their repository holds a README. The formulas are the paper's,
-         with norms over all leaves together; several ports take them leaf by leaf.
-      2. A normal part that is nothing but rounding is not reused; a port divides by
-         its norm.
+      1. They published none: their repository holds a README. The formulas are the
+         paper's, with norms over all leaves together; several ports take them leaf by
+         leaf.
+      2. A normal part that consists only of rounding errors is not reused; a port
+         divides by its norm.
 
     References:
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization

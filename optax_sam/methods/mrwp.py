@@ -21,19 +21,20 @@ def mrwp(
     roles: Any = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""mRWP: the gradient at ``w`` mixed with one at randomly perturbed weights.
+    r"""mRWP: mixes the gradient at ``w`` with one at randomly perturbed weights.
 
     .. math::
       e_u &= \gamma\, \|W_u\|\, z_u, \quad z \sim \mathcal N(0, I)
         && \text{for each output unit } u \\
       d &= (1 - \alpha)\, \nabla L(w) + \alpha\, \nabla L(w + e)
 
-    Leaves that are no kernels and no embeddings are one unit, in each layer of stacked
-    ones. Neither gradient waits for the other one. The authors take them on two
-    batches: close ``grad_fn`` over the second one. ``alpha=1`` is RWP, which
-    :func:`optax_sam.ascent.filter_noise` has for 1 gradient, and LPF-SGD.
+    A leaf that is neither a kernel nor an embedding is one unit. If it holds stacked
+    layers, each layer is one unit. Neither gradient depends on the other, so they can
+    run in parallel. The authors compute them on two batches: close ``grad_fn`` over the
+    second one. ``alpha=1`` is RWP. :func:`optax_sam.ascent.filter_noise` computes RWP
+    and LPF-SGD for 1 gradient.
 
-    Cost: 2 gradients per perturbed step, which can run at once, and a normal number
+    Cost: 2 gradients per perturbed step, which can run in parallel, and a normal number
     per weight; 1 on others; a few scalars and a key of state.
 
     Args:
@@ -41,7 +42,7 @@ def mrwp(
         0 is the base optimizer.
 
     Returns:
-      A transformation for the first place in an ``optax.chain``, whose ``update`` needs
+      A transformation for the first place in an ``optax.chain``. Its ``update`` needs
       ``grad_fn``. The extra argument ``noise``, a pytree of standard normals like the
       parameters, replaces its draw.
 
@@ -53,9 +54,9 @@ def mrwp(
       >>> tx = optax.chain(optax_sam.mrwp(gamma=0.01), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. Both gradients are on one batch unless ``grad_fn`` has another; there two
-         processes take one each.
-      2. Statistics of BatchNorm are those of the pass at ``w``; there of both passes.
+      1. Both gradients use one batch unless ``grad_fn`` has another; there each of two
+         processes computes one of them.
+      2. BatchNorm's statistics come from the pass at ``w``; there from both passes.
 
     References:
       Li et al., `Efficient Generalization Improvement Guided by Random Weight

@@ -44,25 +44,25 @@ class MSAMState(NamedTuple):
 def msam(
     inner: optax.GradientTransformation, *, rho: optax.ScalarOrSchedule = 3.0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""MSAM: SAM at the price of its base optimizer, perturbed along the momentum.
+    r"""MSAM: perturbs along the momentum, at the cost of the base optimizer.
 
-    The parameters that are trained, :math:`\tilde w`, are the perturbed ones. With
-    the inner optimizer's momentum :math:`v`:
+    You train the perturbed parameters, :math:`\tilde w`. With the inner optimizer's
+    momentum :math:`v`:
 
     .. math::
       w = \tilde w + c\, v, \qquad
       w \leftarrow w + \text{inner}\big(\nabla L(\tilde w), w\big), \qquad
       c \leftarrow \frac{\rho}{\|v\|}, \qquad \tilde w = w - c\, v
 
-    where the new :math:`c` belongs to the new :math:`v`: the last step has overshot,
-    and the loss of the next batch rises further along it. **Evaluate, checkpoint and
+    where the new :math:`c` belongs to the new :math:`v`. The perturbation continues the
+    last step, along which the loss of the next batch rises. **Evaluate, checkpoint and
     average at** :math:`w`, which is :func:`msam_eval_params`.
 
-    It wraps a whole optimizer, and nothing may come after it in a chain: the
-    update must be applied as it is, since it also moves the perturbation. What
-    reshapes the gradient goes before it. So does a coupled decay, as in the authors'
-    SGD, which decays the perturbed weights; a decay inside is of
-    :math:`w`. Their AdamW decays after the step, ``optax.adamw`` before:
+    It wraps a whole optimizer, and nothing may come after it in a chain. The update
+    must be applied unchanged, because it also moves the perturbation. Put
+    transformations that change the gradient before it. A decay before it is coupled and
+    decays the perturbed weights, as in the authors' SGD. A decay inside decays
+    :math:`w`. Their AdamW decays after the step, ``optax.adamw`` before it:
 
     .. code-block:: python
 
@@ -74,27 +74,26 @@ def msam(
       optax_sam.msam(optax.chain(optax.adam(lr), optax_sam.decay_after(lr * wd)))
       optax_sam.msam(optax.adamw(lr, weight_decay=wd))
 
-    Leaves that are to stay need gradients that are zero before it:
+    To freeze leaves, set their gradients to zero before it:
     ``optax.masked(optax.set_to_zero(), frozen)``.
 
-    Statistics of BatchNorm are gathered at :math:`\tilde w`; the authors estimate
-    them again at :math:`w` in one pass over the data after training. Keep the
-    parameters in float32: an offset of norm 3 over ten million weights rounds away
-    in bfloat16. While the learning rate warms up, leave ``rho`` at zero and let it
-    jump afterwards, ``lambda t: jnp.where(t < warmup_steps, 0.0, 3.0)``; without that,
-    the paper's ViT-S/32 loses 3 points.
+    BatchNorm's statistics come from :math:`\tilde w`. The authors estimate them again
+    at :math:`w` in one pass over the data after the training run. Keep the parameters
+    in float32: in bfloat16 an offset of norm 3 over ten million weights rounds away.
+    While the learning rate warms up, set ``rho`` to zero, and let it jump afterwards:
+    ``lambda t: jnp.where(t < warmup_steps, 0.0, 3.0)``. Otherwise the paper's ViT-S/32
+    loses 3 points.
 
-    **The momentum** is found in the state of ``inner``, in a field called ``mu``,
-    ``m``, ``trace``, ``ema``, ``exp_avg``, ``momentum`` or ``velocity``, or in the
-    only pytree there that is like the parameters. Every parameter needs one; those of
-    the parts of ``optax.partition`` are put together, and share one norm (SGD's is a
-    sum of gradients, about ten times as long as Adam's mean). Some optimizers keep a
-    momentum of steps, with the learning rate inside it: ``optax.rmsprop``,
-    ``optax.lars``. It points the other way, :math:`c` is negative for it, and
-    :math:`\tilde w` still lies further along the last step. Which of both it is,
-    ``init`` sees by running ``inner`` for a few steps on a small copy of the
-    parameters, with a gradient and with its negative. This takes about as long as
-    compiling the update of ``inner``.
+    **The momentum** is a part of the state of ``inner``. It is a field called ``mu``,
+    ``m``, ``trace``, ``ema``, ``exp_avg``, ``momentum`` or ``velocity``, or the only
+    pytree there that is like the parameters. Every parameter needs a momentum. The
+    parts of ``optax.partition`` share one norm (SGD's momentum is a sum of gradients,
+    about ten times as long as Adam's mean). Some optimizers keep a momentum of steps,
+    which contains the learning rate: ``optax.rmsprop``, ``optax.lars``. It points the
+    other way, so :math:`c` is negative, and :math:`\tilde w` still lies further along
+    the last step. ``init`` finds out which kind it is: it runs ``inner`` for a few
+    steps on a small copy of the parameters, with a gradient and with its negative. This
+    takes about as long as compiling the update of ``inner``.
 
     Cost: 1 gradient per step; two scalars of state.
 
@@ -115,7 +114,7 @@ def msam(
       ValueError: if ``rho`` is negative or ``inner`` is no optimizer; on ``init``, if
         a parameter has no momentum or several, if what ``inner`` keeps is no momentum
         of its steps, or if those steps lead uphill; on ``init`` or ``update``, if it
-        stands inside ``optax.masked`` or ``optax.partition``; on ``update``, if
+        is inside ``optax.masked`` or ``optax.partition``; on ``update``, if
         ``params`` is missing or a gradient does not fit them.
 
     Examples:
@@ -135,9 +134,9 @@ def msam(
 
     Differs from the authors' code in:
       1. A perturbation is removed with the scale that applied it; their SGD takes the
-         current ``rho``, which is another one after a jump.
-      2. ``nesterov`` is the inner optimizer's; there it is ignored.
-      3. The decay is where ``inner`` has it, see above.
+         current ``rho``, which differs after a jump.
+      2. The inner optimizer's ``nesterov`` acts; there it is ignored.
+      3. ``inner`` decides where the decay acts, see above.
 
     References:
       Becker, Altrock and Risse, `Momentum-SAM: Sharpness Aware Minimization without
@@ -218,7 +217,7 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
 
     Returns:
       The parameters to evaluate, to average and to keep, in the dtypes of ``params``.
-      To resume the training keep ``params`` and ``opt_state``.
+      To resume the training run keep ``params`` and ``opt_state``.
 
     Raises:
       ValueError: if there is no MSAM state, or several, or if ``params`` are not like

@@ -36,14 +36,15 @@ def smoothed(
     mask: Mask = None,
     roles: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The ascent of :func:`optax_sam.random_sam`, from randomly smoothed weights.
+    r"""The ascent of :func:`optax_sam.random_sam`: starts at randomly smoothed weights.
 
-    It does not use the gradient at ``w``: it takes its own, :math:`g_1`, which the
-    engine also falls back to, as an :class:`optax_sam.ascent.OwnGradient`. Output
-    units are counted along the axes that :func:`optax_sam.roles` finds: several in
-    Flax's attention, the first one in Equinox, else the last. The layers of a leaf of
-    stacked ones (``nn.scan``) are told apart, also those of its biases. 1e-16 is added
-    to the norm of a leaf that has no units.
+    It does not use the gradient at ``w``. It computes another one, :math:`g_1`, and
+    passes it to the engine as an :class:`optax_sam.ascent.OwnGradient`. The engine
+    emits :math:`g_1` if it rejects the perturbed gradient. Output units are counted
+    along the axes that :func:`optax_sam.roles` finds: several in Flax's attention, the
+    first one in Equinox, else the last. If a leaf holds stacked layers (``nn.scan``),
+    each layer counts separately, also in biases. 1e-16 is added to the norm of a leaf
+    that has no units.
 
     Args:
       rho: radius of the perturbation in units of the weights, at least 0, or a
@@ -113,7 +114,7 @@ def random_sam(
     mask: Mask = None,
     **options: Unpack[WithoutMask],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""R-SAM: SAM whose ascent starts from randomly smoothed weights.
+    r"""R-SAM: computes the direction of the perturbation at randomly smoothed weights.
 
     .. math::
       \Delta_u &= \sigma\, \|W_u\|\, z_u, \quad z \sim \mathcal N(0, I)
@@ -122,23 +123,24 @@ def random_sam(
       e = \rho\, \frac{\lambda g_1 + \Delta}{\|\lambda g_1 + \Delta\|}, \qquad
       d = \nabla L(w + e)
 
-    Leaves that are no kernels and no embeddings are one unit, in each layer of stacked
-    ones. Units are counted along the axes that :func:`optax_sam.roles` finds. The
-    authors let the noise grow by a half cosine to five times its start:
-    ``sigma=optax.cosine_decay_schedule(5e-4, total_steps, alpha=5.0)``, and tie
-    ``rho`` to the learning rate (:func:`optax_sam.rho_from_lr`). ``sigma=0`` is SAM.
+    A leaf that is neither a kernel nor an embedding is one unit. If it holds stacked
+    layers, each layer is one unit. Units are counted along the axes that
+    :func:`optax_sam.roles` finds. The authors let the noise grow by a half cosine to
+    five times its start:
+    ``sigma=optax.cosine_decay_schedule(5e-4, total_steps, alpha=5.0)``. Their ``rho``
+    follows the learning rate (:func:`optax_sam.rho_from_lr`). ``sigma=0`` is SAM.
 
     The gradient at ``w`` is not used on perturbed steps. Under ``jit`` XLA drops its
-    computation, so the cost is 2 gradients and not 3, as long as nothing else uses it
-    either, such as a logged norm. ``optax_sam.metrics`` then tells the norm of
-    :math:`g_1`.
+    computation, so the cost is 2 gradients and not 3. This requires that nothing else
+    uses it, such as a logged norm. ``optax_sam.metrics`` has the norm of :math:`g_1` in
+    its place.
 
-    Cost: 2 gradients per perturbed step; with a rule ``when`` that leaves out steps, 3
-    on perturbed ones in the program with the conditional, 2 in
-    :func:`optax_sam.dispatch`; a few scalars and a key of state.
+    Cost: 2 gradients per perturbed step; a few scalars and a key of state. If a rule
+    ``when`` skips steps, a perturbed step costs 3 in the program with the conditional,
+    and 2 in :func:`optax_sam.dispatch`.
 
     Returns:
-      A transformation for the first place in an ``optax.chain``, whose ``update`` needs
+      A transformation for the first place in an ``optax.chain``. Its ``update`` needs
       ``grad_fn``. The extra argument ``noise``, a pytree of standard normals like the
       parameters, replaces its draw.
 
@@ -154,8 +156,9 @@ def random_sam(
     Differs from the authors' code in:
       1. Each leaf has its own noise; there, leaves of one shape share it, and the
          dropout keys come from the same key.
-      2. Schedules start at step 0; theirs of ``sigma`` at 1.
-      3. Clipping the emitted gradient to norm 1 and Adam are left to the chain.
+      2. Schedules start at step 0; their schedule of ``sigma`` starts at 1.
+      3. The chain clips the emitted gradient to norm 1 and applies Adam; there the
+         method does.
 
     References:
       Liu et al., Random Sharpness-Aware Minimization, NeurIPS 2022; code:

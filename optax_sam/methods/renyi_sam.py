@@ -32,8 +32,8 @@ def renyi(
     r"""The ascent of :func:`optax_sam.renyi_sam`: a step along the gradient.
 
     It goes uphill for ``alpha > 1`` and downhill for ``alpha < 1``. As in the authors'
-    code 1e-16 is added to the sum and to the squared norm; for ``alpha = 2`` it takes
-    over at norms below 1e-3. Here :math:`S_\alpha \le 1` still holds for
+    code, 1e-16 is added to the sum and to the squared norm. For ``alpha = 2`` it
+    dominates at norms below 1e-3. Here :math:`S_\alpha \le 1` still holds for
     ``alpha > 1``.
 
     Args:
@@ -41,8 +41,9 @@ def renyi(
       alpha: order of the entropy, positive and not 1, or a schedule. Below 1 the sum
         grows with the number of weights to the power ``1 - alpha``, so ``rho`` must
         be smaller by orders of magnitude.
-      layerwise: whether the sum runs over layers, with their norms, instead of
-        coordinates: leaves, and the layers of a leaf of stacked ones (``nn.scan``).
+      layerwise: whether the sum runs over the norms of layers instead of over
+        coordinates. A layer is a leaf, or one of the stacked layers (``nn.scan``) in
+        a leaf.
       max_offset_norm: the largest norm of the offset, positive; ``None`` means no
         limit.
       roles: what each leaf is, for stacked layers if ``layerwise``: a
@@ -121,21 +122,21 @@ def renyi_sam(
     when: When = always(),
     **options: Unpack[WithoutWhen],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""RSAM: a step whose length follows the Renyi entropy of the squared gradient.
+    r"""RSAM: the radius follows the Renyi entropy of the squared gradient.
 
     .. math::
       S_\alpha(g) = \frac{\sum_j |g_j|^{2\alpha}}{\|g\|^{2\alpha}}, \qquad
       e = -\mathrm{sign}(1 - \alpha)\, \rho\, \frac{S_\alpha(g)}{\|g\|^2}\, g,
       \qquad d = \nabla L(w + e)
 
-    To first order it trains :math:`L + \rho S_\alpha` for ``alpha > 1``, a surrogate
-    for the entropy of the Hessian's spectrum. It is not R-SAM, which is
-    :func:`optax_sam.random_sam`.
+    For ``alpha > 1`` it trains :math:`L + \rho S_\alpha` to first order.
+    :math:`S_\alpha` is a surrogate for the entropy of the Hessian's spectrum. R-SAM is
+    another method: :func:`optax_sam.random_sam`.
 
     The offset's length :math:`\rho S_\alpha / \|g\|` grows without bound as the
-    gradient vanishes: cap it with ``max_offset_norm`` where training ends at a loss
-    near zero. :math:`S_\alpha` depends on the number of weights, so ``rho`` does not
-    carry over from one model to another, least of all for ``alpha < 1``.
+    gradient vanishes. Cap it with ``max_offset_norm`` if the loss comes near zero.
+    :math:`S_\alpha` depends on the number of weights, so ``rho`` does not carry over
+    from one model to another, least of all for ``alpha < 1``.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
@@ -155,8 +156,8 @@ def renyi_sam(
     Differs from the authors' code in:
       1. The offset can be capped, a zero gradient gives a zero offset, and for
          ``alpha > 1`` their epsilon cannot lift the sum above its bound of 1.
-      2. Warm-up is a number of steps; there of epochs, on one data set until an
-         accuracy is reached.
+      2. Warm-up is a number of steps; there it is a number of epochs, and on one data
+         set it ends at an accuracy.
       3. The authors' class RSAM is ``layerwise=True``; their recipe uses NEWRSAM, the
          default here.
 

@@ -18,13 +18,13 @@ def sam(
     num_ascent_steps: int = 1,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SAM: the gradient at the worst nearby point instead of the gradient here.
+    r"""SAM: takes the gradient at the worst nearby point instead of at ``w``.
 
     .. math::
       e = \rho\, \frac{g}{\|g\|}, \qquad d = \nabla L(w + e)
 
-    With ``when=optax_sam.when.every_k(5)`` it is SAM-5, with
-    ``optax_sam.when.bernoulli(p)`` SS-SAM. ``rho=0`` is the base optimizer.
+    With ``when=optax_sam.when.every_k(5)`` it is SAM-5. With
+    ``when=optax_sam.when.bernoulli(p)`` it is SS-SAM. ``rho=0`` is the base optimizer.
 
     Cost: 2 gradients per perturbed step (``n + 1`` with ``n`` ascent steps), 1 on
     others; a few scalars of state.
@@ -53,8 +53,8 @@ def sam(
 
     Differs from the authors' code in:
       1. A zero gradient gives a zero offset; there it gives NaN.
-      2. Devices share one perturbation under plain ``jit``; there each has its own,
-         here that is ``axis_name``.
+      2. Devices share one perturbation under plain ``jit``; there each device has its
+         own. Here ``axis_name`` does this.
 
     References:
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving

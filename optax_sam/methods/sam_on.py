@@ -15,12 +15,14 @@ from optax_sam.roles import named_leaves, resolve_roles
 
 
 def normalization_layers(params: Any, *, roles: Any = None) -> Any:
-    """The mask of the normalization layers, as ``sam_on`` perturbs them.
+    """The mask of the normalization layers, which ``sam_on`` perturbs.
 
-    Their leaves are the gains and offsets that :func:`optax_sam.roles` finds: those of
-    a layer without a kernel whose name contains ``norm``, or ``bn`` or ``ln`` as a
-    word, in any case, or that has a parameter ``scale``, as those of Flax do whatever
-    they are called, or a gain beside an offset of its shape.
+    Their leaves are the gains and offsets that :func:`optax_sam.roles` finds. A
+    normalization layer has no kernel, and it has one of these three properties:
+
+    - Its name contains ``norm``, or ``bn`` or ``ln`` as a word, in any case.
+    - It has a parameter ``scale``, as Flax's have under any name.
+    - It has a gain beside an offset of the same shape.
 
     Args:
       params: a pytree of parameters whose leaves are named by dicts or attributes.
@@ -72,23 +74,22 @@ def sam_on(
     mask: Mask = normalization_layers,
     **options: Unpack[WithoutMask],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SAM-ON: SAM or ASAM that perturbs nothing but the normalization layers.
+    r"""SAM-ON: perturbs only the normalization layers, as SAM or ASAM does.
 
     .. math::
       e = \rho\, \frac{T^2 g_N}{\|T g_N\|} \text{ on normalization layers } N,
       \text{ else } 0, \qquad d = \nabla L(w + e)
 
     with :math:`T = 1`, or :math:`|w| + \eta` on adapted leaves as in ASAM. The norm is
-    the norm of :math:`g_N` alone; :math:`d` is the gradient of all parameters. These
-    layers hold less than 0.1 % of the weights, and their radius is larger than SAM's by
-    an order of magnitude, as the default is: the authors' example on CIFAR-100
-    (WRN-28-10) has ``rho=10, adapt=True``.
+    over :math:`g_N` alone; :math:`d` is the gradient of all parameters. These layers
+    hold less than 0.1 % of the weights. Their radius, as in the default, is an order of
+    magnitude larger than SAM's: the authors' example on CIFAR-100 (WRN-28-10) has
+    ``rho=10, adapt=True``.
 
-    Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state. The
-    gradient at ``w`` is needed in full only where it is emitted: with
-    ``when=always()`` it may be zero outside the mask, which saves its weight gradients
-    there, a third of it (what a rejected perturbation falls back to then lacks them
-    too).
+    Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state. With
+    ``when=always()`` the gradient at ``w`` may be zero outside the mask. This saves its
+    weight gradients there, which are a third of it. If a perturbed gradient is then
+    rejected, the emitted gradient lacks them too.
 
     Args:
       rho: radius of the perturbation, at least 0, or a schedule of the step; in units
@@ -97,8 +98,8 @@ def sam_on(
         bools or a function as for ``mask``; ``None`` means gains and not offsets, as in
         ASAM.
       eta: added to the sizes of adapted weights, at least 0, or a schedule. The
-        authors' script has 0, which keeps weights that are zero, such as new biases,
-        where they are.
+        authors' script has 0, which does not perturb weights that are zero, such as
+        new biases.
       roles: what each leaf is, for the default of ``mask`` and for ``adapt=None``: a
         pytree of :class:`optax_sam.Role` or a function from the parameters to one;
         ``None`` means :func:`optax_sam.roles`.
@@ -116,8 +117,8 @@ def sam_on(
 
     Differs from the authors' code in:
       1. The layers are found by names and structure, see :func:`optax_sam.roles`;
-         there by ``norm`` or ``bn`` in the name of a parameter. No layer at all is an
-         error, and a kernel is in no normalization layer, whatever that is called.
+         there by ``norm`` or ``bn`` in the name of a parameter. Finding no layer is an
+         error. A layer with a kernel is no normalization layer, whatever its name.
       2. 1e-12 is added to the norm; there 1e-16, which float32 does not see.
 
     References:

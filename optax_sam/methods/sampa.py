@@ -26,10 +26,10 @@ class SAMPaState(NamedTuple):
 
     Attributes:
       count: number of steps taken, () int32; drives the schedules.
-      num_rejected: how many perturbed gradients were not finite and not used, () int32.
+      num_rejected: number of perturbed gradients that were not finite, () int32.
       perturbed_norm: norm of the last perturbed gradient that was used, () float.
-      gradient: the gradient at the point that was predicted on the last step, along
-        along which the next step is perturbed, like the parameters, float32 or better.
+      gradient: the gradient at the point that the last step predicted, like the
+        parameters, float32 or better. The next step perturbs along it.
       inner: state of the inner optimizer.
     """
 
@@ -57,9 +57,9 @@ def sampa(
     interpolation: optax.ScalarOrSchedule = 0.2,
     predict: Literal["optimizer", "gradient"] = "optimizer",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SAMPa: perturbed by the last step's gradient, so that two run in parallel.
+    r"""SAMPa: perturbs along the last step's gradient, so that two run in parallel.
 
-    With the gradient :math:`g_y` that the last step left, on its batch :math:`B'`:
+    With the gradient :math:`g_y` of the last step, on its batch :math:`B'`:
 
     .. math::
       \tilde w &= w + \rho\, \frac{g_y}{\|g_y\|}, \qquad
@@ -68,15 +68,16 @@ def sampa(
         \qquad\text{independent of each other} \\
       w &\leftarrow w + \text{inner}\big((1 - \lambda)\, p + \lambda\, g_y, w\big)
 
-    where :math:`y` predicts the next weights: the inner optimizer's step along
+    where :math:`y` predicts the next weights. It is the inner optimizer's step along
     :math:`g_y`, with its momentum and decay, or the paper's
     :math:`y = w - \eta\, g_y`. On the first step :math:`\tilde w = y = w`.
 
-    SAM's perturbed gradient waits for the gradient at ``w``; here neither waits.
-    ``update`` takes ``grad_fn`` on this step's batch and ``previous_grad_fn`` on the
-    batch of the step before (on the first step, on the same one). A
-    ``paired_grad_fn(w_tilde, y) -> (p, g_y)`` may stand for both, to compute them as
-    one ``vmap`` over two parameters and batches, which two devices can share:
+    In SAM the perturbed gradient needs the gradient at ``w`` first. Here neither of the
+    two gradients needs the other. ``update`` takes ``grad_fn`` on this step's batch and
+    ``previous_grad_fn`` on the batch of the step before (on the first step, on the same
+    one). You may replace both with ``paired_grad_fn(w_tilde, y) -> (p, g_y)``. It can
+    compute them as one ``vmap`` over two parameters and batches, which two devices can
+    share:
 
     .. code-block:: python
 
@@ -86,13 +87,14 @@ def sampa(
               stack(w_tilde, y), stack(previous_batch, batch))
           return [jax.tree.map(lambda x: x[i], both) for i in range(2)]
 
-    The gradient at ``w`` is not used, and XLA drops its computation; zeros like the
-    parameters will do. A perturbed gradient that is not finite gives way to
-    :math:`g_y`; a :math:`g_y` that is not finite is handed to the optimizer, and not
-    kept. A guard belongs inside, ``sampa(optax.apply_if_finite(...))``: around it,
-    that one looks at the gradient at ``w``.
+    The gradient at ``w`` is not used, and XLA drops its computation. You may pass zeros
+    like the parameters. If the perturbed gradient is not finite, :math:`g_y` replaces
+    it. If :math:`g_y` is not finite, the optimizer gets it, and it is not kept. Put a
+    guard inside, ``sampa(optax.apply_if_finite(...))``: outside, it would check the
+    gradient at ``w``.
 
-    It wraps a whole optimizer. The loop keeps the previous batch, also when it resumes.
+    It wraps a whole optimizer. Your training loop must keep the previous batch, also
+    when it resumes.
 
     Cost: 2 gradients per step, in the time of 1 where they run in parallel; one pytree
     like the parameters and 3 scalars of state.
@@ -134,8 +136,9 @@ def sampa(
       True
 
     Differs from the authors' code in:
-      1. ``interpolation=0`` works; there the gradient is recovered by a division by it.
-      2. There each of two processes takes one gradient; here that is the caller's.
+      1. ``interpolation=0`` works; their code divides by it to recover the gradient.
+      2. The caller decides where the gradients run; there each of two processes
+         computes one.
 
     References:
       Xie, Pethick and Cevher, `SAMPa: Sharpness-aware Minimization Parallelized
@@ -229,7 +232,7 @@ def sampa(
         )
 
     def predicted(g_y: Any, state: SAMPaState, w: Any, extra: dict[str, Any]) -> Any:
-        """The weights that the step along ``g_y`` would reach."""
+        """The weights that a step along ``g_y`` would reach."""
         if predict == "gradient":
             lr = at(learning_rate, state.count)
             return jax.tree.map(lambda w, g: w - lr.astype(g.dtype) * g, w, g_y)

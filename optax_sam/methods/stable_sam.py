@@ -13,16 +13,16 @@ from optax_sam.trees import of_length, tiny_norm
 
 
 def renormalize(blend: Blend = Blend()) -> Blend:
-    r"""Another rule's gradient at the length of the one at ``w``, as in StableSAM.
+    r"""Gives another rule's gradient the length of the gradient at ``w``, as StableSAM.
 
     .. math::
       d = \frac{\|g\|}{\|d'\|}\, d' \quad\text{on perturbed steps}
 
-    and zero where :math:`d'` is zero. On the others the rule's own is emitted. With
-    ``axis_name``, norms are those of each device's own gradients.
+    and zero where :math:`d'` is zero. On other steps it emits the rule's gradient. With
+    ``axis_name``, each device takes the norms of its gradients.
 
     Args:
-      blend: the rule that makes :math:`d'`; SAM's by default.
+      blend: the rule that makes :math:`d'`; by default SAM's.
 
     Returns:
       A rule for ``blend=``.
@@ -53,16 +53,16 @@ def renormalize(blend: Blend = Blend()) -> Blend:
 def stable_sam(
     rho: optax.ScalarOrSchedule = 0.05, **options: Unpack[Options]
 ) -> optax.GradientTransformationExtraArgs:
-    r"""StableSAM: the perturbed gradient at the length of the one at ``w``.
+    r"""StableSAM: the perturbed gradient with the length of the gradient at ``w``.
 
     .. math::
       g_s = \nabla L\Big(w + \rho\, \frac{g}{\|g\|}\Big), \qquad
       d = \frac{\|g\|}{\|g_s\|}\, g_s
 
-    Gradients grow on the way up, which makes SAM need a smaller learning rate than its
-    base optimizer; this one keeps the step of the base. Also called SSAM, as is a
-    sparse SAM that has nothing to do with it. Every method can be renormalized so, with
-    :func:`optax_sam.blend.renormalize`.
+    The perturbed gradient is longer than the gradient at ``w``, so SAM needs a smaller
+    learning rate than its base optimizer. StableSAM keeps the length of the base
+    optimizer's step. It is also called SSAM, a name that it shares with an unrelated
+    sparse SAM. :func:`optax_sam.blend.renormalize` does the same for every method.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
@@ -71,7 +71,8 @@ def stable_sam(
       >>> tx = optax.chain(optax_sam.stable_sam(rho=0.1), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. None was read: the formula is the paper's, with norms over all leaves together.
+      1. We did not read their code: the formula is the paper's, with norms over all
+         leaves together.
 
     References:
       Tan et al., `Stabilizing Sharpness-aware Minimization Through A Simple

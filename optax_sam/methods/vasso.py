@@ -84,10 +84,9 @@ def vasso(
       m_t = (1 - \theta)\, m_{t-1} + \theta\, g_t, \qquad
       d = \nabla L\Big(w + \rho\, \frac{m_t}{\|m_t\|}\Big)
 
-    from :math:`m_0 = g_0`, so that the first step is SAM's. ``theta=1`` is SAM.
-    :func:`optax_sam.friendly_sam` takes such an average out of the gradient instead.
-    With a ``when`` that skips, the average is over the gradients of the perturbed
-    steps.
+    from :math:`m_0 = g_0`, so the first step is SAM's. ``theta=1`` is SAM.
+    :func:`optax_sam.friendly_sam` subtracts such an average from the gradient instead.
+    If ``when`` skips steps, the average is over the gradients of the perturbed steps.
 
     Cost: 2 gradients per perturbed step, 1 on others; one pytree like the parameters
     and a few scalars of state.
@@ -97,8 +96,8 @@ def vasso(
       >>> tx = optax.chain(optax_sam.vasso(rho=0.1), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. With ``axis_name`` what is kept is the mean over the devices, each of which has
-         perturbed along the average with its own gradient.
+      1. With ``axis_name`` each device perturbs along the average with its gradient
+         added; the state keeps the mean over the devices.
 
     References:
       Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance

@@ -27,13 +27,13 @@ class VarianceControlledState(NamedTuple):
       count: number of steps taken, () int32; numbers the draws.
       warmup_left: steps of warm-up to come, () int32.
       position: the next step's place in its window, () int32 in ``[0, K)``.
-      used: ascents taken in this window, () int32.
+      used: perturbed steps in this window so far, () int32.
       rate: ``s``, samples per window, () float in ``[1, K * max_rate]``.
       catch_up: whether a window's quota is enforced, () bool.
       key: raw key data, (2,) uint32.
       psf_norms: ``x``, the last K sampled norms of the PSF, oldest first, (K,) float.
-      ratios: ``r``, the same of the PSF's norm relative to the gradient's.
-      variances: ``v``, the same of the sorted-slice variance.
+      ratios: ``r``, the last K norms of the PSF relative to the gradient's, (K,) float.
+      variances: ``v``, the last K sorted-slice variances, (K,) float.
     """
 
     ascends: jax.Array
@@ -108,19 +108,19 @@ def variance_controlled(
     force_quota: bool = True,
     key: ArrayLike = 0,
 ) -> When:
-    r"""As often as the size of the PSF varies: the steps of :func:`optax_sam.vsam`.
+    r"""The rule of :func:`optax_sam.vsam`: perturbs more often if the PSF varies more.
 
-    On perturbed steps, with :math:`\mathrm{PSF} = g_s - g`, three rings of the last
-    :math:`K` samples are kept:
+    On perturbed steps it records three numbers of :math:`\mathrm{PSF} = g_s - g`. Three
+    rings keep the last :math:`K` samples of them:
 
     .. math::
       x = \|\mathrm{PSF}\|, \qquad r = x / \|g\|, \qquad
       v = \tfrac1m \textstyle\sum_{j=1}^m \mathrm{Var}(\text{slice } j
       \text{ of the sorted ring of } x)
 
-    Every :math:`K` steps the number of samples per window follows their mean
-    relative changes, and the window's steps are drawn with probability
-    :math:`s / K`, not more than :math:`\lfloor s \rfloor` of them:
+    Every :math:`K` steps the number :math:`s` of samples per window follows their mean
+    relative changes. Each step of the window is drawn with probability :math:`s / K`,
+    and no more than :math:`\lfloor s \rfloor` steps are perturbed:
 
     .. math::
       \Delta_r = \mathrm{clip}\Big(\tfrac1{K-1}\sum_i \frac{r_i}{r_{i-1}} - 1,
@@ -137,18 +137,17 @@ def variance_controlled(
         window.
       warmup_steps: steps at the start that are all perturbed and fill the rings.
         ``None`` means two windows; the paper's script takes three epochs. Below
-        ``2 * window - 1`` the rings are not full when the first window ends; changes
+        ``2 * window - 1`` the rings are not full when the first window ends. Changes
         across unfilled entries then count as zero.
-      initial_rate: the share of perturbed steps with which the windows after the
-        warm-up start, in ``(0, max_rate]``. ``None`` is the authors' start, one
-        step per window. The share grows by a factor of at most ``1 + 2 a`` per window,
-        so a short run that starts there never reaches the shares of the paper.
-      norm_mask: the leaves whose norms are watched, for instance the last layers (the
-        paper's script watches the last 10 leaves); a pytree of bools like the
-        parameters or a prefix of it, or a function from the parameters to one. ``None``
-        means all.
-      force_quota: whether the end of a window catches up on its quota, so that each
-        full window has exactly ``floor(s)`` perturbed steps.
+      initial_rate: the share of perturbed steps in the first window after the warm-up,
+        in ``(0, max_rate]``. ``None`` is the authors' start, one step per window. The
+        share grows by a factor of at most ``1 + 2 a`` per window, so a short run with
+        the authors' start never reaches the shares of the paper.
+      norm_mask: the leaves whose norms are measured, for instance the last layers (the
+        paper's script takes the last 10 leaves); a pytree of bools like the parameters
+        or a prefix of it, or a function from the parameters to one. ``None`` means all.
+      force_quota: whether the last steps of a window are perturbed to fill its quota,
+        so that each full window has exactly ``floor(s)`` perturbed steps.
       key: an int, a key from ``jax.random.key``, or raw key data.
 
     Returns:
@@ -277,7 +276,7 @@ class ReuseDifferenceState(NamedTuple):
 
 
 def reuse_difference(decay: ArrayLike = 0.8, max_reuse: int | None = 6) -> Blend:
-    """The blend of :func:`optax_sam.vsam`: adds the last difference, damped.
+    """The blend of :func:`optax_sam.vsam`: adds the last difference with a damping.
 
     Args:
       decay: the damping ``beta`` per step, in ``[0, 1]``; 0.6 to 0.9 in the paper,
@@ -344,29 +343,37 @@ def vsam(
     key: ArrayLike = 0,
     **options: Unpack[WithoutWhen],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""vSAM: takes SAM's gradient as often as it changes, and reuses it in between.
+    r"""vSAM: perturbs on sampled steps and reuses SAM's correction on the others.
 
-    The SAM gradient is the one at ``w`` plus a difference,
+    SAM's gradient is the gradient at ``w`` plus a difference,
     :math:`\mathrm{PSF} = \nabla L(w + \rho\, g / \|g\|) - g`. A sampled step computes
-    it; the steps after it damp and reuse it:
+    the difference. The steps after it damp and reuse it:
 
     .. math::
       d = g + \mathrm{PSF} \;\text{ on sampled steps}, \qquad
       d = g + \beta^j\, \mathrm{PSF} \;\text{ on the } j\text{-th step after}
 
-    How many steps of a window are sampled follows the variation of
-    :math:`\|\mathrm{PSF}\|`, see :func:`optax_sam.when.variance_controlled`.
-    The number grows over training, since the mean relative change of a noisy norm is
-    positive; so the length of the run in windows sets the cost. A run of few windows
-    wants smaller ones, or ``initial_rate`` between 0.2 and 0.35 (the published shares),
-    since the authors' start of one sample per window hardly grows in it. In a run of
-    2,200 steps that start lost 1.1 of the 2.0 points that SAM gained over tuned SGD,
-    ``initial_rate=0.33`` lost 0.2 at 1.6 gradients, and ``max_rate=0.4`` beside it 0.6
-    at 1.4; a fixed period of 3 with the same reuse lost 0.2 at 1.33. On another task
-    ``initial_rate=0.33`` lost 0.4 of SAM's 0.5 points at 1.5 gradients, and with
-    ``max_rate=0.4`` 0.1 at 1.4 (docs/results/accuracy.md).
-    ``reuse_decay=0.0`` is vSAM-A: the same sampler without the reuse, and without the
-    stored tree.
+    The number of sampled steps per window follows the variation of
+    :math:`\|\mathrm{PSF}\|`, see :func:`optax_sam.when.variance_controlled`. This
+    number grows during the training run, since the mean relative change of a noisy norm
+    is positive. The cost therefore depends on how many windows the run has. The authors
+    start with one sample per window, and a run of few windows hardly raises this
+    number. Such a run needs smaller windows, or an ``initial_rate`` between 0.2 and
+    0.35 (the published shares).
+
+    We measured the loss against SAM (docs/results/accuracy.md). In a run of 2,200 steps
+    SAM gained 2.0 points over tuned SGD:
+
+    - the authors' start lost 1.1 of them;
+    - ``initial_rate=0.33`` lost 0.2 at 1.6 gradients;
+    - ``initial_rate=0.33, max_rate=0.4`` lost 0.6 at 1.4 gradients;
+    - a fixed period of 3 with the same reuse lost 0.2 at 1.33 gradients.
+
+    On another task SAM gained 0.5 points. There ``initial_rate=0.33`` lost 0.4 of them
+    at 1.5 gradients, and with ``max_rate=0.4`` it lost 0.1 at 1.4 gradients.
+
+    ``reuse_decay=0.0`` is vSAM-A. It samples in the same way, but neither stores nor
+    reuses the difference.
 
     Cost: 1 gradient per step plus 1 per sampled step, 1.3 to 1.43 on average in the
     published runs; one pytree like the parameters, three windows of scalars and a
@@ -403,11 +410,12 @@ def vsam(
     Differs from the authors' code in:
       1. The reuse ends after ``max_reuse`` steps, counted in integers; there a
          comparison of floats allows 6 or 7, depending on ``beta``.
-      2. The watched leaves are a mask; there the last 10 tensors as registered.
+      2. A mask chooses the measured leaves; there they are the last 10 registered
+         tensors.
       3. A change whose predecessor is zero counts as zero; there it is NaN. Samples
          that are not finite are not recorded.
-      4. The decision is made at the end of the step before, from the same numbers.
-      5. With ``axis_name``, norms are the mean of the devices' own.
+      4. The rule decides at the end of the step before, from the same numbers.
+      5. With ``axis_name``, norms are the means of the devices' norms.
 
     References:
       Deng et al., `Effective Gradient Sample Size via Variation Estimation for

@@ -22,7 +22,7 @@ class WSAMState(NamedTuple):
     """State of :func:`wsam`.
 
     Attributes:
-      ascent: state of the ascents, with the steps taken.
+      ascent: state of the perturbation, with the number of steps taken.
       inner: state of the inner optimizer.
     """
 
@@ -40,7 +40,7 @@ def wsam(
     max_norm: optax.ScalarOrSchedule | None = None,
     **options: Unpack[Options],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""WSAM: sharpness as a weighted term, beside the optimizer of the loss.
+    r"""WSAM: adds a weighted sharpness term to the optimizer's step on the loss.
 
     .. math::
       g_s = \nabla L\Big(w + \rho\, \frac{g}{\|g\|}\Big), \qquad
@@ -48,15 +48,17 @@ def wsam(
         - \eta\, \frac{\gamma}{1 - \gamma}\, (g_s - g)
 
     The gradient of the sharpness :math:`L(w + e) - L(w)` bypasses the inner optimizer's
-    momentum and preconditioning, and so needs the learning rate :math:`\eta` once more.
-    ``gamma=0`` is the inner optimizer. With plain SGD ``gamma=0.5`` is SAM.
+    momentum and preconditioning. It therefore needs the learning rate :math:`\eta`
+    separately. ``gamma=0`` is the inner optimizer. With plain SGD ``gamma=0.5`` is SAM.
 
-    The coupled form gives both to the optimizer: it is :func:`optax_sam.gnp` with
-    ``alpha = gamma / (1 - gamma)``, and with plain SGD the same.
+    The coupled form passes both gradients to the optimizer. It is
+    :func:`optax_sam.gnp` with ``alpha = gamma / (1 - gamma)``. With plain SGD both
+    forms are the same.
 
     It wraps a whole optimizer, and nothing that rescales its updates may come after
-    it in a chain. Leaves that the inner optimizer leaves alone still move along the
-    sharpness; to freeze some, put ``optax.masked(optax.set_to_zero(), frozen)`` behind.
+    it in a chain. If the inner optimizer does not move a leaf, the sharpness term still
+    moves it. To freeze leaves, put ``optax.masked(optax.set_to_zero(), frozen)`` after
+    it.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
@@ -68,8 +70,8 @@ def wsam(
         schedule of the step.
       gamma: weight of the sharpness, in ``[0, 1)``, or a schedule; 0.8 to 0.95 suits
         CNNs.
-      max_norm: the norm to which both gradients are clipped, each for itself, after the
-        ascent, positive, or a schedule; ``None`` means no limit.
+      max_norm: the norm to which each of the two gradients is clipped before they are
+        combined, positive, or a schedule; ``None`` means no limit.
 
     Returns:
       An optimizer; its ``update`` needs ``params`` and ``grad_fn`` and forwards all
@@ -93,7 +95,7 @@ def wsam(
       True
 
     Differs from the authors' code in:
-      1. A rejected ascent leaves the inner optimizer's step as it is.
+      1. If a perturbed gradient is rejected, the inner optimizer's step stays.
       2. Its ``adaptive=True`` is the ellipsoid of ASAM, and its ``decouple=False`` is
          :func:`optax_sam.gnp`.
 

@@ -1,1 +1,1 @@
-"""SAF and MESA: sharpness through the loss along the trajectory, without ascent."""
+"""SAF and MESA: methods that add a term to the loss and do not perturb the weights."""

@@ -18,31 +18,31 @@ def trajectory_loss(
     temperature: ArrayLike = 5.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    r"""How far the predictions moved from those of an earlier point of training.
+    r"""The distance of the predictions from earlier ones of the training run.
 
-    A sudden drop of the loss along the trajectory is a sign of a sharp minimum; the
-    term holds the predictions near earlier ones:
+    A sudden drop of the loss along the trajectory is a sign of a sharp minimum. The
+    term keeps the predictions near earlier ones:
 
     .. math::
       \lambda \tau^2 \, \frac{1}{n} \sum_i \mathrm{KL}\big(
         \mathrm{softmax}(z^\text{past}_i / \tau) \,\big\|\,
         \mathrm{softmax}(z_i / \tau) \big)
 
-    The gradient goes through ``logits`` alone. Add it to the loss: with
-    :func:`optax_sam.saf` the past logits are those of an earlier epoch, with
-    :func:`optax_sam.mesa` those of the averaged weights. Computed in float32 or
-    better; a temperature in the hundreds wants float64, since :math:`\tau^2` then
-    scales up the rounding of a difference.
+    The gradient goes through ``logits`` alone. Add the term to the loss. With
+    :func:`optax_sam.saf` the past logits come from an earlier epoch, with
+    :func:`optax_sam.mesa` from the averaged weights. The term is computed in float32 or
+    better. A temperature in the hundreds needs float64, since :math:`\tau^2` then
+    scales up the rounding error of a difference.
 
     Args:
       logits: ``z``, outputs of the model before the softmax, (..., C).
       past_logits: outputs for the same examples, of the same shape.
-      coefficient: ``lambda``, at least 0, possibly traced. The default is the
-        authors' for SAF; for MESA they take 0.8.
+      coefficient: ``lambda``, at least 0, possibly traced. The authors take the default
+        for SAF and 0.8 for MESA.
       temperature: ``tau``, above 0.
       where: which examples have a past, bool, of the leading axes' shape; ``None``
-        means all. The others contribute zero, whatever their past holds, and still
-        count in ``n``, so that the loss of an example does not depend on the batch.
+        means all. The others contribute zero, whatever their past is. They still count
+        in ``n``, so that the loss of an example does not depend on the batch.
 
     Returns:
       The term, () float.

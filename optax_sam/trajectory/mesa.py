@@ -1,4 +1,4 @@
-"""MESA: the past of every example, from averaged weights (arXiv 2205.14083)."""
+"""MESA: past predictions from averaged weights (Du et al., arXiv 2205.14083)."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class MESAState(NamedTuple):
 def mesa(
     decay: optax.ScalarOrSchedule = 0.9998,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""MESA: holds predictions near those of averaged weights, for a forward pass.
+    r"""MESA: keeps predictions near those of averaged weights, for one forward pass.
 
-    Where :func:`optax_sam.saf` keeps past logits in a table, MESA computes them with
-    an exponential moving average :math:`v` of the weights, taken after the update:
+    :func:`optax_sam.saf` keeps past logits in a table. MESA computes them with an
+    exponential moving average :math:`v` of the weights, taken after the update:
 
     .. math::
       v_0 = w_0, \qquad v_{t+1} = \beta v_t + (1 - \beta)\, w_{t+1}
 
-    This transformation keeps the average and passes the updates through unchanged;
-    :func:`mesa_params` reads it, and :func:`optax_sam.trajectory_loss` is the term of
-    the loss, with the logits at :math:`v` in place of the past ones, on the same
-    input as the logits at :math:`w`.
+    This transformation keeps the average and does not change the updates.
+    :func:`mesa_params` reads the average. :func:`optax_sam.trajectory_loss` is the term
+    in the loss: give it the logits at :math:`v` as past logits, on the same input as
+    the logits at :math:`w`.
 
-    Apply the model in evaluation mode at :math:`v`. Statistics of BatchNorm are no
-    parameters: average them next to the optimizer, with the same step,
-    ``optax.incremental_update(batch_stats, averaged_stats, 1 - decay)``, from some
-    that forward passes have estimated at the first weights: the average remembers
-    their initial zeros and ones for thousands of steps. The authors
-    leave the term out of the first epochs, up to the fifth or so:
+    Apply the model in evaluation mode at :math:`v`. BatchNorm's statistics are not
+    parameters, so average them beside the optimizer, in the same step:
+    ``optax.incremental_update(batch_stats, averaged_stats, 1 - decay)``. Start from
+    statistics that forward passes estimated at the first weights. The average would
+    remember their initial zeros and ones for thousands of steps. The authors leave out
+    the term in the first epochs, up to about the fifth:
     ``coefficient=jnp.where(epoch > 5, 0.8, 0.0)``.
 
     Cost: 1 gradient and 1 forward pass per step; one pytree like the parameters.
@@ -60,13 +60,13 @@ def mesa(
       decay: ``beta``, in ``[0, 1]``, or a schedule of the step.
 
     Returns:
-      A transformation that stands last in a chain, since it adds the updates to the
-      parameters as ``optax.apply_updates`` will; with ``optax.MultiSteps``, last in
-      the chain inside it. Its state is a :class:`MESAState`.
+      A transformation for the last place in a chain, since it adds the updates to the
+      parameters as ``optax.apply_updates`` will. With ``optax.MultiSteps``, put it last
+      in the chain inside it. Its state is a :class:`MESAState`.
 
     Raises:
       ValueError: if ``decay`` is out of its range; on ``init`` or ``update``, if it
-        stands inside ``optax.masked`` or ``optax.partition``; on ``update``, if
+        is inside ``optax.masked`` or ``optax.partition``; on ``update``, if
         ``params`` is missing.
 
     Examples:
@@ -92,12 +92,13 @@ def mesa(
 
     Differs from the authors' code in:
       1. Weights that are not finite do not enter the average.
-      2. Only parameters are averaged; there also BatchNorm's statistics.
+      2. Only parameters are averaged; there BatchNorm's statistics are averaged too.
 
     References:
       Du et al., `Sharpness-Aware Training for Free
-      <https://arxiv.org/abs/2205.14083>`_, 2022; code: AngusDujw/SAF. In the paper's
-      algorithm the average is updated before the loss; here as in the code, after.
+      <https://arxiv.org/abs/2205.14083>`_, 2022; code: AngusDujw/SAF. The
+      paper's algorithm updates the average before the loss; here, as in the code, it
+      is updated after.
     """
     decay = check_schedule("decay", decay, 0.0, 1.0)
 
@@ -136,8 +137,8 @@ def mesa_params(
 
     Args:
       opt_state: state of an optimizer with one :func:`mesa`.
-      params: the parameters, whose dtypes the average is cast to; ``None`` means
-        float32 or better, as it is kept.
+      params: the parameters; the average is cast to their dtypes. ``None`` means
+        float32 or better, as in the state.
 
     Returns:
       A pytree like the parameters.

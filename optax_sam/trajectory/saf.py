@@ -1,4 +1,4 @@
-"""SAF: the past of every example, kept in a table (Du et al., arXiv 2205.14083)."""
+"""SAF: keeps past predictions in a table (Du et al., arXiv 2205.14083)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class SAFState(NamedTuple):
         the slot ``visits % delay`` holds the oldest and is the next to be written.
       visits: how often an example was recorded, (num_examples,) int32.
       start: visits after which the past is used, () int32.
-      end: visits from which on it is not, () int32.
-      num_dropped: rows not recorded, since their index is no example's or their
-        logits are not finite, () int32.
+      end: visits from which on the past is not used, () int32.
+      num_dropped: rows that were not recorded, because their index is outside the data
+        set or their logits are not finite, () int32.
     """
 
     logits: jax.Array
@@ -57,10 +57,10 @@ def saf(
     dtype: DTypeLike = "float32",
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SAF: holds predictions near those of ``delay`` epochs ago, for free.
+    r"""SAF: keeps predictions near those of ``delay`` epochs ago, with no further pass.
 
-    No weights are perturbed and no perturbed gradient is taken. The loss gets a term
-    that compares the logits of each example with its own of ``delay`` epochs before:
+    SAF does not perturb the weights. A term in the loss compares the logits of each
+    example with its logits of ``delay`` epochs before:
 
     .. math::
       L(w) = \frac{1}{n} \sum_i \mathrm{CE}_i(w) + \lambda \tau^2 \,
@@ -68,22 +68,22 @@ def saf(
         \mathrm{softmax}(z^\text{past}_i / \tau) \,\big\|\,
         \mathrm{softmax}(z_i(w) / \tau) \big)
 
-    This transformation keeps the table of past logits and passes the gradient through
-    unchanged; :func:`saf_past_logits` reads the table and
-    :func:`optax_sam.trajectory_loss` is the term. An example's epoch is the number
-    of times that it was recorded, so an incomplete last batch or a restart does no
-    harm. It is known on visits ``start < visits < end``, counted from 0, once
-    ``delay`` of them are recorded.
+    This transformation keeps the table of past logits and does not change the gradient.
+    :func:`saf_past_logits` reads the table and :func:`optax_sam.trajectory_loss` is the
+    term. The epoch of an example is the number of times that it was recorded, so an
+    incomplete last batch or a restart does no harm. An example is known on visits
+    ``start < visits < end``, counted from 0, once ``delay`` visits are recorded.
 
     Cost: 1 gradient per step, no further forward pass. The table takes
     ``num_examples * delay * num_classes`` numbers: 6 MB for CIFAR-10 and 60 MB for
-    CIFAR-100 in float32; for ImageNet 15.4 GB in float32, 7.7 GB in float16, and
-    5.1 GB in float16 with ``delay=2``. Donate the state to the step, or the table is
-    copied on each. It can be sharded over its first axis. On a mesh with explicit
-    axes, replicate the rows first: ``jax.sharding.reshard((logits, indices), P())``.
+    CIFAR-100 in float32; for ImageNet 15.4 GB in float32, 7.7 GB in float16, and 5.1 GB
+    in float16 with ``delay=2``. Donate the state to the step; otherwise every step
+    copies the table. The table can be sharded over its first axis. On a mesh with
+    explicit axes, replicate the rows first:
+    ``jax.sharding.reshard((logits, indices), P())``.
 
-    Put it before ``optax.MultiSteps``, not inside, where it would see only the last
-    micro-batch: ``optax.chain(saf, optax.MultiSteps(...).gradient_transformation())``.
+    Put it before ``optax.MultiSteps``. Inside, it would see only the last micro-batch:
+    ``optax.chain(saf, optax.MultiSteps(...).gradient_transformation())``.
 
     Args:
       num_examples: size of the data set, at least 1.
@@ -91,25 +91,24 @@ def saf(
       delay: age of the past in epochs, at least 1; 3 in the paper, 2 on ImageNet.
       start: the last epoch without the term, at least 0; the authors also advise 30 %
         of the epochs. The first ``delay`` epochs never have it.
-      end: the first epoch without it again, or ``None``; large enough to leave one
-        epoch that has it.
-      dtype: of the table: float32, float16, bfloat16, or float64.
+      end: the first epoch without the term again, or ``None``; at least one epoch must
+        have the term.
+      dtype: the dtype of the table: float32, float16, bfloat16, or float64.
       axis_name: a mapped axis (``shard_map``, ``pmap``) over which each device has
-        its own rows: the rows of all are recorded on all, so that the tables stay
+        its own rows. Every device records the rows of all devices, so the tables stay
         equal. Not needed under plain ``jit``.
 
     Returns:
-      A transformation that stands anywhere in a chain. Its ``update`` needs
-      ``logits`` (B, num_classes), of the forward pass that gave the gradient, and
-      ``indices`` (B,), integers in ``[0, num_examples)`` that name the examples in the
-      data set. Of a repeated index the last row counts, once. Its state is a
-      :class:`SAFState`.
+      A transformation for any place in a chain. Its ``update`` needs ``logits``
+      (B, num_classes), from the forward pass of the gradient, and ``indices`` (B,),
+      integers in ``[0, num_examples)`` that name the examples in the data set. If an
+      index is repeated, its last row counts, once. Its state is a :class:`SAFState`.
 
     Raises:
       ValueError: if an argument is out of its range or traced; on ``update``, if
         ``logits`` or ``indices`` is missing or of another shape or kind, or an index
-        is out of range where it is known. Under ``jit`` it is not: such rows are
-        dropped and counted, as are rows that are not finite in the table's dtype.
+        is out of range. Under ``jit`` the indices are unknown: such rows are dropped
+        and counted, and so are rows that are not finite in the table's dtype.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -223,7 +222,7 @@ def saf_past_logits(
 ) -> tuple[jax.Array, jax.Array]:
     """The logits of some examples ``delay`` epochs ago, for the loss.
 
-    It only reads, so the loss must see the state from before the update.
+    It only reads, so give the loss the state from before the update.
 
     Args:
       opt_state: state of an optimizer with one :func:`saf`.
@@ -231,8 +230,8 @@ def saf_past_logits(
 
     Returns:
       Their past logits, (..., num_classes) in float32 or better, and whether they are
-      known, (...) bool: an example that has no past yet, is outside ``start`` and
-      ``end``, or is not in the data set, is not.
+      known, (...) bool. An example is unknown if it has no past yet, is outside
+      ``start`` and ``end``, or is not in the data set.
 
     Raises:
       ValueError: if there is not one :func:`saf`, or an index is no integer.

@@ -1,10 +1,10 @@
 """On which steps the perturbed gradient is taken: small state machines.
 
-A rule is a :class:`When`. It decides at the *end* of a step about the next one and
-keeps the decision in its state as the field ``ascends``, so that a loop outside the
-compiled step can read it (``optax_sam.ascends_next``). A rule whose draws are known
-ahead also gives its state a method ``plan()``. The rule that only one method uses is in
-the file of that method.
+A rule is a :class:`When`. At the *end* of a step it decides about the next one. It
+keeps the decision in the field ``ascends`` of its state, so a loop outside the compiled
+step can read it (``optax_sam.ascends_next``). If the draws are known ahead, the state
+also has a method ``plan()``. If only one method uses a rule, the rule is in the file of
+that method.
 """
 
 from optax_sam.methods.vsam import VarianceControlledState, variance_controlled

@@ -39,20 +39,20 @@ class EveryKState(NamedTuple):
 
 
 def _first(ascends: jax.Array, decisions: jax.Array) -> jax.Array:
-    """A plan that begins with the decision made already, by another rule maybe."""
+    """A plan that begins with a decision already made, perhaps by another rule."""
     return decisions.at[0].set(ascends)
 
 
 def every_k(k: int, phase: int = 0) -> When:
-    r"""On every k-th step, as in SAM-5 and SAM-10.
+    r"""Perturbs on every k-th step, as SAM-5 and SAM-10.
 
     Step :math:`t = 0, 1, \dots` is perturbed where :math:`(t + \text{phase}) \bmod k =
     0`. The average cost is :math:`1 + 1/k` gradients per step.
 
     Args:
       k: the period in steps, at least 1.
-      phase: how far into the period training starts, ``0 <= phase < k``: 0 perturbs
-        on the first step of each period, 1 on the last.
+      phase: the place in the period at which the training run starts, at least 0 and
+        below ``k``: 0 perturbs on the first step of each period, 1 on the last.
 
     Returns:
       A rule for ``when=``.
@@ -117,11 +117,11 @@ class BernoulliState(NamedTuple):
 
 
 def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
-    r"""On each step with probability p, as in SS-SAM and RST.
+    r"""Perturbs on each step with probability ``p``, as SS-SAM and RST.
 
     Step :math:`t` is perturbed where :math:`u_t < p_t`, with :math:`u_t` uniform on
-    :math:`[0, 1)`, drawn before any gradient is seen and equal on all devices. The
-    average cost is :math:`1 + p` gradients per step.
+    :math:`[0, 1)`. The draw uses no gradient and is equal on all devices. The average
+    cost is :math:`1 + p` gradients per step.
 
     Args:
       p: probability in ``[0, 1]``, or a schedule of the step.

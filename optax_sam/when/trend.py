@@ -69,7 +69,7 @@ class LaggedNormTrendState(NamedTuple):
 def norm_above_trend(
     decay: ArrayLike = 0.9, threshold: optax.ScalarOrSchedule = 0.0, lag: int = 0
 ) -> When:
-    r"""Where the gradient's norm lies above its trend: the rule of AE-SAM.
+    r"""The rule of AE-SAM: perturbs where the gradient's norm lies above its trend.
 
     With :math:`x_t = \|g_t\|^2` and :math:`\mu_0 = x_0, \sigma_0 = 0`:
 
@@ -78,16 +78,16 @@ def norm_above_trend(
       \sigma_t^2 = \delta \sigma_{t-1}^2 + (1 - \delta) (x_t - \mu_t)^2, \qquad
       \text{perturb where } x_t \ge \mu_t + c_t \sigma_t
 
-    It decides from the step's own gradient, so nothing is known ahead and
-    :func:`optax_sam.dispatch` runs the one program with the conditional. With
-    ``lag=1`` step ``t + 1`` does what :math:`x_t` says, which can be dispatched.
+    It decides from the gradient of the same step, so no decision is known ahead, and
+    :func:`optax_sam.dispatch` runs one program with the conditional. With ``lag=1``,
+    :math:`x_t` decides about step ``t + 1``, which can be dispatched.
 
     Args:
       decay: ``delta``, in ``[0, 1)``.
       threshold: ``c_t`` in standard deviations, or a schedule of the step. The paper
         lets it fall linearly from 1 to -1 (AE-SAM) or from 2 to 0 (AE-LookSAM).
-        Infinite: never or, with a minus sign, always.
-      lag: 0 or 1, whose norm decides: the norm of this step, or of the step before (the
+        Infinity never perturbs, and minus infinity always does.
+      lag: 0 or 1: the norm of this step decides, or the norm of the step before (the
         first step is then perturbed).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Another rule, after a number of plain steps."""
+"""A rule that starts after a number of unperturbed steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class AfterState(NamedTuple):
     """State of :func:`after`.
 
     Attributes:
-      left: plain steps to come, () int32.
-      rule: state of the rule that follows, whose clock stands still until then.
+      left: unperturbed steps to come, () int32.
+      rule: state of the rule that follows; its clock does not run before.
     """
 
     left: jax.Array
@@ -41,11 +41,11 @@ class AfterState(NamedTuple):
 
 
 def after(num_steps: int, rule: When = always()) -> When:
-    """After a number of plain steps, as another rule says.
+    """Follows another rule after a number of unperturbed steps.
 
     Args:
-      num_steps: plain steps at the start of training, at least 0.
-      rule: what follows; its clock, at which its schedules are read, starts then.
+      num_steps: unperturbed steps at the start of the training run, at least 0.
+      rule: the rule that follows. Its schedules start at its first step.
 
     Returns:
       A rule for ``when=``.
