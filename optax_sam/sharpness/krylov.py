@@ -1,4 +1,4 @@
-"""Lanczos with full re-orthogonalization, and a guard that knows where it must stop."""
+"""Lanczos with full re-orthogonalization, and a check of where it must stop."""
 
 from __future__ import annotations
 
