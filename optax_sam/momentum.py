@@ -104,7 +104,7 @@ def _subtrees(state: Any, params: Any) -> tuple[list[Momentum], list[str]]:
     others: list[str] = []
 
     def cover(node: Any) -> dict[int, int]:
-    """The leaves of the parameters to which a node corresponds, if it is like them."""
+        """The leaves of the parameters that a node matches, if it is like them."""
         mine, kind = jax.tree.flatten(node, is_leaf=is_masked)
         try:
             theirs = kind.flatten_up_to(numbered)  # type: ignore[attr-defined]
