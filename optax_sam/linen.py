@@ -224,7 +224,7 @@ def _check_field(name: str, held: Any, given: Any) -> None:
     if top(given) != top(held):
         raise ValueError(
             f"{name} holds {top(held)}, but apply_gradients got {name} with"
-            f" {top(given)}; give it what it holds. {_return(name)}"
+            f" {top(given)}; give it the same fields. {_return(name)}"
         )
 
 

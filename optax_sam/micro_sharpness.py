@@ -151,7 +151,7 @@ def micro_sharpness(
                 return member.update(abstract, state, params, grad_fn=first, **extra)
         except (_NotSummed, AttributeError, TypeError, ValueError):
             # A rule looks at the gradients of all shards before its next line, or the
-            # call is wrong, which this way says in the member's own words.
+            # call is wrong, and this way gives the error of the method.
             return shards.stacked(member, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(member.init, update)
@@ -312,7 +312,7 @@ def _check_call(params: Any, grad_fn: Any, extra: dict[str, Any]) -> None:
     if "per_example_loss_fn" in extra:
         raise ValueError(
             "micro_sharpness cannot cut per_example_loss_fn into shards. Map the"
-            " member over them by hand: jax.vmap(of_shard, axis_name=...,"
+            " method over them by hand: jax.vmap(of_shard, axis_name=...,"
             " out_axes=None)."
         )
     try:

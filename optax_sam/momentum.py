@@ -197,7 +197,7 @@ def _refuse_none(state: Any, found: list[Momentum], others: list[str]) -> NoRetu
         )
     elif found and not _special(state):
         why = (
-            f" that it can tell from {labels(found)}. Keep a momentum of your own in a"
+            f" that it can tell from {labels(found)}. Keep your momentum in a"
             " field called mu, m, trace, ema, exp_avg, momentum or velocity"
         )
     raise ValueError(

@@ -353,8 +353,8 @@ def _sign_of(
     if not seen.along.any():
         raise ValueError(
             f"msam cannot tell which way the momentum ({names}) points: it stays zero"
-            f" for {_MANY} steps, as behind a learning rate of zero. Put the learning"
-            " rate behind the momentum: optax.chain(optax.trace(0.9),"
+            f" for {_MANY} steps, as after a learning rate of zero. Put the learning"
+            " rate after the momentum: optax.chain(optax.trace(0.9),"
             " optax.scale_by_learning_rate(schedule))."
         )
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
@@ -367,7 +367,7 @@ def _sign_of(
         raise ValueError(
             "msam takes one momentum of all parameters, but the inner optimizer keeps"
             f" one of gradients for {of[1]} and one of steps, of the other sign and in"
-            f" other units, for {of[-1]}. Put the learning rate behind the momentum in"
+            f" other units, for {of[-1]}. Put the learning rate after the momentum in"
             " each part, as optax.sgd and optax.adam do (optax.rmsprop and optax.lars"
             " do not)."
         )

@@ -84,7 +84,7 @@ def check_schedule(
     if isinstance(value, optax.GradientTransformation):
         raise ValueError(
             f"{name} must be a number or a schedule of such, but is a transformation."
-            " An optimizer goes behind the method, not into it: write"
+            " An optimizer goes after the method, not into it: write"
             " optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))."
         )
     if not callable(value):

@@ -84,7 +84,7 @@ def check_not_masked(method: str, *trees: Any, advice: str | None = None) -> Non
             " optax.partition(transforms, labels))."
         )
         raise ValueError(
-            f"{method} stands inside optax.masked or optax.partition, where {advice}"
+            f"{method} is inside optax.masked or optax.partition, where {advice}"
         )
 
 

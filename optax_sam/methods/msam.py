@@ -115,7 +115,7 @@ def msam(
       ValueError: if ``rho`` is negative or ``inner`` is no optimizer; on ``init``, if
         a parameter has no momentum or several, if what ``inner`` keeps is no momentum
         of its steps, or if those steps lead uphill; on ``init`` or ``update``, if it
-        stands inside ``optax.masked`` or ``optax.partition``; on ``update``, if
+        is inside ``optax.masked`` or ``optax.partition``; on ``update``, if
         ``params`` is missing or a gradient does not fit them.
 
     Examples:

@@ -138,8 +138,8 @@ def data_of(batches: Any, weights: Any, axis_name: Any) -> Data:
     if is_stream:
         raise ValueError(
             f"batches is a {type(batches).__name__}, which the host reads batch by"
-            " batch, so the measure must be called outside of jit. It compiles what it"
-            " does with one batch by itself."
+            " batch, so the measure must be called outside of jit. It compiles its"
+            " work on one batch by itself."
         )
     shapes = {str(jax.tree.map(jnp.shape, x)) for x in batches}
     if len(shapes) != 1:

@@ -34,7 +34,7 @@ class Rule(NamedTuple):
 
 
 class Lanczos(NamedTuple):
-    """The projection of an operator on a Krylov space, with what is noise marked.
+    """The projection of an operator on a Krylov space, with its noise marked.
 
     Attributes:
       diagonal: ``(K,)``, of the projected operator, which is tridiagonal.

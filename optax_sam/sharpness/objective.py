@@ -166,8 +166,8 @@ def check_axes(w: Any, data: Data, axis_name: Any) -> None:
     if names:
         given = names[0] if len(names) == 1 else tuple(names)
         raise ValueError(
-            f"Inside jax.shard_map each device has batches of its own along {given!r}."
-            f" Say so, and products and losses are averaged: axis_name={given!r}."
+            f"Inside jax.shard_map each device has different batches along {given!r}."
+            f" To average products and losses, pass axis_name={given!r}."
         )
 
 

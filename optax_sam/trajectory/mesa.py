@@ -66,7 +66,7 @@ def mesa(
 
     Raises:
       ValueError: if ``decay`` is out of its range; on ``init`` or ``update``, if it
-        stands inside ``optax.masked`` or ``optax.partition``; on ``update``, if
+        is inside ``optax.masked`` or ``optax.partition``; on ``update``, if
         ``params`` is missing.
 
     Examples:

@@ -249,7 +249,7 @@ def test_refused_calls():
     ok, less = lambda p: p, lambda p: {"gain": p["gain"]}
     with pytest.raises(ValueError, match="sampa needs the parameters"):
         tx.update(w, tx.init(w), grad_fn=ok, previous_grad_fn=ok)
-    with pytest.raises(ValueError, match="sampa stands inside.*Put it outside"):
+    with pytest.raises(ValueError, match="sampa is inside.*Put it outside"):
         optax.masked(tx, {"layer": True, "gain": False}).init(w)
     needs_previous = "needs previous_grad_fn.*first step.*prev"
     misfit = "sampa: what {} returned.*missing".format
