@@ -258,7 +258,7 @@ def test_refused_calls():
         (misfit("grad_fn"), {"grad_fn": less, "previous_grad_fn": ok}),
         (misfit("previous_grad_fn"), {"grad_fn": ok, "previous_grad_fn": less}),
         (misfit("paired_grad_fn"), {"paired_grad_fn": lambda x, y: (x, less(y))}),
-        ("two trees of .*got 3", {"paired_grad_fn": lambda x, y: (x, y, y)}),
+        ("two pytrees of .*got 3", {"paired_grad_fn": lambda x, y: (x, y, y)}),
     ):
         with pytest.raises(ValueError, match=message):
             update(**calls)
