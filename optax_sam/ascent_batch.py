@@ -1,4 +1,4 @@
-"""A part of the batch for the ascent: quarter-batch SAM."""
+"""A part of the batch for the perturbation: quarter-batch SAM."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from optax_sam.schedules import check_integer
 def ascent_batch(batch: Any, divisor: int = 4) -> Any:
     r"""Every divisor-th example of a batch, for a cheap perturbation.
 
-    The direction of the ascent needs few examples. Quarter-batch SAM takes it from a
-    part :math:`A` of the batch :math:`B`, and the descent gradient from all of it:
+    The direction of the perturbation needs few examples. Quarter-batch SAM computes it
+    on a part :math:`A` of the batch :math:`B`, and the perturbed gradient on all of it:
 
     .. math::
       g_A = \nabla L_A(w), \qquad d = \nabla L_B\Big(w + \rho\,
       \frac{g_A}{\|g_A\|}\Big), \qquad |A| = \lceil |B| / k \rceil
 
-    That costs :math:`1 + 1/k` gradients where SAM costs 2, and works with any
-    method that emits the perturbed gradient: pass it the gradient on this part, and a
-    ``grad_fn`` on the whole batch. On steps that are not perturbed, what comes in is
-    emitted, so there it must be the whole batch's gradient.
+    This costs :math:`1 + 1/k` gradients, and SAM costs 2. It works with any method that
+    emits the perturbed gradient: pass it the gradient on this part, and a ``grad_fn``
+    on the whole batch. On steps without a perturbation, the method emits the gradient
+    that you pass, so pass the gradient of the whole batch there.
 
     Args:
-      batch: a pytree of arrays, (B, ...), with examples in an order that means nothing,
-        as after shuffling.
-      divisor: the ``k`` of which the part has one, at least 1.
+      batch: a pytree of arrays, (B, ...), with the examples in random order, such as
+        after shuffling.
+      divisor: the ``k`` of the part ``1 / k``, at least 1.
 
     Returns:
-      The same pytree, of arrays (ceil(B / k), ...). Examples 0, k, 2k, ... are taken
-      rather than the first ones. If a batch is sharded over devices, each device then
-      takes examples that it already has, and nothing is sent, if ``k`` divides the
-      number of examples on a device.
+      The same pytree, with arrays (ceil(B / k), ...). It takes examples 0, k, 2k, ...
+      and not the first ones. So in a batch that is sharded over devices, each device
+      takes examples that it already has. Nothing is sent if ``k`` divides the number of
+      examples on a device.
 
     Raises:
-      ValueError: if ``divisor`` is below 1 or traced, or the arrays of the batch do
-        not have one length.
+      ValueError: if ``divisor`` is below 1 or traced, or the arrays of the batch have
+        different lengths.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam

@@ -1,4 +1,4 @@
-"""Mapped axes: what varies over the devices of one, and what is averaged over it."""
+"""Mapped axes: which arrays vary over one, and which are averaged over it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def varying(x: Any) -> Any:
 
 
 def vary(tree: Any, axis_name: Any) -> Any:
-    """The pytree as one that varies over the mapped axes, where JAX keeps track.
+    """Marks a pytree as varying over the mapped axes, if JAX keeps track of that.
 
-    Perturbed weights are then local to a device, whatever perturbs them.
+    Perturbed weights are then local to a device, with any perturbation.
     """
     for name in _tracked(axis_name):
         cast = lambda x: jax.lax.pcast(x, name, to="varying")  # noqa: B023
@@ -35,7 +35,7 @@ def vary(tree: Any, axis_name: Any) -> Any:
 def _tracked(axis_name: Any) -> list[Any]:
     """The mapped axes over which JAX tracks what varies.
 
-    Where ``axis_index`` does not vary, it does not (check_vma=False, pmap).
+    If ``axis_index`` does not vary, JAX tracks nothing (check_vma=False, pmap).
     """
     names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
     given = [name for name in names if name is not None]
@@ -95,7 +95,7 @@ def mapped_axes(axis_name: Any) -> Axes:
 
 
 def on_device(tree: Any, axes: Axes) -> Any:
-    """The pytree as one of this device, where JAX tracks what varies."""
+    """Marks a pytree as local to this device, if JAX tracks what varies."""
     return vary(jax.tree.map(jnp.asarray, tree), axes.tracked)
 
 
@@ -109,17 +109,17 @@ def mean(x: Any, axes: Axes) -> Any:
 def mean_of_aux(
     aux: Any, args: list[Any], axes: Axes, outside: Callable[[], list[Any]]
 ) -> Any:
-    """The floats of ``aux`` averaged over the axes, but for rows of examples.
+    """The floats of ``aux`` averaged over the axes, except rows of examples.
 
     An array with the leading axis of an input has a row per example, and a mean over
-    the devices would mix examples. Running statistics can be as long by chance, so they
-    are told by what they are: under the name of Flax's collection, under the names of
-    an argument of the same shape, or in an object of an argument's type.
+    the devices would mix examples. Running statistics can have this length by chance.
+    So they are recognized by the name of Flax's collection, by the names of an argument
+    of the same shape, or by being in an object of an argument's type.
 
     Args:
       aux: the pytree.
-      args: the arguments of the loss, but for the parameters.
-      axes: those to average over.
+      args: the arguments of the loss, except the parameters.
+      axes: the axes to average over.
       outside: gives the arrays that the loss takes from outside.
     """
     if not axes.names:
@@ -161,7 +161,7 @@ def _key(path: Any, x: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 
 def _rows(x: Any, axes: Axes) -> set[int]:
-    """How many rows per example ``x`` has, if it has the axis of the batch."""
+    """The number of rows per example of ``x``, if it has the axis of the batch."""
     if not getattr(x, "ndim", 0):
         return set()
     if axes.tracked and not set(axes.tracked) & set(varying(x)):

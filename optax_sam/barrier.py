@@ -10,13 +10,13 @@ from jax.typing import ArrayLike
 
 
 def gradients(tree: Any) -> Any:
-    """The arrays of a gradient, as things that are computed before they are used.
+    """The arrays of a gradient, computed before they are used.
 
-    A gradient has several uses here, its norm and the offset among them. Where the
-    parameters are sharded, XLA otherwise lets each cut its part out of the whole and
-    keeps the whole on every device meanwhile, through the perturbed gradient too. Not
-    so for a CPU: there the norm of a convolution's gradient would be taken of a
-    transposed copy, made for that alone.
+    A gradient has several uses here, such as its norm and the offset. If the parameters
+    are sharded, XLA would otherwise cut the part for each use out of the whole
+    gradient. It would keep the whole on every device, also while it computes the
+    perturbed gradient. On a CPU there is no barrier: with one, XLA would make a
+    transposed copy of a convolution's gradient for its norm alone.
     """
 
     def settled(x: ArrayLike) -> jax.Array:

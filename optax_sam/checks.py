@@ -1,6 +1,6 @@
-"""What callers must hand to ``update``, in errors that give advice.
+"""Checks of the arguments of ``update``, with errors that give advice.
 
-All checks run while tracing: they look at structures, shapes, dtypes and concrete
+All checks run while tracing. They look at structures, shapes, dtypes and concrete
 numbers, and add nothing to the compiled program.
 """
 
@@ -23,13 +23,13 @@ _CALL = (
 # For errors about an argument that the caller may well have passed.
 DROPPED = (
     " If you did pass it, something on the way dropped it, as Flax's own"
-    " TrainState.apply_gradients does (optax_sam.linen.TrainState hands it on) and"
+    " TrainState.apply_gradients does (optax_sam.linen.TrainState passes it on) and"
     " optax.contrib.split_real_and_imaginary."
 )
 
 
 class MissingArgument(ValueError):
-    """``update`` lacks an extra argument, ``name``, that it cannot do without."""
+    """``update`` lacks ``name``, an extra argument that it needs."""
 
     def __init__(self, message: str, name: str):
         super().__init__(message)
@@ -55,8 +55,8 @@ def is_perturbable(leaf: Any) -> bool:
 def with_gradients(grads: Any, params: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The parameters that have a gradient, and how to put the others back.
 
-    Equinox's models hold functions and integers beside their parameters, where the
-    gradients have ``None``.
+    Equinox's models hold functions and integers beside their parameters. The gradients
+    have ``None`` in these places.
     """
     is_none = lambda x: x is None
     given, structure = jax.tree.flatten(grads, is_leaf=is_none)
@@ -102,7 +102,7 @@ def check_grad_fn(method: str, grad_fn: Any, num_points: int = 1) -> None:
 
 
 def takes(function: Callable, num_arguments: int) -> bool:
-    """Whether a function can be called with so many arguments, as far as is known."""
+    """Whether a function can take this number of arguments, as far as is known."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -174,7 +174,7 @@ def place(path: Any) -> str:
 
 
 def _kind(leaf: Any) -> str:
-    """What a leaf is that should have been a real float."""
+    """Describes a leaf that should have been a real float."""
     try:
         return f"has dtype {jnp.result_type(leaf)}"
     except (TypeError, ValueError):
@@ -183,7 +183,7 @@ def _kind(leaf: Any) -> str:
 
 
 def _advice(grads: Any, wanted: Any, expected: Any, incoming: bool) -> str:
-    """What to write where gradients have another structure than the parameters."""
+    """Advice if gradients have another structure than the parameters."""
     static = [place(path) for path, leaf in wanted if not is_perturbable(leaf)]
     if static:
         return f"The parameters hold what has no gradient, at {static[0]}. {_FILTER}"
@@ -200,7 +200,7 @@ def _advice(grads: Any, wanted: Any, expected: Any, incoming: bool) -> str:
 
 
 def check_loss(value: Any, has_aux: bool) -> Any:
-    """Refuses a loss with ``aux`` where none was announced, and the reverse."""
+    """Refuses a loss with ``aux`` if ``has_aux`` is false, and the reverse."""
     pair = isinstance(value, tuple) and len(value) == 2
     if has_aux and not pair:
         raise ValueError(

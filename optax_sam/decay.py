@@ -1,4 +1,4 @@
-"""Weight decay after the step, where some authors' AdamW has it."""
+"""Weight decay after the step, as in some authors' AdamW."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DecayAfterState(NamedTuple):
 def decay_after(
     rate: optax.ScalarOrSchedule, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Decays the weights where the step arrives; ``optax.adamw`` does where it starts.
+    r"""Decays the weights after the step; ``optax.adamw`` decays them before it.
 
     .. math::
       w \leftarrow (1 - r)\,(w + u), \qquad
@@ -39,11 +39,11 @@ def decay_after(
         prefix of it, or a function from the parameters to one; ``None`` means all.
 
     Returns:
-      A transformation that stands after the learning rate and needs ``params``.
+      A transformation to put after the learning rate. It needs ``params``.
 
     Raises:
       ValueError: if ``rate`` is out of its range; on ``update``, if ``params`` is
-        missing or the mask does not fit them.
+        missing or the mask does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_sam

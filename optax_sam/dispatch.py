@@ -26,42 +26,43 @@ def dispatch(
     jit: Callable[..., Any] = jax.jit,
     **jit_options: Any,
 ) -> Callable[..., Any]:
-    """Compiles a train step with and without the ascent, and calls the right one.
+    """Compiles a train step with and without perturbation, and calls the right one.
 
     XLA's CPU backend runs backward convolutions inside a conditional (or a loop) many
     times slower than outside, and a GPU has to read the decision back. Two
-    straight-line programs have neither cost. The numbers and the decisions are those
-    of ``jit(train_step)``.
+    straight-line programs have neither cost. The numbers and the decisions are the same
+    as with ``jit(train_step)``.
 
-    Decisions are read ahead: the loop waits for the device once per window (vSAM) or
-    once per 64 steps, and otherwise runs ahead of it. That is safe where each call
-    takes one step of the method from the state that it gets, and returns the state
-    after it. While ``train_step`` is traced, this is checked in the program. What does
-    not pass is served more slowly:
+    ``dispatch`` reads decisions ahead. The loop waits for the device once per window
+    (vSAM) or once per 64 steps, and otherwise runs ahead of it. This is safe if each
+    call takes one step of the method from its state, and returns the state after it.
+    ``dispatch`` checks this in the program while it traces ``train_step``. Other
+    programs run more slowly:
 
-    - Something may hold the step back or roll it back, as ``optax.apply_if_finite``
-      does: each call reads the decision from its state first.
-    - The step runs inside a branch, a loop or a ``vmap``, as in ``optax.MultiSteps``,
-      or there are several: the single program with the conditional runs. So it does
-      for a rule that needs the next gradient to decide.
-    - The state is not the one that the call before returned, such as a restored one:
-      its decision is read, and the plan from the state after it.
+    - If something may hold the step back or roll it back, such as
+      ``optax.apply_if_finite``, each call first reads the decision from its state.
+    - If the step runs inside a branch, a loop or a ``vmap``, as in
+      ``optax.MultiSteps``, or if there are several steps, the single program with the
+      conditional runs. It also runs for a rule that needs the next gradient to decide.
+    - If the state is not the one that the last call returned, such as a restored one,
+      the call reads its decision, and then the plan from the state after it.
 
     Args:
-      train_step: the step to compile: among its arguments is the state of an optimizer
-        with one sharpness-aware method, which it returns or updates in place. It may
-        have a keyword ``ascend`` for ``tx.update(..., ascend=ascend)``. Left out, the
-        arguments of ``jit`` go to a decorator: ``@optax_sam.dispatch(jit=nnx.jit)``.
-      jit: what compiles: ``jax.jit``, ``nnx.jit`` for a step that updates NNX objects
-        in place, ``eqx.filter_jit`` for Equinox's models, or ``jax.pmap``.
-      **jit_options: its options, such as ``donate_argnums``.
+      train_step: the step to compile. One of its arguments is the state of an optimizer
+        with one sharpness-aware method; it returns this state or updates it in place.
+        It may have a keyword ``ascend`` for ``tx.update(..., ascend=ascend)``. Without
+        ``train_step``, ``dispatch`` is a decorator with options:
+        ``@optax_sam.dispatch(jit=nnx.jit)``.
+      jit: the compiler: ``jax.jit``, ``nnx.jit`` for a step that updates NNX objects in
+        place, ``eqx.filter_jit`` for Equinox's models, or ``jax.pmap``.
+      **jit_options: options of ``jit``, such as ``donate_argnums``.
 
     Returns:
-      A function with the arguments and results of ``train_step``, less ``ascend``.
+      A function with the arguments and results of ``train_step``, without ``ascend``.
 
     Raises:
-      ValueError: on the first call, if its arguments hold no such state, or several, or
-        if it changes NNX objects in place and ``jit`` does not see that.
+      ValueError: on the first call, if the arguments hold no such state, or several, or
+        if the step changes NNX objects in place and ``jit`` does not see that.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -163,14 +164,14 @@ def _agreed(tree: Any, ahead: bool) -> list[bool | None]:
 
 
 def _knows_nnx(jit: Any) -> bool:
-    """Whether a compiler brings back what was changed in place."""
+    """Whether a compiler returns changes that were made in place."""
     while isinstance(jit, functools.partial):
         jit = jit.func
     return (getattr(jit, "__module__", None) or "").startswith("flax.")
 
 
 def _nnx_objects(tree: Any) -> list[tuple[str, Any, list[Any]]]:
-    """The NNX modules, optimizers and generators in a pytree, with what they hold."""
+    """The NNX modules, optimizers and generators in a pytree, with their leaves."""
     is_nnx = lambda x: any(
         c.__module__.startswith("flax.nnx") and c.__name__ in ("Pytree", "Object")
         for c in type(x).__mro__

@@ -4,11 +4,11 @@ r"""The engine: one gradient in, one sharpness-aware gradient out, on three axes
   e = \text{ascent}(g), \qquad g_s = \nabla L(w + e), \qquad
   d = \text{blend}(g, g_s) \text{ if when, else } \text{blend}(g)
 
-Every method that reshapes the gradient is a product of an ascent (where is the
-perturbed gradient taken?), a when (on this step?) and a blend (how do both become
-one?). A step goes through five stages, each a function here: :func:`check`,
-:func:`decide`, :func:`climb`, :func:`judge`, :func:`keep`. The conditional that skips
-the perturbed gradient is in ``update`` and nowhere else.
+A method that reshapes the gradient has three parts. The ascent says where to compute
+the perturbed gradient, the when on which steps, and the blend how to combine both
+gradients. A step goes through five stages, each a function here: :func:`check`,
+:func:`decide`, :func:`climb`, :func:`judge`, :func:`keep`. The only conditional
+that skips the perturbed gradient is in ``update``.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ class SharpnessAwareState(NamedTuple):
 
     Attributes:
       count: number of steps taken, () int32; drives the schedules.
-      num_ascents: number of perturbed gradients asked for, () int32.
-      num_rejected: how many of them were not finite and not used, () int32.
+      num_ascents: number of perturbed gradients so far, () int32.
+      num_rejected: how many of them were not finite, and so not used, () int32.
       gradient_norm: norm of the gradient on the last perturbed step, () float.
       ascended_norm: norm of the perturbed gradient on that step, () float.
       survival: ``<achieved, e> / ||e||^2`` on that step, () float: the share of the
-        offset that survives rounding, on leaves that are kept in half precision or
-        handed to ``grad_fn`` in it; 1 if there are none.
+        perturbation that survives rounding, on leaves that are half-precision in the
+        parameters or in ``grad_fn``; 1 if there are none.
       ascent: state of the ascent.
       when: state of the rule that decides.
-      blend: state of the blend, with any cached tree.
+      blend: state of the blend, with any cached pytree.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -72,7 +72,7 @@ class SharpnessAwareState(NamedTuple):
     blend: Any
 
     def metrics(self) -> dict[str, jax.Array]:
-        """Scalars to log, with those of the parts."""
+        """Scalars to log, with the scalars of the parts."""
         return {
             "ascents": self.num_ascents,
             "rejected_ascents": self.num_rejected,
@@ -84,7 +84,7 @@ class SharpnessAwareState(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What :func:`sharpness_aware` was given."""
+    """The arguments of :func:`sharpness_aware`."""
 
     ascent: optax.GradientTransformationExtraArgs
     when: When
@@ -101,7 +101,7 @@ class Method(NamedTuple):
         return tree if self.axis_name is None else jax.lax.pmean(tree, self.axis_name)
 
     def rounded(self, point: Any) -> Any:
-        """A point as ``grad_fn`` gets it."""
+        """A point in the dtype in which ``grad_fn`` gets it."""
         # float32 offsets make float32 points of half-precision parameters.
         dtype = self.ascent_dtype
         return point if dtype is None else optax.tree.cast(point, dtype)
@@ -136,9 +136,9 @@ def sharpness_aware(
     ``False`` compile one of them, without a conditional, and overrule the rule (see
     :func:`optax_sam.dispatch`).
 
-    A gradient that is not finite, or whose squared norm overflows, is not used: a
-    perturbed one gives way to ``stale``, an incoming one passes through for a later
-    guard to see; neither enters a state.
+    A gradient that is not finite, or whose squared norm overflows, is not used, and
+    does not enter a state. If it is the perturbed gradient, the step emits ``stale``.
+    If it is the gradient at ``w``, it passes through, so that a later guard sees it.
 
     Args:
       ascent: transformation from gradient to offset, one of ``optax_sam.ascent`` or
@@ -147,18 +147,19 @@ def sharpness_aware(
         ``optax_sam.when`` or your own.
       blend: the rule that combines both gradients, one of ``optax_sam.blend`` or your
         own.
-      descent: an ``optax_sam.parts.Descent``, which says what gradient stands for the
-        perturbed one, for methods that do not take the batch's at ``w + e``.
+      descent: an ``optax_sam.parts.Descent``, for methods that do not use the batch's
+        gradient at ``w + e``. It computes the gradient to use in its place.
       mask: the leaves that are perturbed; excluded ones get a zero offset and stay
         out of the norm. A bool, a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all. A pytree or a
-        function that excludes all leaves is refused; ``False`` says that none is meant.
+        function that excludes all leaves is refused; ``False`` excludes all of them on
+        purpose.
       axis_name: name of a mapped axis (``shard_map``, ``pmap``) over which the
-        incoming gradient is *not yet* averaged: each device then has its own
+        gradient at ``w`` is *not yet* averaged. Each device then makes a separate
         perturbation (m-sharpness), and the result is averaged.
-      ascent_dtype: dtype of the perturbed parameters handed to ``grad_fn``; ``None``
-        means float32 for half-precision leaves, else the leaf's own.
-      name: what errors call this method.
+      ascent_dtype: dtype of the perturbed parameters that ``grad_fn`` gets; ``None``
+        means float32 for half-precision leaves, and else the dtype of the leaf.
+      name: the name of this method in errors.
 
     Returns:
       A transformation for the first place in an ``optax.chain``. Its ``update`` needs
@@ -166,7 +167,7 @@ def sharpness_aware(
 
     Raises:
       ValueError: if ``when``, ``blend`` or ``descent`` is no rule; on ``init`` or
-        ``update``, if it stands inside ``optax.masked`` or ``optax.partition``; on
+        ``update``, if it is inside ``optax.masked`` or ``optax.partition``; on
         ``update``, if ``params`` or ``grad_fn`` is missing or a gradient has another
         structure, shape or kind than the parameters.
 
@@ -258,7 +259,7 @@ def sharpness_aware(
 def check(
     method: Method, updates: Any, state: Any, params: Any, grad_fn: Any, extra: Any
 ) -> Call:
-    """Stage 1: what ``update`` got is what it needs; what later stages look at."""
+    """Stage 1: checks the arguments of ``update``, and collects them for later."""
     name, axis_name = method.name, method.axis_name
     params, whole = checks.with_gradients(updates, params)
     checks.check_params(name, params)
@@ -302,8 +303,8 @@ class Found(NamedTuple):
 
     Attributes:
       emitted: pytrees that may be emitted, each like the gradient.
-      states: those of the rules, which are the same for all shards, since what a rule
-        stores of a gradient goes through ``step.mean``.
+      states: the states of the rules. They are the same for all shards, because what a
+        rule stores from a gradient goes through ``step.mean``.
       measured: both norms and the survival, (3,).
     """
 
@@ -315,7 +316,7 @@ class Found(NamedTuple):
 def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
     """Stage 3: the offset, the perturbed weights (rounded here), the gradient there.
 
-    Also what both gradients make together, and what is emitted after a rejection.
+    Also the blend of both gradients, and what is emitted after a rejection.
     """
     g, step = call.g, call.step
     e, ascent = method.ascent.update(
@@ -327,8 +328,8 @@ def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
         count=state.count,
         **call.extra,
     )
-    # A rule that looked elsewhere (R-SAM) stands on its own gradient, also where it
-    # falls back: XLA drops the incoming one if nothing uses it.
+    # A rule with another gradient than the one at w (R-SAM) uses it for the fallback
+    # too. XLA then drops the gradient at w, because nothing uses it.
     e, first = e if isinstance(e, OwnGradient) else (e, g)
     w_e = method.rounded(add(call.params, e))
     g_s = method.descent.gradient(w_e, call)
@@ -346,8 +347,8 @@ def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
 
 def judge(method: Method, found: Found) -> tuple[jax.Array, jax.Array]:
     """Stage 4: both norms and the survival, (3,), and whether to use the gradients."""
-    # One device's failure is everybody's, so that all stay equal: the mean of the norms
-    # is finite where each of them is.
+    # If one device fails, all do, so that they stay equal: the mean of the norms is
+    # finite if all norms are.
     measured = method.mean(found.measured)
     return measured, jnp.all(jnp.isfinite(measured[:2]))
 
@@ -398,9 +399,9 @@ _shards: ContextVar[Any] = ContextVar("_shards", default=None)
 
 @contextlib.contextmanager
 def in_shards(shards: Any) -> Iterator[None]:
-    """Every step that is traced inside takes its batch in these shards.
+    """Each step that is traced inside uses these shards of its batch.
 
-    The gradient at ``w`` of such a step is abstract, shapes and dtypes. The shards have
+    The gradient at ``w`` of such a step has only shapes and dtypes. The shards have
     three methods: ``inside(method)`` is the :class:`Method` without the axis of the
     shards; ``mean(tree)`` stands for ``step.mean``, which has no gradient of another
     shard; ``average(find, method, call)`` is what ``find(call)`` finds, averaged.
@@ -418,7 +419,7 @@ def _over_shards(find: Callable[[Call], Found], method: Method, call: Call) -> F
 
 
 def _shapes_of(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A function from parameters to the shapes of what ``init`` makes for them."""
+    """A function from parameters to the shapes of the state that ``init`` makes."""
 
     @functools.lru_cache(maxsize=2)
     def shapes(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
@@ -433,7 +434,7 @@ def _shapes_of(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class _Recorded(NamedTuple):
-    """What a caller decided for the step from ``start``, and the steps it sees."""
+    """A caller's decision for the step from ``start``, and the steps that it sees."""
 
     start: Any
     ascend: bool | None
@@ -447,13 +448,12 @@ _recorded: ContextVar[_Recorded | None] = ContextVar("_recorded", default=None)
 def recorded_steps(start: Any, ascend: bool | None) -> Iterator[list[tuple[Any, Any]]]:
     """Records the counts before and after each step that is traced inside.
 
-    A caller that finds these very arrays in the state that goes in, and in the one that
-    comes out, knows that nothing around the engine holds a step back, repeats it or
-    rolls it back.
+    If a caller finds the same array objects in the state before and in the state
+    after, nothing around the engine holds a step back, repeats it or rolls it back.
 
-    The step whose count is the very array ``start`` is taken as ``ascend`` says. In a
-    function that is traced inside, such as a branch or a jitted one, the count is
-    another, so that no trace with a decision is kept in the cache of that function.
+    The step whose count is the array object ``start`` follows ``ascend``. A function
+    that is traced inside, such as a branch or a jitted function, has another count. So
+    the cache of that function keeps no trace with a decision.
     """
     steps: list[tuple[Any, Any]] = []
     token = _recorded.set(_Recorded(start, ascend, steps))
@@ -475,10 +475,10 @@ def _static(ascend: Any) -> bool | None:
 
 
 def _survival(w: Any, w_e: Any, e: Any) -> jax.Array:
-    """The share ``<achieved, e> / ||e||^2`` that rounding left of the offset.
+    """The share ``<achieved, e> / ||e||^2`` of the offset that survives rounding.
 
-    Over the half-precision leaves: on float32 ones it would cost as many passes over
-    the parameters as the rest of a step, to say 1.
+    It uses the half-precision leaves only. On float32 leaves it would cost as many
+    passes over the parameters as the rest of a step, and the result would be 1.
     """
     halves = [
         leaves

@@ -1,4 +1,4 @@
-"""Equinox: gradients of a model's floats, with its state and everything else as is."""
+"""Equinox: gradients of a model's floats; its state and other leaves stay as is."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def value_and_grad(
 
     It is :func:`optax_sam.value_and_grad` for models with leaves that have no gradient:
     functions, strings, integers, arrays of integers. They stay as they are, and the
-    gradients have ``None`` there. The state of a model (``eqx.nn.State``, as of
-    BatchNorm) is an argument of the loss and a part of ``aux``: the perturbed pass
-    gets the *old* one, and the new one is from the pass at the weights.
+    gradients have ``None`` there. The state of a model (``eqx.nn.State``, such as of
+    BatchNorm) is an argument of the loss and a part of ``aux``. The perturbed pass gets
+    the *old* state, and the new state comes from the pass at the weights.
 
     Args:
       loss_fn: function of the model and of anything else, ``loss_fn(model, state, x, y,
@@ -43,7 +43,7 @@ def value_and_grad(
         ``(loss, aux)``, such as ``(loss, state)``.
       has_aux: whether there is ``aux``, a pytree of anything.
       wrt: which leaves have a gradient: a function of a leaf, or a pytree of bools, as
-        in ``eqx.partition``. The optimizer's state is made for the same ones.
+        in ``eqx.partition``. Make the optimizer's state for the same leaves.
       axis_name: as in :func:`optax_sam.value_and_grad`.
       loss_scale: as in :func:`optax_sam.value_and_grad`.
 
@@ -54,8 +54,8 @@ def value_and_grad(
       grad_fn=grad_fn)``.
 
     Raises:
-      ValueError: as :func:`optax_sam.value_and_grad`; on the call, if ``wrt`` leaves no
-        leaf.
+      ValueError: as :func:`optax_sam.value_and_grad`; on the call, if ``wrt`` selects
+        no leaf.
 
     Examples:
       >>> import equinox as eqx, jax, jax.numpy as jnp, optax, optax_sam
@@ -106,22 +106,22 @@ def grad_fn(
 ) -> Callable[[Any], Any]:
     """The gradients of a loss as a function of the parameters alone.
 
-    The part of :func:`value_and_grad` for steps that take the gradient at the weights
-    themselves, with ``eqx.filter_value_and_grad``.
+    Use it instead of :func:`value_and_grad` in steps that compute the gradient at the
+    weights by ``eqx.filter_value_and_grad``.
 
     Args:
       loss_fn: as in :func:`value_and_grad`.
       model: the model that ``loss_fn`` gets; its leaves without a gradient are used.
       *args: the further arguments of ``loss_fn``, with the *old* state of the model.
-      has_aux: whether it returns ``(loss, aux)``.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       wrt: as in :func:`value_and_grad`.
       axis_name: as in :func:`value_and_grad`.
       loss_scale: as in :func:`value_and_grad`.
-      **kwargs: its keyword arguments.
+      **kwargs: the keyword arguments of ``loss_fn``.
 
     Returns:
-      A function of a model, or of its filtered leaves, which returns the gradients with
-      ``None`` where a leaf has none.
+      A function of a model, or of its filtered leaves. It returns the gradients, with
+      ``None`` for leaves without one.
 
     Raises:
       ValueError: as :func:`value_and_grad`.
@@ -169,12 +169,12 @@ def _of_params(
 
 
 def _copied(tree: Any) -> Any:
-    """The same leaves: ``eqx.nn.State.set`` makes the object invalid that it is of."""
+    """A copy with the same leaves: ``eqx.nn.State.set`` invalidates its object."""
     return jax.tree.map(lambda x: x, tree)
 
 
 def _like(params: Any, model: Any) -> Any:
-    """The leaves with a gradient of a model that may have the others, or ``None``."""
+    """The leaves with a gradient of a model, whose other leaves may be ``None``."""
     is_none = lambda x: x is None
     keep = lambda like, x: None if like is None else x
     return jax.tree.map(keep, params, model, is_leaf=is_none)

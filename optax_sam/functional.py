@@ -1,4 +1,4 @@
-"""Functional-SAM: the perturbed gradient of the network, at the loss's gradient here.
+"""Functional-SAM: SAM that keeps the loss's gradient by the outputs at ``w``.
 
 It is SAM's step with another ``grad_fn`` (Singh et al., arXiv 2502.02407, ICML 2025).
 """
@@ -27,28 +27,29 @@ def functional_value_and_grad(
 ) -> Callable[..., tuple[Any, Any, Callable[[Any], Any]]]:
     r"""The loss, its gradient, and the ``grad_fn`` that makes any SAM a Functional-SAM.
 
-    The loss is :math:`L(w) = \ell(f(w))`: a network :math:`f` with its outputs, the
-    logits, and a loss :math:`\ell` of these. With the Jacobian :math:`J(w)` of
-    :math:`f`, the gradient at ``w`` is the ordinary one, and the perturbed one keeps
+    The loss is :math:`L(w) = \ell(f(w))`. The network :math:`f` gives outputs, the
+    logits, and :math:`\ell` is a loss of these. :math:`J(w)` is the Jacobian of
+    :math:`f`. The gradient at ``w`` is the ordinary one. The perturbed gradient uses
     the gradient of the loss with respect to the outputs at ``w``:
 
     .. math::
       c = \nabla \ell(f(w)), \qquad g = J(w)^T c, \qquad
       g_s = J(w + e)^T c
 
-    where SAM has :math:`J(w + e)^T \nabla \ell(f(w + e))`. SAM also moves :math:`c`,
-    which lowers the measured sharpness by the size of the logits and not by the
-    function; in language models this part dominates, and SAM alone harms them there.
+    SAM has :math:`J(w + e)^T \nabla \ell(f(w + e))`, which also moves :math:`c`. This
+    lowers the measured sharpness through the size of the logits and not through the
+    function. In language models this part dominates, and SAM alone harms them.
 
-    Use it as :func:`optax_sam.value_and_grad`, with any method that takes ``grad_fn``:
-    ``grad_fn(p)`` is :math:`J(p)^T c` at all points ``p``, also at those between
-    several ascent steps. Both passes get the same arguments, the *old* running
-    statistics and the same dropout key; what the perturbed one returns in ``aux`` is
-    dropped. m-SAM calls it on each shard, under ``jax.vmap`` or ``shard_map`` with the
+    Use it like :func:`optax_sam.value_and_grad`, with any method that takes
+    ``grad_fn``. ``grad_fn(p)`` is :math:`J(p)^T c` at all points ``p``, also between
+    several ascent steps. Both passes get the same arguments: the *old* running
+    statistics and the same dropout key. The ``aux`` of the perturbed pass is dropped.
+    m-SAM calls it on each shard, under ``jax.vmap`` or ``shard_map`` with the
     ``axis_name`` of the method.
 
-    Cost: a perturbed gradient is that of SAM without the loss and without the forward
-    pass of the last layer; :math:`c` is one array like the outputs, kept meanwhile.
+    A perturbed gradient costs what it costs in SAM, without the loss and without the
+    forward pass of the last layer. :math:`c`, an array like the outputs, is kept until
+    then.
 
     Args:
       apply_fn: function of the parameters and of anything else,

@@ -1,4 +1,4 @@
-"""Keys: what users give, what states keep, what a step draws."""
+"""Keys: given by users, kept in states, and used for the draws of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optax_sam.trees import widest
 def check_key(key: ArrayLike) -> None:
     """Raises unless ``key`` is an int, a typed key or raw key data.
 
-    It computes nothing, so that a factory may be called before ``jax.distributed`` is
+    It computes nothing, so you can call a factory before ``jax.distributed`` is
     initialized.
     """
     array = key if isinstance(key, (jax.Array, np.ndarray)) else np.asarray(key)
@@ -58,8 +58,8 @@ def uniform(key: jax.Array, count: ArrayLike) -> jax.Array:
     return jax.random.uniform(draw(key, count))
 
 
-# A rational function of 1 - u^2 that is the normal quantile of (1 + u) / 2 over u, to
-# 0.14 % of it for the 65,536 numbers u that 16 bits make.
+# A rational function of 1 - u^2. It equals the normal quantile of (1 + u) / 2, divided
+# by u, to 0.14 %, for the 65,536 numbers u that 16 bits make.
 _NUMERATOR = (1.66786e8, 2.72776e8, 1.57253e7, 4.38714e4, 4.55022)
 _DENOMINATOR = (2.14987e8, 1.42343e8, 5.47954e6, 1.18524e4, 1.0)
 
@@ -67,10 +67,10 @@ _DENOMINATOR = (2.14987e8, 1.42343e8, 5.47954e6, 1.18524e4, 1.0)
 def normal_like(key: jax.Array, tree: Any) -> Any:
     """Standard normals like a pytree of floats, at least in float32, of 16 bits each.
 
-    The bits of an element are a hash of the key's words, of the leaf's number and of
-    the element's, since bits of a generator would take as long as a gradient. Each
-    element is computed by itself, so that XLA draws a sharded leaf where its parts lie.
-    The largest normals are 4.3 in size.
+    The bits of an element are a hash of the key's words, the leaf's number and the
+    element's number, because the bits of a generator would take as long as a gradient.
+    Each element is computed by itself, so XLA draws each part of a sharded leaf on its
+    device. The largest normals have size 4.3.
 
     Args:
       key: a typed key.
@@ -86,8 +86,8 @@ def normal_like(key: jax.Array, tree: Any) -> Any:
     if not isinstance(words, jax.core.Tracer):
         return draw()
 
-    # On a CPU, XLA would draw a bias again for every example that it is added to. What
-    # comes out of a branch it does not, and this one is always taken.
+    # On a CPU, XLA would draw a bias again for every example that it is added to. It
+    # does not for the result of a branch, so there is one that is always taken.
     def otherwise() -> Any:
         full = lambda x: jnp.full(x.shape, words[0], widest(x))
         return jax.tree.map(full, tree)

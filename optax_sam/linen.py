@@ -40,12 +40,13 @@ _RETURN = (
 
 
 class TrainState(train_state.TrainState):
-    """Flax's train state, whose ``apply_gradients`` reaches the optimizer.
+    """Flax's train state with an ``apply_gradients`` that passes on ``grad_fn``.
 
-    Flax's own takes every keyword for a field to replace, so that ``grad_fn`` never
-    arrives. Here those that name a field do that, and all others go to ``tx.update``.
-    Made by ``TrainState.create``; under ``jit``, ``scan``, donation, checkpoints and
-    :func:`optax_sam.dispatch` it is one pytree, as Flax's is.
+    In Flax's class every keyword of ``apply_gradients`` replaces a field, so
+    ``grad_fn`` never reaches the optimizer. Here a keyword replaces a field if it names
+    one. All other keywords go to ``tx.update``. Make the state by
+    ``TrainState.create``. It is one pytree, like Flax's, and works with ``jit``,
+    ``scan``, donation, checkpoints and :func:`optax_sam.dispatch`.
 
     A subclass adds fields as usual, with or without a default: ``class
     TrainState(optax_sam.linen.TrainState): batch_stats: Any``. A step that forgets to
@@ -120,7 +121,7 @@ class TrainState(train_state.TrainState):
           The state, with ``opt_state=tx.init(params)``.
         """
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
-        # Flax starts with a Python number, which is no buffer that can be donated.
+        # Flax starts with a Python number, which cannot be donated.
         return state.replace(step=jnp.zeros((), jnp.int32))
 
     def apply_gradients(
@@ -136,20 +137,20 @@ class TrainState(train_state.TrainState):
         Args:
           grads: the gradients at ``params``.
           grad_fn: the gradients at other parameters on the same batch, from
-            :func:`value_and_grad`. An optimizer that knows none ignores it, so that a
+            :func:`value_and_grad`. An optimizer that does not use it ignores it, so a
             baseline runs in the same loop.
           ascend: which kind of step to compile, for :func:`optax_sam.dispatch`; see
             :func:`optax_sam.sharpness_aware`.
-          **kwargs: what names a field (``model_state``, or one of a subclass) replaces
-            it; the rest are extra arguments of ``tx.update``.
+          **kwargs: a keyword that names a field (``model_state``, or a field of a
+            subclass) replaces it. The rest are extra arguments of ``tx.update``.
 
         Returns:
           The train state after the step.
 
         Raises:
-          ValueError: if a field with the model's state is not among the keywords, or
-            with other collections than it holds. Such fields are ``model_state``,
-            ``batch_stats``, and one of those with running statistics under another
+          ValueError: if a field with the model's state is missing among the keywords,
+            or has other collections than before. Such fields are ``model_state``,
+            ``batch_stats``, and one of the fields with running statistics under another
             name. To keep the old ones, pass them: ``batch_stats=state.batch_stats``.
         """
         names = {field.name for field in dataclasses.fields(self)}
@@ -165,14 +166,14 @@ class TrainState(train_state.TrainState):
             extra["ascend"] = ascend
         tx = optax.with_extra_args_support(self.tx)
         update = functools.partial(tx.update, **extra)
-        # Flax's method does the rest, since it knows what becomes of fp8 scales.
+        # Flax's method does the rest, because it knows how to update fp8 scales.
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
         after = train_state.TrainState.apply_gradients(bound, grads=grads, **fields)
         return after.replace(tx=self.tx)
 
 
 def _without_scales(grad_fn: Callable[[Any], Any], params: Any) -> Callable[[Any], Any]:
-    """``grad_fn`` of what the optimizer sees: fp8 scales are none of its business."""
+    """``grad_fn`` of the parameters that the optimizer gets, without fp8 scales."""
     return lambda weights: grad_fn({**params, "params": weights})["params"]
 
 
@@ -199,8 +200,8 @@ def _check_model_state(
 def _check_statistics(state: TrainState, given: Mapping[str, Any]) -> None:
     """Raises if the step updates no running statistics that a subclass holds.
 
-    Several fields may have some (those of an averaged model); then ``batch_stats``, or
-    else one of them, is the model's.
+    Several fields may hold some, such as those of an averaged model. Then the step must
+    update ``batch_stats``, or else one of them.
     """
     base = {field.name for field in dataclasses.fields(TrainState)}
     own = [x.name for x in dataclasses.fields(state) if x.name not in base]
@@ -223,7 +224,7 @@ def _check_field(name: str, held: Any, given: Any) -> None:
     if top(given) != top(held):
         raise ValueError(
             f"{name} holds {top(held)}, but apply_gradients got {name} with"
-            f" {top(given)}; give it what it holds. {_return(name)}"
+            f" {top(given)}; give it the same fields. {_return(name)}"
         )
 
 

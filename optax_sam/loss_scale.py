@@ -1,4 +1,4 @@
-"""Loss scaling in which both gradients of a step have a say."""
+"""Loss scaling that depends on both gradients of a step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def update_loss_scale(
 ) -> tuple[Any, jax.Array]:
     """The loss scale after a step, and whether both gradients were finite.
 
-    A perturbed gradient that overflows is rejected inside the optimizer, and only the
-    count of rejected ascents tells. So the object that scales, which sees the gradient
-    at ``w`` alone, would keep a scale that is too high for SAM. Skip the step, as
-    always with loss scaling, where the second result is false.
+    The optimizer rejects a perturbed gradient that overflows. Only the count of
+    rejected gradients shows this. The scaling object sees the gradient at ``w`` alone,
+    so it would keep a scale that is too high for SAM. If the second result is false,
+    skip the step, as always with loss scaling.
 
     Args:
-      loss_scale: the object that :func:`optax_sam.value_and_grad` got, as Flax's
-        ``DynamicScale``, whose own rule decides how the scale moves.
+      loss_scale: the object that :func:`optax_sam.value_and_grad` got, such as Flax's
+        ``DynamicScale``. Its rule decides how the scale moves.
       grads: the gradient at ``w``, unscaled, before the optimizer saw it.
       before: the state of the optimizer before the step.
       after: the state of the optimizer after it.
@@ -44,8 +44,8 @@ def update_loss_scale(
       ``(loss_scale, finite)``: the object for the next step, and () bool.
 
     Raises:
-      ValueError: if ``loss_scale`` has no rule to move by, or if the two states do not
-        have as many sharpness-aware transformations.
+      ValueError: if ``loss_scale`` has no rule for moving, or if the two states have
+        different numbers of sharpness-aware transformations.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam

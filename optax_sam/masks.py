@@ -1,4 +1,4 @@
-"""Masks: which leaves a method or a part of it looks at."""
+"""Masks: the leaves on which a method or a part of it acts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def resolve_mask(mask: Mask, tree: optax.Params, *, name: str = "mask") -> Any:
 def resolve_nonempty_mask(mask: Mask, tree: optax.Params, *, name: str) -> Any:
     """As :func:`resolve_mask`, for a mask that must include some leaf.
 
-    A plain ``False`` says that none is meant.
+    A plain ``False`` means no leaf, on purpose.
     """
     chosen = resolve_mask(mask, tree, name=name)
     sizes = [np.prod(jnp.shape(x)) for x in jax.tree.leaves(tree)]
@@ -61,7 +61,7 @@ def restrict(
 ) -> optax.GradientTransformationExtraArgs:
     """The rule on some leaves only: the others stay in place and out of the norm.
 
-    ``optax.masked`` will not do here: it lets the raw gradient through as offset.
+    ``optax.masked`` does not work here: it would pass the raw gradient on as offset.
 
     Args:
       rule: an ascent rule.
@@ -73,8 +73,8 @@ def restrict(
 
     Raises:
       ValueError: (on update) if the mask holds anything but Python bools or has
-        another structure than the parameters, or the rule takes its own first
-        gradient.
+        another structure than the parameters, or the rule computes another gradient
+        at ``w``.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam

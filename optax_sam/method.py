@@ -1,4 +1,4 @@
-"""Which functions are methods, and the arguments that they share, written once.
+"""The registry of methods, and the arguments that they share, written once.
 
 The arguments that all methods on the engine take are those of
 :func:`optax_sam.sharpness_aware`. A method takes them as ``**options``;
@@ -32,13 +32,13 @@ class _Shared(TypedDict, total=False):
 
 
 class WithoutWhen(_Shared, total=False):
-    """The shared arguments of a method that brings its own rule for the steps."""
+    """The shared arguments of a method with a fixed rule for the steps."""
 
     mask: Mask
 
 
 class WithoutMask(_Shared, total=False):
-    """The shared arguments of a method that brings its own mask."""
+    """The shared arguments of a method with a fixed mask."""
 
     when: When
 
@@ -48,18 +48,19 @@ class Options(WithoutWhen, WithoutMask, total=False):
 
 
 def method(*sources: Callable[..., Any]) -> Callable[[Factory], Factory]:
-    """Makes a function one of the methods, with the docstring that it leaves out.
+    """Registers a function as a method, and completes its docstring.
 
-    What the docstring does not say of an argument is taken from the first of the
-    sources that does, ``Raises`` likewise, and ``Returns`` from the last source.
-    ``**options`` stands for the keys of its ``TypedDict``, as the engine has them.
+    If the docstring does not describe an argument, the description comes from the first
+    source that has one. ``Raises`` comes from there too, and ``Returns`` from the last
+    source. ``**options`` stands for the keys of its ``TypedDict``, as the engine
+    describes them.
 
     Args:
       *sources: the functions that the method is made of, documented in full; a method
         on the engine needs not name :func:`optax_sam.sharpness_aware`.
 
     Returns:
-      A decorator; the function itself is as before.
+      A decorator. It does not change what the function does.
     """
 
     def decorate(factory: Factory) -> Factory:
@@ -75,7 +76,7 @@ def method(*sources: Callable[..., Any]) -> Callable[[Factory], Factory]:
 def on_engine(
     name: str, options: Mapping[str, Any], **parts: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The method of a name, made of its parts and of the shared arguments."""
+    """The method with a name, made of its parts and of the shared arguments."""
     known = inspect.signature(METHODS[name]).parameters
     for key in options:
         if key not in known:
@@ -114,7 +115,7 @@ def _sections(function: Any) -> dict[str, str]:
 
 
 def _arguments(section: str) -> dict[str, str]:
-    """What a section ``Args`` says of each argument, with its name."""
+    """The text of a section ``Args`` for each argument, by its name."""
     entries = re.split(r"^(?=  \S)", section, flags=re.MULTILINE)
     return {x.split(":")[0].strip(): x.rstrip() for x in entries if x.strip()}
 

@@ -21,7 +21,7 @@ _CALL = (
     "tx.update(None, opt_state, params,"
     " grad_fn=lambda p, i: jax.grad(loss_fn)(p, jax.tree.map(lambda x: x[i], shards)))"
 )
-# Beyond it compiling takes longer than it gains.
+# With more shards, compilation takes longer than it gains.
 _UNROLL_LIMIT = 8
 
 
@@ -32,71 +32,72 @@ def micro_sharpness(
     method: Literal["unroll", "scan", "vmap"] | None = None,
     axis_name: str = "shards",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""m-SAM: each shard of the batch has its own ascent, and the mean is emitted.
+    r"""m-SAM: perturbs each shard of the batch separately, and emits the mean.
 
-    With :math:`M` shards of the batch, of loss :math:`L_i` each, and for SAM:
+    For SAM, with :math:`M` shards of the batch and the loss :math:`L_i` of a shard:
 
     .. math::
       g_i = \nabla L_i(w), \qquad e_i = \rho\, \frac{g_i}{\|g_i\|}, \qquad
       d = \frac1M \sum_i \nabla L_i(w + e_i)
 
-    This is what ``axis_name=`` does on :math:`M` devices, for any member that has this
-    argument, and on however many devices there are: decisions, caches, rejections and
-    metrics are those of one member. ``num_shards=1`` is the member itself.
+    ``axis_name=`` does the same on :math:`M` devices. This function does it on any
+    number of devices, for any method with that argument. Decisions, caches, rejections
+    and metrics are those of one method. ``num_shards=1`` is the method itself.
 
-    ``grad_fn(params, i)`` returns the gradients on shard ``i`` alone, and is asked for
-    the first ones too, so that what comes in as ``updates`` is not used: pass ``None``,
-    or the mean gradient if something in front or around (``optax.apply_if_finite``)
-    looks at it; XLA drops it if nothing does. The shard's number is the second
-    argument, as in ``optax.contrib.sam``, and not a part of a batch that is cut here:
-    so the caller decides what else belongs to a shard, such as a dropout key. It must
-    name the same examples, and the same key, in both gradients of a step.
+    ``grad_fn(params, i)`` returns the gradients on shard ``i`` alone. It also computes
+    the gradients at ``w``, so ``updates`` is not used. Pass ``None``, or the mean
+    gradient if a transformation before or around this one
+    (``optax.apply_if_finite``) looks at it. XLA drops the mean gradient if nothing uses
+    it. The second argument is the number of the shard, as in ``optax.contrib.sam``, and
+    not a part of the batch. So the caller decides what else belongs to a shard, such as
+    a dropout key. A number must mean the same examples, and the same key, in both
+    gradients of a step.
 
-    Cost: the member's gradients of the whole batch (for SAM 2 per ascended step, 1 on
-    others), and its state.
+    It costs the gradients of the method on the whole batch (for SAM 2 on perturbed
+    steps, 1 on others), and its state.
 
     Args:
       member: a transformation built with ``axis_name="shards"``, for instance
         ``optax_sam.sam(0.05, axis_name="shards")``, or an optimizer that begins with
-        one. With ``axis_name=("shards", "data")`` it is each device's part of the
-        batch that is cut, in a ``shard_map`` with ``check_vma=False``.
+        one. With ``axis_name=("shards", "data")`` each device splits its part of the
+        batch into shards, in a ``shard_map`` with ``check_vma=False``.
       num_shards: number :math:`M` of shards, at least 1. In the paper ``m`` is the
-        number of examples in one.
-      method: how the shards' gradients are taken. The numbers agree to rounding.
+        number of examples in one shard.
+      method: how the gradients of the shards are computed. The results agree to
+        rounding.
 
-        - ``"unroll"``: one after another, each written out in the program. When
-          gradients and activations are freed is the compiler's choice; on CPU it
-          keeps the gradients of all shards.
-        - ``"scan"``: one after another in a loop, which compiles once and keeps what
-          one shard needs. On CPU, XLA runs backward convolutions in a loop 20 to 80
-          times slower.
-        - ``"vmap"``: at once, with the activations of the whole batch, as SAM has
-          them, and the gradients of every shard. Convolutions with a kernel for each
-          shard are grouped ones, on CPU two to three times slower. For small shards
-          on an accelerator.
+        - ``"unroll"``: one after another, each written out in the program. The compiler
+          decides when it frees gradients and activations; on CPU it keeps the gradients
+          of all shards.
+        - ``"scan"``: one after another in a loop. It compiles once and needs the memory
+          of one shard. On CPU, XLA runs backward convolutions in a loop 20 to 80 times
+          slower.
+        - ``"vmap"``: all at once, with the activations of the whole batch, as in SAM,
+          and the gradients of every shard. Convolutions become grouped convolutions, on
+          CPU two to three times slower. Use it for small shards on an accelerator.
         - ``None``: ``"scan"``; for a model with convolutions and up to 8 shards
           ``"unroll"``.
 
-        A member that stores no gradient and decides by none (``sam``, ``asam``,
-        ``gsam``, ``gnp``, ``random_sam``, ..., on every step or every k-th) adds its
-        shards up: a loop then keeps two sums and the gradients of one shard. Others
+        Some methods neither store a gradient nor decide by one (``sam``, ``asam``,
+        ``gsam``, ``gnp``, ``random_sam``, ..., on every step or every k-th). They add
+        the shards up, so a loop keeps two sums and the gradients of one shard. Others
         (``vsam``, ``looksam``, ``ae_sam``, ``friendly_sam``, ``vasso``, ``wsam``) need
-        means over all shards before they go on, and keep two to three trees like the
-        parameters for each shard.
-      axis_name: the name that ``member`` was built with.
+        means over all shards before they continue. They keep two to three pytrees like
+        the parameters for each shard.
+      axis_name: the axis name with which ``member`` was built.
 
     Returns:
-      A transformation that stands first in a chain and needs ``grad_fn(params, i)``,
-      with the state of ``member``, so that all readers and ``optax_sam.dispatch`` find
-      it. Other extra arguments, ``ascend`` among them, reach the member of every shard.
+      A transformation for the first place in a chain. It needs ``grad_fn(params, i)``
+      and has the state of ``member``, so all readers and ``optax_sam.dispatch`` find
+      it. Other extra arguments, such as ``ascend``, reach the method on every shard.
 
     Raises:
       ValueError: if ``member`` is no transformation, ``num_shards`` is below 1 or
-        traced, or ``method`` is none of these; on ``update``, if ``params`` or
+        traced, or ``method`` is unknown; on ``update``, if ``params`` or
         ``grad_fn`` is missing or ``grad_fn`` does not take two arguments, if
         ``member`` was built without ``axis_name`` or has none (``sampa``, ``msam``,
-        ``mesa``), or if it gets ``per_example_loss_fn``: the losses by which ``esam``
-        selects are those of the whole batch (map it over shards by hand).
+        ``mesa``), or if it gets ``per_example_loss_fn``, because ``esam`` selects by
+        the losses of the whole batch (map it over shards by hand).
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -150,14 +151,14 @@ def micro_sharpness(
                 return member.update(abstract, state, params, grad_fn=first, **extra)
         except (_NotSummed, AttributeError, TypeError, ValueError):
             # A rule looks at the gradients of all shards before its next line, or the
-            # call is wrong, which this way says in the member's own words.
+            # call is wrong, and this way gives the error of the method.
             return shards.stacked(member, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(member.init, update)
 
 
 class _NotSummed(Exception):
-    """The member cannot take its step on a sum over shards."""
+    """The method cannot take its step on a sum over shards."""
 
 
 class _Shards(NamedTuple):
@@ -226,7 +227,7 @@ class _Shards(NamedTuple):
     def stacked(
         self, member: Any, state: Any, params: Any, extra: dict[str, Any]
     ) -> tuple[Any, Any]:
-        """The member's step on all shards side by side, on a mapped axis."""
+        """The step of the method on all shards at once, on a mapped axis."""
 
         def of_all(gradient: Callable[[Any], Any]) -> Any:
             """``gradient(i)`` of all shards, stacked."""
@@ -284,7 +285,7 @@ def _at(tree: Any, i: Any) -> Any:
 def _stores_a_gradient(
     find: Callable[[Call], Found], method: Method, call: Call
 ) -> bool:
-    """Whether a state depends on what differs between shards."""
+    """Whether a state depends on values that differ between shards."""
 
     def states(g: Any, i: Any) -> Any:
         g = vary(g, method.axis_name)
@@ -311,7 +312,7 @@ def _check_call(params: Any, grad_fn: Any, extra: dict[str, Any]) -> None:
     if "per_example_loss_fn" in extra:
         raise ValueError(
             "micro_sharpness cannot cut per_example_loss_fn into shards. Map the"
-            " member over them by hand: jax.vmap(of_shard, axis_name=...,"
+            " method over them by hand: jax.vmap(of_shard, axis_name=...,"
             " out_axes=None)."
         )
     try:

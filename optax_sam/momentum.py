@@ -1,8 +1,8 @@
 """Where an optimizer keeps its momentum.
 
-It is found in the state alone, which is all that there is at evaluation: subtrees like
-the parameters, by the names of the fields that hold them. Whether what is found is a
-momentum, the optimizer is asked in ``probe.py``.
+The state alone must show it, because there is nothing else at evaluation. The search
+looks for subtrees like the parameters, by the names of their fields. ``probe.py`` then
+runs the optimizer to see whether such a subtree is a momentum.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _FREEZE = (
 
 
 class Momentum(NamedTuple):
-    """A subtree of an optimizer's state that is like the parameters, or like some.
+    """A subtree of an optimizer's state that is like some or all parameters.
 
     Attributes:
-      label: what errors call it, such as ``TraceState.trace``.
-      named: whether the name of its field is one of a first moment.
-      where: index of a parameter's leaf to the index of the state's leaf.
+      label: its name in errors, such as ``TraceState.trace``.
+      named: whether its field has the name of a first moment.
+      where: maps the index of a parameter's leaf to the index of the state's leaf.
     """
 
     label: str
@@ -55,7 +55,7 @@ def take(state: Any, where: tuple[int, ...], params: Any) -> Any:
 
 
 def locate(state: Any, params: Any) -> tuple[int, ...]:
-    """The leaves of an optimizer's state that are its momentum, in order of ``params``.
+    """The leaves of the momentum in an optimizer's state, in the order of ``params``.
 
     Raises:
       ValueError: if some parameter has no momentum or several, with a remedy.
@@ -65,7 +65,7 @@ def locate(state: Any, params: Any) -> tuple[int, ...]:
 
 
 def parts(state: Any, params: Any) -> list[Momentum]:
-    """The momentum: one subtree, or those of the parts of ``optax.partition``.
+    """The momentum: one subtree, or one for each part of ``optax.partition``.
 
     Raises:
       ValueError: if some parameter has no momentum or several, with a remedy.
@@ -93,7 +93,7 @@ def parts(state: Any, params: Any) -> list[Momentum]:
 
 
 def _subtrees(state: Any, params: Any) -> tuple[list[Momentum], list[str]]:
-    """What is like the parameters in a state; and named as if, but not like them."""
+    """Subtrees like the parameters; and those that have only the name of a momentum."""
     leaves, structure = jax.tree.flatten(state)
     numbered = jax.tree.unflatten(
         jax.tree.structure(params), range(len(jax.tree.leaves(params)))
@@ -104,7 +104,7 @@ def _subtrees(state: Any, params: Any) -> tuple[list[Momentum], list[str]]:
     others: list[str] = []
 
     def cover(node: Any) -> dict[int, int]:
-        """Which leaves of the parameters a node stands for, if it is like them."""
+        """The leaves of the parameters that a node matches, if it is like them."""
         mine, kind = jax.tree.flatten(node, is_leaf=is_masked)
         try:
             theirs = kind.flatten_up_to(numbered)  # type: ignore[attr-defined]
@@ -197,7 +197,7 @@ def _refuse_none(state: Any, found: list[Momentum], others: list[str]) -> NoRetu
         )
     elif found and not _special(state):
         why = (
-            f" that it can tell from {labels(found)}. Keep a momentum of your own in a"
+            f" that it can tell from {labels(found)}. Keep your momentum in a"
             " field called mu, m, trace, ema, exp_avg, momentum or velocity"
         )
     raise ValueError(

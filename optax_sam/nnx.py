@@ -1,4 +1,4 @@
-"""Flax NNX: a perturbed pass that mutates nothing and draws the same dropout."""
+"""Flax NNX: a perturbed pass that mutates nothing and uses the same dropout masks."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def value_and_grad(
     """``nnx.value_and_grad``, and the ``grad_fn`` of the same loss, batch and masks.
 
     It is :func:`optax_sam.value_and_grad` for modules. The pass at the weights updates
-    the model, as always: statistics of BatchNorm, counts of ``nnx.Rngs``. The perturbed
-    pass starts from what these were *before*, on a copy that is thrown away: it uses
-    the old statistics, draws the same dropout masks, and leaves no trace.
+    the model as always: statistics of BatchNorm, counts of ``nnx.Rngs``. The perturbed
+    pass runs on a copy of the model from *before* that pass. It uses the old statistics
+    and the same dropout masks, and does not change the model.
 
     Args:
       loss_fn: function of the model and of anything else, ``loss_fn(model, batch)`` for
         instance, that returns the loss, () float; with ``has_aux``, ``(loss, aux)``.
-        What it changes must come as an argument: the model, an ``nnx.Rngs``.
+        Everything that it changes must be an argument: the model, an ``nnx.Rngs``.
       has_aux: whether the loss returns ``aux``, a pytree of anything, such as metrics.
       wrt: filter for the variables to differentiate, the one of ``nnx.Optimizer``.
       axis_name: as in :func:`optax_sam.value_and_grad`, for steps inside ``nnx.pmap``,
-        ``nnx.shard_map``, or those of JAX. The model's statistics are means over the
+        ``nnx.shard_map``, or those of JAX. The model's statistics are averaged over the
         devices too.
       loss_scale: as in :func:`optax_sam.value_and_grad`.
 
@@ -131,24 +131,23 @@ def grad_fn(
 ) -> Callable[[Any], Any]:
     """The gradients of a loss as a function of the parameters alone.
 
-    The part of :func:`value_and_grad` for steps that write the pass at the weights
-    themselves. **Call it before that pass**: it captures the model as it is now, and
-    a later one has other statistics and draws other dropout masks. What
-    ``loss_fn`` changes, also in an ``nnx.Rngs`` among the arguments, is changed on
-    copies.
+    Use it instead of :func:`value_and_grad` in steps that write the pass at the weights
+    themselves. **Call it before that pass.** It captures the model as it is now; a
+    later model has other statistics and draws other dropout masks. ``loss_fn`` changes
+    only copies, also of an ``nnx.Rngs`` among the arguments.
 
     Args:
       loss_fn: as in :func:`value_and_grad`.
       model: the module that ``loss_fn`` gets.
-      *args: its further arguments.
-      has_aux: whether it returns ``(loss, aux)``.
+      *args: the further arguments of ``loss_fn``.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       axis_name: as in :func:`value_and_grad`.
       loss_scale: as in :func:`value_and_grad`.
-      **kwargs: its keyword arguments.
+      **kwargs: the keyword arguments of ``loss_fn``.
 
     Returns:
-      A function of a state of parameters, of any ``wrt`` that the optimizer has, which
-      returns the gradients in the same structure.
+      A function of a state of parameters, for any ``wrt`` of the optimizer. It returns
+      the gradients in the same structure.
 
     Raises:
       ValueError: as :func:`value_and_grad`.

@@ -1,4 +1,4 @@
-"""The parts of a method: what they are, may ask about a step, and may keep.
+"""The parts of a method, what they know of a step, and what they may store.
 
 A method on the engine has three parts: an ascent, which is an ordinary
 ``optax.GradientTransformationExtraArgs`` (:func:`ascent_rule` makes one), a
@@ -7,17 +7,17 @@ all methods.
 
 **The state of a part** is a pytree of arrays, a named tuple as a rule. It may offer:
 
-- ``metrics()``, scalars by name, which :func:`optax_sam.metrics` adds to those of the
+- ``metrics()``: scalars by name, which :func:`optax_sam.metrics` adds to those of the
   engine;
-- ``ascends`` (of a when), whether the next step is perturbed, () bool, decided at the
-  end of the step before; without it nothing is known ahead;
-- ``plan()`` (of a when with ``ascends``), the decisions of the next steps and how many
-  of them are known: ``(decisions, known)``;
-- ``settings`` (of a when), the names of the fields that ``advance`` rewrites from the
-  rule as it is now, so that a state made under other settings takes these;
-- ``rule`` (of a when that holds another one), the state of that one.
+- ``ascends`` (for a when): whether the next step is perturbed, () bool, decided at the
+  end of the step before. Without it nothing is known ahead;
+- ``plan()`` (for a when with ``ascends``): the decisions of the next steps and the
+  number of them that are known, ``(decisions, known)``;
+- ``settings`` (for a when): the names of the fields that ``advance`` rewrites from the
+  current rule, so that a state made under other settings takes the current ones;
+- ``rule`` (for a when that contains another rule): the state of that rule.
 
-Nothing else is looked for.
+The engine looks for nothing else.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Step(NamedTuple):
     Attributes:
       count: number of steps taken before this one, () int32; schedules are read here.
         ``None`` for a part that is used alone and needs no count.
-      mean: averages a pytree over the devices of ``axis_name``; else the identity. What
-        a part stores of a gradient must go through it, so that all devices store the
-        same.
+      mean: averages a pytree over the devices of ``axis_name``; without that axis the
+        identity. Everything that a part stores from a gradient must go through it, so
+        that all devices store the same.
       device: the number of this device, () int32, or ``None`` if there is one only. A
         shard of :func:`optax_sam.micro_sharpness` counts as a device.
     """
@@ -79,14 +79,14 @@ class Step(NamedTuple):
 
 
 class OwnGradient(NamedTuple):
-    """What an ascent returns that takes its own gradient instead of the one at ``w``.
+    """The result of an ascent that computes another gradient than the one at ``w``.
 
     The gradient at ``w`` is then not used on perturbed steps, and XLA drops its
     computation.
 
     Attributes:
       offset: the offset ``e``.
-      gradient: the gradient that stands for the incoming one.
+      gradient: the gradient to use in place of the gradient at ``w``.
     """
 
     offset: Any
@@ -101,12 +101,12 @@ def ascent_rule(
 ) -> optax.GradientTransformationExtraArgs:
     """An ascent from ``update(g, state, params, step, **extra) -> (e, state)``.
 
-    The engine hands it its ``step``. One that is used alone can do with ``count``.
+    The engine passes ``step``. If you use the ascent alone, pass ``count`` instead.
 
     Args:
       update: the rule.
-      init: makes its state from the parameters.
-      needs: which of ``params`` and ``grad_fn`` the rule cannot do without.
+      init: makes the state of the rule from the parameters.
+      needs: the arguments among ``params`` and ``grad_fn`` that the rule needs.
     """
 
     def transform(
@@ -146,22 +146,22 @@ def _kept(state: Any, g: Any, step: Step) -> tuple[Any, Any]:
 
 
 class When(NamedTuple):
-    """A rule that decides on which steps the perturbed gradient is taken.
+    """A rule that decides on which steps to compute the perturbed gradient.
 
-    The defaults are those of a rule that keeps its decision in the state and looks at
-    no gradient.
+    The defaults fit a rule that keeps its decision in the state and looks at no
+    gradient.
 
     Attributes:
       init: ``init(params) -> state``.
       now: ``now(state, g, step) -> (decision, state)`` for this step. A Python bool
         compiles no conditional. It sees every gradient, also those that are not
-        finite, and what it stores of one must go through ``step.mean``.
+        finite. Everything that it stores from a gradient must go through ``step.mean``.
       observe: ``observe(state, g, g_s, step) -> state``, called on perturbed steps
-        whose gradients are finite. What it stores of a gradient must go through
-        ``step.mean``.
+        whose gradients are finite. Everything that it stores from a gradient must go
+        through ``step.mean``.
       advance: ``advance(state, ascended) -> state``, called at the end of every
-        step; ``ascended`` says what was decided, also where ``ascend=`` overrules it.
-      call: what a reader sees of the rule.
+        step; ``ascended`` is the decision, also if ``ascend=`` overruled the rule.
+      call: the text that shows the rule.
     """
 
     init: Callable[[Any], Any]
@@ -207,18 +207,18 @@ def take_perturbed(g: Any, g_s: Any, state: Any, step: Step) -> tuple[Any, Any]:
 
 
 class Blend(NamedTuple):
-    """A rule that makes one gradient out of two, or out of one and a memory.
+    """A rule that makes one gradient out of two, or out of one and a state.
 
-    The defaults are SAM's: the perturbed gradient where there is one, else the plain
-    one, and no memory.
+    The defaults are SAM's: the perturbed gradient if there is one, else the gradient
+    at ``w``, and no state.
 
     Attributes:
       init: ``init(params) -> state``.
-      fresh: ``fresh(g, g_s, state, step) -> (d, state)`` on perturbed steps. What it
-        stores of a gradient must go through ``step.mean``.
-      stale: ``stale(g, state, step) -> (d, state)`` on the other steps, and where a
+      fresh: ``fresh(g, g_s, state, step) -> (d, state)`` on perturbed steps.
+        Everything that it stores from a gradient must go through ``step.mean``.
+      stale: ``stale(g, state, step) -> (d, state)`` on the other steps, and if a
         perturbed gradient was not finite.
-      call: what a reader sees of the rule.
+      call: the text that shows the rule.
     """
 
     init: Callable[[Any], Any] = optax.init_empty_state
@@ -234,15 +234,15 @@ class Blend(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of ``update``, as the stages of the engine look at it.
+    """One call of ``update``, as the stages of the engine see it.
 
     Attributes:
       g: the gradient at ``w``.
       params: the parameters that have a gradient.
-      whole: puts the other leaves, which have none, back to a point.
+      whole: adds the other leaves, which have no gradient, to a point.
       step: the current step.
       taken: ``taken(function, point)`` is the gradient that a function returns at a
-        point, which is rounded to ``ascent_dtype`` before and checked after.
+        point. It rounds the point to ``ascent_dtype`` and checks the gradient.
       grad_fn: the caller's function.
       extra: the caller's other extra arguments.
     """
@@ -263,11 +263,11 @@ class Call(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """Which gradient stands for the perturbed one, seen from the perturbed weights.
+    """The gradient to use as the perturbed one, at the perturbed weights.
 
     Attributes:
       gradient: ``gradient(w_e, call) -> g_s``; the gradient of the batch, unless a
-        method takes it of some examples (ESAM) or combines several (GAM).
+        method computes it on some examples (ESAM) or combines several (GAM).
       check: ``check(method, grad_fn, extra)`` raises unless ``update`` got what
         ``gradient`` needs.
     """
@@ -279,7 +279,7 @@ class Descent(NamedTuple):
 
 
 def refreshed(state: Any, moved: Any) -> Any:
-    """A state with the ``settings`` of another, those of the rule as it is now.
+    """A state with the ``settings`` of another one, made by the current rule.
 
     A state made under other settings keeps its clock and its decision.
     """
@@ -303,7 +303,7 @@ def known_ahead(state: Any) -> bool:
 
 
 def plan_of(state: Any) -> tuple[Any, Any]:
-    """The ``plan()`` of a when's state; of one without, its decision alone."""
+    """The ``plan()`` of a when's state; without a plan, its decision alone."""
     if hasattr(state, "plan"):
         return state.plan()
     return jnp.reshape(state.ascends, 1), 1

@@ -1,9 +1,9 @@
-"""Which way an optimizer's momentum points, asked of the optimizer.
+"""Finds which way an optimizer's momentum points, by running the optimizer.
 
-It runs on a small copy of the parameters with a gradient ``g`` and with ``-g``. A
-momentum starts at zero and changes its sign with the gradient, as no second moment
-does; along ``g`` it is one of gradients, against it one of steps. And steps follow
-their momentum: where that is turned, they turn.
+The optimizer runs on a small copy of the parameters with a gradient ``g`` and with
+``-g``. A momentum starts at zero and changes its sign with the gradient; a second
+moment does not. Along ``g`` it is a momentum of gradients, against ``g`` a momentum of
+steps. And steps follow their momentum: if the momentum is reversed, the steps are.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class _Optimizer(NamedTuple):
     Attributes:
       g: leaves of the gradient.
       starts: leaves of the first state.
-      updates: ``(g, state) -> (u, state)``, all leaves, but ``u`` of ``shown`` alone;
-        one for each way to fill in what is traced, as the states are.
+      updates: ``(g, state) -> (u, state)``, all leaves, but ``u`` of ``shown`` alone.
+        There is one function, and one state, for each way to fill in traced values.
       where: the leaves of the state that are the momentum.
       shown: some parameters, one of each rank for each part of the momentum.
     """
@@ -50,14 +50,14 @@ class _Optimizer(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What an optimizer did.
+    """The behaviour of an optimizer.
 
     Attributes:
       from_zero: whether the momentum starts at zero, or nearly.
-      along: of each leaf, 1 along the gradient and -1 against it; 0 where it stayed
-        zero, NaN where it does not change its sign with the gradient.
-      turns: of each leaf that is shown, 1 where the step turns with the momentum, -1
-        where it turns against it, 0 where it does not turn; NaN if there was no step.
+      along: for each leaf, 1 along the gradient and -1 against it; 0 if it stayed
+        zero, NaN if it does not change its sign with the gradient.
+      turns: for each leaf of ``shown``, 1 if the step turns with the momentum, -1 if
+        it turns against it, 0 if it does not turn; NaN if there was no step.
     """
 
     from_zero: bool
@@ -70,19 +70,19 @@ def sign(
     params: Any,
     extra: dict[str, Any] | None = None,
 ) -> int | None:
-    """1 if an optimizer's momentum is one of gradients, -1 if it is one of steps.
+    """1 if an optimizer has a momentum of gradients, -1 if it has one of steps.
 
     Args:
       inner: the optimizer; it may close over traced values.
       params: arrays, traced or not, or their shapes.
-      extra: the extra arguments of ``update``, where they are known.
+      extra: the extra arguments of ``update``, if they are known.
 
     Returns:
-      The sign; ``None`` if ``update`` needs an extra argument and ``extra`` is.
+      The sign; ``None`` if ``update`` needs an extra argument and ``extra`` is missing.
 
     Raises:
-      ValueError: if what :func:`optax_sam.momentum.parts` finds is no momentum, with a
-        remedy.
+      ValueError: if the result of :func:`optax_sam.momentum.parts` is no momentum, with
+        a remedy.
     """
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params
@@ -143,7 +143,7 @@ def _on_one_device(inner: Any, axis_name: str) -> Any:
 
 
 def _on_cpu() -> Any:
-    """Where small programs compile quickly, if there is such a device."""
+    """A device for which small programs compile quickly, if there is one."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:
@@ -164,7 +164,7 @@ def _copies(params: Any, cap: int | None) -> tuple[Any, Any]:
 
 
 def _arguments(extra: dict[str, Any] | None) -> Iterator[Callable[[Any], dict]]:
-    """Extra arguments with which an optimizer may run, of the gradient; few first."""
+    """Sets of extra arguments with which an optimizer may run; small sets first."""
     is_number = lambda x: isinstance(x, (float, int, np.ndarray, jax.Array))
     ones = jax.tree.map(
         lambda x: np.ones(jnp.shape(x), jnp.result_type(x)) if is_number(x) else x,
@@ -282,7 +282,7 @@ def _watch(optimizer: _Optimizer, start: Any, update: Any) -> _Seen:
 
 
 def _direction(odd: np.ndarray, even: np.ndarray, g: np.ndarray) -> float:
-    """Where a leaf that changed by ``odd`` with the sign of the gradient points."""
+    """The direction of a leaf that changed by ``odd`` with the gradient's sign."""
     g = np.asarray(g, np.float64)
     size, both = np.linalg.norm(odd), np.linalg.norm(even)
     if size == both == 0:
@@ -353,8 +353,8 @@ def _sign_of(
     if not seen.along.any():
         raise ValueError(
             f"msam cannot tell which way the momentum ({names}) points: it stays zero"
-            f" for {_MANY} steps, as behind a learning rate of zero. Put the learning"
-            " rate behind the momentum: optax.chain(optax.trace(0.9),"
+            f" for {_MANY} steps, as after a learning rate of zero. Put the learning"
+            " rate after the momentum: optax.chain(optax.trace(0.9),"
             " optax.scale_by_learning_rate(schedule))."
         )
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
@@ -367,7 +367,7 @@ def _sign_of(
         raise ValueError(
             "msam takes one momentum of all parameters, but the inner optimizer keeps"
             f" one of gradients for {of[1]} and one of steps, of the other sign and in"
-            f" other units, for {of[-1]}. Put the learning rate behind the momentum in"
+            f" other units, for {of[-1]}. Put the learning rate after the momentum in"
             " each part, as optax.sgd and optax.adam do (optax.rmsprop and optax.lars"
             " do not)."
         )

@@ -1,8 +1,8 @@
 """Readers of an optimizer's state: decisions, plans, metrics; and of a factory.
 
-They find sharpness-aware transformations by the type of their state, wherever it is: in
-a chain, under ``inject_hyperparams``, ``MultiSteps`` or ``apply_if_finite``, among NNX
-variables, or inside a train state.
+They find sharpness-aware transformations by the type of their state. The state may be
+in a chain, under ``inject_hyperparams``, ``MultiSteps`` or ``apply_if_finite``, among
+NNX variables, or inside a train state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from optax_sam.states import OURS, nodes, paths, without_variables
 
 
 def members(tree: Any) -> list[SharpnessAwareState]:
-    """The state of every transformation on the engine in a tree."""
+    """The state of every transformation on the engine in a pytree."""
     return nodes(tree, SharpnessAwareState)
 
 
@@ -59,15 +59,15 @@ def only_member(opt_state: Any) -> SharpnessAwareState:
 
 
 def ascends_next(opt_state: optax.OptState) -> bool | jax.Array:
-    """Whether the next step takes a perturbed gradient.
+    """Whether the next step computes a perturbed gradient.
 
     Args:
       opt_state: state of an optimizer with one sharpness-aware transformation.
 
     Returns:
-      The decision, () bool, made at the end of the step before; a Python ``True``
-      where every step is perturbed; of a state that is stacked over seeds or devices,
-      one for each.
+      The decision, () bool, made at the end of the step before. It is a Python ``True``
+      if every step is perturbed. For a state that is stacked over seeds or devices
+      there is one decision for each.
 
     Raises:
       ValueError: if there is no such transformation, or several, or if its rule decides
@@ -95,15 +95,15 @@ def _plan(when: Any, num_axes: int) -> tuple[jax.Array, jax.Array]:
 def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
     """The decisions for the next steps, as far as they are known already.
 
-    It waits for the state and asks the device once. For rules without windows 64
-    steps are known, for vSAM those up to the next window, which depend on no
-    gradient to come; at least one.
+    It waits for the state and reads from the device once. For rules without windows 64
+    steps are known. For vSAM the steps up to the next window are known, at least one;
+    they depend on no future gradient.
 
     Args:
       opt_state: state of an optimizer with one sharpness-aware transformation.
 
     Returns:
-      Bools on the host, (n,), the first one for the next step; of a state that is
+      Bools on the host, (n,), the first one for the next step. For a state that is
       stacked over seeds or devices, (..., n).
 
     Raises:
@@ -125,19 +125,20 @@ def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """What the sharpness-aware transformations measured, flat, ready for any logger.
+    """The metrics of the sharpness-aware transformations, flat, for any logger.
 
-    With several processes call it in all of them, and log in one: it computes.
+    With several processes call it in all of them, because it computes, and log in one.
 
     Args:
       opt_state: state of an optimizer with at least one sharpness-aware transformation.
 
     Returns:
-      Scalars by name. ``ascents`` and ``rejected_ascents`` so far, ``ascent_rate``
-      (ascents per step), ``gradient_norm``, ``ascended_norm`` and ``survival`` (the
-      share of the offset that survives rounding on half-precision leaves; 1 if there
-      are none) of the last perturbed step, and those of the method's parts (vSAM:
-      ``samples_per_window``, ``used_in_window``, ``psf_norm``; AE-SAM:
+      Scalars by name. ``ascents`` and ``rejected_ascents`` count the perturbed
+      gradients so far, and those that were not finite. ``ascent_rate`` is the number
+      of ascents per step. ``gradient_norm``, ``ascended_norm`` and ``survival`` (the
+      share of the perturbation that survives rounding on half-precision leaves; 1 if
+      there are none) describe the last perturbed step. The parts of a method add
+      others (vSAM: ``samples_per_window``, ``used_in_window``, ``psf_norm``; AE-SAM:
       ``squared_norm_mean``, ``squared_norm_deviation``). MSAM has
       ``perturbation_scale`` instead, SAF ``dropped_examples``, and SAMPa only the
       rejected ascents and the norms. With several transformations the names start with
@@ -165,9 +166,9 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
 def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     """The arguments of a factory that ``optax.inject_hyperparams`` must not trace.
 
-    That wrapper takes every number for a hyperparameter to trace and every function
-    for a schedule. The arguments that are neither are those not annotated as a
-    number or a schedule.
+    That wrapper traces every number as a hyperparameter, and calls every function as a
+    schedule. The arguments that are neither are those without an annotation as a number
+    or a schedule.
 
     Args:
       factory: a method of this library, for instance ``optax_sam.vsam``.

@@ -1,4 +1,4 @@
-"""Whether devices that each hold all parameters still agree."""
+"""Checks whether the copies of the parameters on several devices are equal."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from optax_sam.axes import mapped_axes, on_device
 
 
 def replica_drift(tree: Any, axis_name: Any) -> jax.Array:
-    r"""How far the copies of a pytree on several devices have drifted apart.
+    r"""The difference between the copies of a pytree on several devices.
 
     .. math::
       \max_{\text{leaves}} \Big(\max_d \sum_i x^{(d)}_i - \min_d \sum_i x^{(d)}_i\Big)
 
-    A forgotten ``pmean`` lets each device train its own weights, without an error
-    under ``pmap`` and ``shard_map(check_vma=False)``. This reads each number once and
-    sends two per leaf, so it can run every hundred steps. Sums that differ by less than
-    their rounding are told apart by a checksum of all bits.
+    If you forget a ``pmean``, each device trains other weights. Under ``pmap`` and
+    ``shard_map(check_vma=False)`` there is no error. This check reads each number once
+    and sends two per leaf, so it can run every hundred steps. If sums differ by less
+    than their rounding, a checksum of all bits shows the difference.
 
     Args:
-      tree: what should be the same on all devices: parameters, the state of the
+      tree: a pytree that should be equal on all devices: parameters, the state of the
         optimizer, running statistics.
       axis_name: name, or tuple of names, of the mapped axis.
 
     Returns:
       The drift, () float32, the same on all devices. It is 0 if all copies are equal to
-      the bit (a difference stays unseen with a chance of 2e-10), else the largest
-      difference of a sum, at least 1e-30, or infinity if some devices hold a number
-      that is not finite.
+      the bit (a difference is missed with a probability of 2e-10). Otherwise it is the
+      largest difference of a sum, at least 1e-30, or infinity if some devices hold a
+      number that is not finite.
 
     Raises:
       ValueError: if ``axis_name`` is no mapped axis.

@@ -32,7 +32,7 @@ def shown(value: Any) -> str:
 
 
 class _Range(NamedTuple):
-    """The numbers that an argument may have."""
+    """The range of valid numbers for an argument."""
 
     low: float
     high: float
@@ -49,7 +49,7 @@ class _Range(NamedTuple):
         return above and below  # a number that is none lies in no range
 
     def nearest(self, value: jax.Array) -> jax.Array:
-        """The value, or the last one inside that its dtype has."""
+        """The value, or the nearest one inside the range in its dtype."""
         if not jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(jnp.float32)
         limits = jnp.finfo(value.dtype)
@@ -75,17 +75,16 @@ def check_schedule(
     open_high: bool = False,
     finite: bool = True,
 ) -> Any:
-    """A number that was checked, or a schedule that is checked where it is read.
+    """A number that was checked, or a schedule that is checked when it is read.
 
-    A schedule's first value is held against the range, as a number is, when the
-    schedule is first read. Later values cannot be refused in a compiled step: those
-    outside the range are replaced by the nearest one inside, so that the overshoot of
-    a schedule makes no NaN.
+    The first value of a schedule is checked against the range when the schedule is
+    first read. A compiled step cannot refuse later values. It replaces values outside
+    the range by the nearest one inside, so an overshoot of a schedule makes no NaN.
     """
     if isinstance(value, optax.GradientTransformation):
         raise ValueError(
             f"{name} must be a number or a schedule of such, but is a transformation."
-            " An optimizer goes behind the method, not into it: write"
+            " An optimizer goes after the method, not into it: write"
             " optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))."
         )
     if not callable(value):
@@ -154,8 +153,8 @@ def check_number(
 ) -> Any:
     """The number, if it is one within the range.
 
-    A traced one cannot be refused; outside the range it becomes the nearest one inside.
-    A number in half precision is used in float32.
+    A traced number cannot be refused; outside the range it becomes the nearest one
+    inside. A number in half precision is used in float32.
     """
     allowed = _Range(low, high, open_low, open_high | (finite and high == np.inf))
     advice = f"{name} must be a number in {allowed}{or_what}"
@@ -165,7 +164,7 @@ def check_number(
         value = _scalar(name, value, "the argument")
         if jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize < 4:
             _warn_of_half_precision(name, value)
-            # A bound that is excluded may be what rounding made of a number inside.
+            # Rounding may turn a number inside the range into an excluded bound.
             return allowed.nearest(jnp.asarray(value))
         if isinstance(value, jax.core.Tracer):
             return allowed.nearest(jnp.asarray(value))
@@ -193,7 +192,7 @@ def _warn_of_half_precision(name: str, value: Any) -> None:
 
 
 def check_static(name: str, value: Any, what: str) -> None:
-    """Raises if ``value``, which the program's form depends on, is an array."""
+    """Raises if ``value`` is an array, because it decides the form of the program."""
     if isinstance(value, jax.Array):
         raise ValueError(
             f"{name} sets a shape or a loop, so it must be {what}, but it is a JAX"

@@ -1,4 +1,4 @@
-"""States: which are ours, where an optimizer's state has them, whether they fit."""
+"""Finds the states of our methods in an optimizer's state, and checks them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS: list[type] = []
 
 
 def registered(kind: Class) -> Class:
-    """Makes a class one of the states of our methods, for all that look for them."""
+    """Registers a class as a state of our methods, so that readers find it."""
     OURS.append(kind)
     return kind
 
@@ -84,7 +84,7 @@ def check_not_masked(method: str, *trees: Any, advice: str | None = None) -> Non
             " optax.partition(transforms, labels))."
         )
         raise ValueError(
-            f"{method} stands inside optax.masked or optax.partition, where {advice}"
+            f"{method} is inside optax.masked or optax.partition, where {advice}"
         )
 
 
@@ -92,11 +92,11 @@ def check_state(method: str, kind: type, state: Any, expected: Any = None) -> No
     """Refuses the state of another optimizer, method, rule or window.
 
     Args:
-      method: what errors call the method.
+      method: the name of the method in errors.
       kind: the type of its state.
       state: the state that ``update`` got.
-      expected: what ``init`` would make for these parameters, as shapes, to compare
-        all parts of the state with; ``None`` compares the type alone.
+      expected: the shapes of what ``init`` makes for these parameters, to compare with
+        all parts of the state; ``None`` compares the type alone.
     """
     if not isinstance(state, kind):
         raise ValueError(

@@ -29,18 +29,18 @@ _UNPRICED = {"inner": optax.sgd(0.1, momentum=0.9), "learning_rate": 0.1}
 
 
 class Summary(NamedTuple):
-    """What :func:`summary` found; printed, it is a table.
+    """The result of :func:`summary`; it prints as a table.
 
     Attributes:
-      gradients: gradients of the whole batch on a perturbed step, float; the one at the
-        parameters is one of them, unless nothing uses it.
-      gradients_when_skipped: those on any other step; ``None`` if all steps are
-        perturbed.
+      gradients: gradient evaluations of the whole batch on a perturbed step, float. The
+        gradient at ``w`` counts, unless nothing uses it.
+      gradients_when_skipped: gradient evaluations on any other step; ``None`` if all
+        steps are perturbed.
       forward_passes: forward passes beyond those of the gradients, on a perturbed step.
-      state_bytes: state of the sharpness-aware methods.
-      optimizer_bytes: state of all else, such as the momentum.
-      parameter_bytes: the parameters.
-      needs: the extra arguments that ``update`` cannot do without.
+      state_bytes: size of the state of the sharpness-aware methods.
+      optimizer_bytes: size of all other state, such as the momentum.
+      parameter_bytes: size of the parameters.
+      needs: the extra arguments that ``update`` needs.
     """
 
     gradients: float
@@ -77,22 +77,22 @@ def summary(
     params: optax.Params,
     **extra: Any,
 ) -> Summary:
-    """The price of a method or of a whole optimizer, before it is trained with.
+    """The cost of a method or of a whole optimizer, counted before training.
 
-    Nothing is looked up: ``update`` is traced on the shapes of the parameters with
-    stand-ins for the functions that it needs, and their calls are counted in the
-    program. Nothing is computed or allocated.
+    There is no table of costs. ``update`` is traced on the shapes of the parameters,
+    with stand-ins for the functions that it needs, and the calls of these are counted
+    in the program. Nothing is computed or allocated.
 
-    How many steps are perturbed is known once it trains, as ``ascent_rate`` of
+    The share of perturbed steps is known only during training, as ``ascent_rate`` of
     :func:`optax_sam.metrics`. ESAM is counted with ``per_example_losses`` given, and
-    MESA with the forward pass that its term in the loss takes.
+    MESA with the forward pass of its term in the loss.
 
     Args:
       method: the name of a method, such as ``"vsam"``; a function that makes one, such
-        as ``optax_sam.vsam``, which is called with its defaults; or what it made, alone
-        or in a whole optimizer.
-      params: the parameters, or ``jax.ShapeDtypeStruct`` in their place, as
-        ``jax.eval_shape(model.init, ...)`` gives them.
+        as ``optax_sam.vsam``, which is called with its defaults; or a transformation,
+        alone or in a whole optimizer.
+      params: the parameters, or ``jax.ShapeDtypeStruct`` in their place, such as
+        ``jax.eval_shape(model.init, ...)`` returns.
       **extra: further extra arguments that other parts of the optimizer need, such as
         ``value=0.0`` for ``optax.contrib.reduce_on_plateau``.
 
@@ -101,8 +101,8 @@ def summary(
 
     Raises:
       ValueError: if there is no method of this name, ``method`` makes no optimizer or
-        has arguments without a default, or the gradients are those of devices or
-        shards, each at its own point.
+        has arguments without a default, or each device or shard takes gradients at
+        another point.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -161,7 +161,7 @@ _ONE_POINT = (
 
 
 def _built(method: Any) -> Any:
-    """The transformation that is named, made or given."""
+    """The transformation for a name, a function or a transformation."""
     if isinstance(method, str):
         method = _named(method)
     if callable(method):
@@ -246,7 +246,7 @@ def _per_example_loss_fn(point: Any, indices: Any = None) -> jax.Array:
 
 
 def _stand_ins(state: Any) -> dict[str, dict[str, Any]]:
-    """What to hand to ``update``, by the argument that it refuses to do without."""
+    """The stand-ins to pass to ``update``, by the argument that it misses."""
     classes = [saf.logits.shape[-1] for saf in nodes(state, SAFState)]
     return {
         "grad_fn": {"grad_fn": _grad_fn},
@@ -268,7 +268,7 @@ def programs_in(equation: Any) -> list[Any]:
 
 
 def _calls(update: Callable[..., Any], params: Any, state: Any) -> Counter[str]:
-    """How often a step takes gradients and forward passes of a batch."""
+    """The numbers of gradients and forward passes of a batch in a step."""
     program = jax.make_jaxpr(update)(params, state, params).jaxpr
     counts, used = live(program)
     incoming = program.invars[: len(jax.tree.leaves(params))]

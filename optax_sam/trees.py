@@ -16,7 +16,7 @@ EPS = 1e-12
 def widest(*values: Any) -> Any:
     """float64 if a value has it, else float32.
 
-    Not ``jnp.promote_types``, which refuses to mix dtypes where users ask it to.
+    ``jnp.promote_types`` does not work here: in strict mode it refuses mixed dtypes.
     """
     is_double = lambda x: jnp.result_type(x) in (jnp.float64, jnp.complex128)
     return jnp.dtype(jnp.float64 if any(map(is_double, values)) else jnp.float32)
@@ -60,24 +60,24 @@ def norm(tree: Any) -> jax.Array:
 
 
 def root(square: jax.Array) -> jax.Array:
-    """The square root, with the derivative 0 at 0, where a step must have one."""
+    """The square root, with derivative 0 at 0, because a step must have one."""
     positive = square > 0
     value = jnp.sqrt(jnp.where(positive, square, 1))
     return jnp.where(positive, value, jnp.where(jnp.isnan(square), square, 0))
 
 
 def lift(length: jax.Array) -> jax.Array:
-    """A factor for gradients of this norm, by which their squares do not vanish.
+    """A factor for gradients of this norm, so that their squares do not vanish.
 
-    In float32 squares of entries below 1e-19 do. It is a power of two, so that it
-    rounds nothing, and 1 for all but tiny gradients.
+    In float32 squares of entries below 1e-19 vanish. The factor is a power of two, so
+    it rounds nothing, and 1 for all but tiny gradients.
     """
     tiny = jax.lax.stop_gradient(length) < 1e-12
     return jnp.where(tiny, 2.0**80, 1).astype(length.dtype)
 
 
 def tiny_norm(tree: Any) -> jax.Array:
-    """The norm, also of entries whose squares vanish."""
+    """The norm, correct also if the squares of the entries vanish."""
     factor = lift(norm(tree))
     return norm(scaled(tree, factor)) / factor
 
@@ -85,8 +85,8 @@ def tiny_norm(tree: Any) -> jax.Array:
 def rescale(tree: Any, length: jax.Array, radius: ArrayLike, eps: float = EPS) -> Any:
     """``radius * tree / (length + eps)``, in float32 or better.
 
-    A length that is zero or not finite is no direction: finite entries then give a
-    zero offset; others stay NaN, and the engine uses nothing of such a step.
+    If the length is zero or not finite, there is no direction. Finite entries then give
+    a zero offset. Others stay NaN, and the engine uses nothing of such a step.
     """
     radius = jnp.asarray(radius, length.dtype)
     scale = jnp.where(length > 0, radius / (length + eps), 0)
@@ -94,9 +94,9 @@ def rescale(tree: Any, length: jax.Array, radius: ArrayLike, eps: float = EPS) -
 
 
 def beyond_rounding(length: jax.Array, reference: jax.Array) -> jax.Array:
-    """The length of a difference, or 0 if rounding alone may have left it.
+    """The length of a difference, or 0 if it may be rounding error alone.
 
-    A direction of rounding errors must not be blown up to a given length.
+    A direction of rounding errors must not be scaled up to a given length.
     """
     noise = 100 * jnp.finfo(length.dtype).eps * reference
     return jnp.where(length <= noise, 0, length)

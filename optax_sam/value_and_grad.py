@@ -1,4 +1,4 @@
-"""A loss, its gradients, and the function that takes them at other parameters."""
+"""A loss, its gradients, and the function that computes them at other parameters."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def value_and_grad(
       \text{value}, \; \nabla_w L(w, \text{args}), \;
       w' \mapsto \nabla_w L(w', \text{args})
 
-    The loss, the metrics and the new state of the model are from the pass at ``w``.
+    The loss, the metrics and the new state of the model come from the pass at ``w``.
     The pass at the perturbed weights gets the same arguments: the *old* running
-    statistics and the same dropout key. What it returns beside the loss is dropped, so
-    that XLA does not compute it.
+    statistics and the same dropout key. Its other results are dropped, so XLA does not
+    compute them.
 
     Args:
       loss_fn: function of the parameters and of anything else,
@@ -42,12 +42,12 @@ def value_and_grad(
       axis_name: name, or tuple of names, of the mapped axis (``pmap``, ``shard_map``)
         over which the batch is split. Both gradients and the loss are then means over
         the devices, and so are the floats of ``aux``: metrics and running statistics.
-        Arrays with one row per example, such as logits, and integers stay those of the
-        device. All devices make one perturbation, so the method gets no ``axis_name``.
-      loss_scale: factor of the loss in the backward pass, by which both gradients are
-        divided afterwards: a number > 0, a scalar array, or an object with such a
-        ``scale``, as Flax's ``DynamicScale``; see :func:`optax_sam.update_loss_scale`.
-        The value is not scaled. Gradients of half precision become float32.
+        Integers, and arrays with one row per example, such as logits, stay local to the
+        device. All devices use one perturbation, so the method gets no ``axis_name``.
+      loss_scale: factor of the loss in the backward pass: a number > 0, a scalar array,
+        or an object with such a ``scale``, such as Flax's ``DynamicScale``; see
+        :func:`optax_sam.update_loss_scale`. Both gradients are divided by it
+        afterwards. The value is not scaled. Gradients of half precision become float32.
 
     Returns:
       A function with the arguments of ``loss_fn`` that returns ``(value, grads,
@@ -92,7 +92,7 @@ def value_and_grad(
 
 
 def check_arguments(loss_fn: Any, loss_scale: Any) -> None:
-    """Raises unless there are a function and a scale."""
+    """Raises unless the loss is a function and the scale is valid."""
     if not callable(loss_fn):
         raise ValueError(
             "value_and_grad takes the loss function and returns a function: write"
@@ -138,7 +138,7 @@ def with_arguments(
     axes: Axes,
     loss_scale: Any,
 ) -> tuple[Callable[[Any], Any], Callable[[Any], tuple[Any, Any]]]:
-    """What is differentiated, and its finished gradients, of the parameters alone."""
+    """The function to differentiate and its gradients, of the parameters alone."""
     objective = to_differentiate(loss_fn, has_aux, loss_scale)
 
     def of_params(params: Any) -> Any:
@@ -177,8 +177,8 @@ def to_differentiate(
 def averaged(grads: Any, loss: jax.Array, axes: Axes, loss_scale: Any) -> Any:
     """The mean over the devices of gradients, without the scale.
 
-    Where JAX tracks what varies, the transpose of the cast in ``on_device`` has summed
-    over the devices, once for each that has a loss of itself.
+    If JAX tracks what varies, the transpose of the cast in ``on_device`` has summed
+    over the devices, once for each device with a separate loss.
     """
     summed = [n for n in axes.tracked if n in varying(jnp.asarray(loss))]
     count = math.prod(jax.lax.axis_size(n) for n in summed)

@@ -1,12 +1,12 @@
 """Pictures of what :mod:`optax_sam.sharpness` measures, and of how vSAM samples.
 
 They need matplotlib (``pip install 'optax_sam[plots]'``), take arrays, and draw on the
-``ax`` that they are given. Without one they make a figure that pyplot does not know, so
-that none piles up in a long run: ``plots.loss_line(...).figure.savefig("line.png")``.
-The colours are those of Okabe and Ito, which colour-blind readers can tell apart. A
-series with the name of a method (``"SGD"``, ``"SAM"``, ``"vSAM"``) has its colour in
-all pictures, see :func:`method_colour`. A series without a finite value says so in the
-legend; if no series has one, that is an error.
+given ``ax``. Without one they make a figure that pyplot does not know, so no figures
+pile up in a long run: ``plots.loss_line(...).figure.savefig("line.png")``. The colours
+come from Okabe and Ito; colour-blind readers can tell them apart. A series with the
+name of a method (``"SGD"``, ``"SAM"``, ``"vSAM"``) has the same colour in all pictures,
+see :func:`method_colour`. The legend marks a series without a finite value. If no
+series has one, that is an error.
 """
 
 from optax_sam.plots.colours import method_colour

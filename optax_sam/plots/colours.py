@@ -1,7 +1,7 @@
 """One colour for one method, in all figures of the package, benchmarks and examples.
 
-The colours are those of Okabe and Ito, which colour-blind readers can tell apart. Their
-yellow is left out: it is too light for a line.
+The colours come from Okabe and Ito; colour-blind readers can tell them apart. Their
+yellow is left out, because it is too light for a line.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 BLACK, GREY = "#000000", "#666666"
 BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
 ORANGE, RED, PINK = "#E69F00", "#D55E00", "#CC79A7"
-# For series that are no methods, those that are told apart best first.
+# For series that are not methods; the easiest to tell apart come first.
 PALETTE = BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK
 
 METHODS = {
@@ -27,13 +27,13 @@ METHODS = {
 def method_colour(name: str) -> str:
     """The colour that a method has in every figure.
 
-    Series that are named after a method have it by themselves.
+    Series that are named after a method get this colour by default.
 
     Args:
-      name: of the method, as the pages of results write it.
+      name: the name of the method, as the pages of results write it.
 
     Returns:
-      The colour, as ``#rrggbb``; a grey for a method that has none of its own.
+      The colour, as ``#rrggbb``; a grey for a method without a colour.
 
     Examples:
       >>> from optax_sam import plots

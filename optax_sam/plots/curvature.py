@@ -1,4 +1,4 @@
-"""The spectrum of the Hessian, and its edge over training."""
+"""The spectrum of the Hessian, and the largest eigenvalue over training."""
 
 from __future__ import annotations
 
@@ -40,23 +40,24 @@ def spectral_density(
     unit: str = "nats",
     floor: float = 1e-7,
 ) -> Axes:
-    """Draws the density of the Hessian's eigenvalues, with a band of its error.
+    """Draws the density of the Hessian's eigenvalues, with an error band.
 
-    The density is on a logarithmic axis, or the outliers, one eigenvalue each, would
-    not be seen beside the many near zero.
+    The axis of the density is logarithmic. On a linear axis, outliers of one eigenvalue
+    each would not be visible beside the many near zero.
 
     Args:
-      result: of :func:`optax_sam.sharpness.spectral_density`, or several by name.
+      result: what :func:`optax_sam.sharpness.spectral_density` returned, or several by
+        name.
       ax: where to draw; ``None`` makes a figure.
-      unit: of the loss; nats for a cross-entropy.
+      unit: the unit of the loss; nats for a cross-entropy.
       floor: the lowest density shown, as a share of the highest.
 
     Returns:
-      The axes. The band is one standard error over the probes to either side; of a
+      The axes. The band is one standard error over the probes to either side; for a
       single probe there is none.
 
     Raises:
-      ValueError: if ``floor`` is not in ``(0, 1)``, or what was given is no density.
+      ValueError: if ``floor`` is not in ``(0, 1)``, or ``result`` is no density.
       ImportError: if there is no matplotlib.
 
     Examples:
@@ -87,14 +88,14 @@ def spectral_panels(
 ) -> Any:
     """Draws several densities of eigenvalues, one above the other on equal axes.
 
-    It is for matrices of one network, such as its Hessian and its Gauss-Newton matrix:
-    what the second lacks left of the thin line at zero comes from the curvature of the
-    model, which it leaves out.
+    Use it for matrices of one network, such as its Hessian and its Gauss-Newton matrix.
+    The second leaves out the curvature of the model. Eigenvalues that it lacks, left of
+    the thin line at zero, come from that curvature.
 
     Args:
-      results: of :func:`optax_sam.sharpness.spectral_density`, by name.
+      results: what :func:`optax_sam.sharpness.spectral_density` returned, by name.
       ax: where to draw, one for each density; ``None`` makes a figure.
-      unit: of the loss; nats for a cross-entropy.
+      unit: the unit of the loss; nats for a cross-entropy.
       floor: the lowest density shown, as a share of the highest of all.
 
     Returns:
@@ -135,7 +136,7 @@ def spectral_panels(
 
 
 def _densities(result: Any, floor: float) -> tuple[dict[str, Any], tuple[float, float]]:
-    """One or several densities by name, and the limits of what is shown."""
+    """One or several densities by name, and the limits of the axes."""
     check_number("floor", floor, 0.0, 1.0, open_low=True, open_high=True)
     named = {"": result} if hasattr(result, "density") else result
     if isinstance(named, Mapping) and not named:
@@ -176,31 +177,32 @@ def sharpness_history(
     ax: Axes | None = None,
     unit: str = "nats",
 ) -> Axes:
-    r"""Draws the largest eigenvalue over training, and where training gets unstable.
+    r"""Draws the largest eigenvalue over training, and the edge of stability.
 
     Gradient descent on a quadratic diverges above :math:`2 / \eta`, and with heavy-ball
-    momentum :math:`\beta` above :math:`2 (1 + \beta) / \eta`; full-batch training
-    hovers about that line. With small batches, and with SAM, it stays below. The axis
-    is logarithmic; if an eigenvalue is zero or negative, it is linear around zero.
+    momentum :math:`\beta` above :math:`2 (1 + \beta) / \eta`. In full-batch training
+    runs the eigenvalue hovers about that line. With small batches, and with SAM, it
+    stays below. The axis is logarithmic; if an eigenvalue is zero or negative, the axis
+    is linear around zero.
 
     Args:
-      steps: ``(T,)``, when it was measured.
+      steps: ``(T,)``, the steps of the measurements.
       lambda_max: ``(T,)``, or several by name.
       learning_rate: :math:`\eta`, a number, one for each of ``steps``, or a schedule;
-        ``None`` draws no line, and where it is 0 there is none.
+        ``None`` draws no line. Where the rate is 0 there is no line.
       momentum: :math:`\beta`, in ``[0, 1)``.
-      sam_edge: ``(T,)``, the corresponding edge of SAM, as from
-        ``optax_sam.sharpness.sam_stability_edge``; several by the names of
-        ``lambda_max``, whose colours they take.
+      sam_edge: ``(T,)``, the edge of SAM, as from
+        ``optax_sam.sharpness.sam_stability_edge``, or several by the names of
+        ``lambda_max``; they get the colours of the same names.
       ax: where to draw; ``None`` makes a figure.
-      unit: of the loss; nats for a cross-entropy.
+      unit: the unit of the loss; nats for a cross-entropy.
 
     Returns:
       The axes.
 
     Raises:
       ValueError: if an argument has another shape than ``steps``, ``momentum`` is out
-        of range, ``sam_edge`` has a name that ``lambda_max`` has not, or no eigenvalue
+        of range, ``sam_edge`` has a name that ``lambda_max`` lacks, or no eigenvalue
         is finite.
       ImportError: if there is no matplotlib.
 

@@ -44,7 +44,7 @@ def loss_line(
       alphas: ``(A,)``, the steps along the direction.
       losses: ``(A,)``, or several by name: ``{"SGD": losses, "SAM": losses}``.
       ax: where to draw; ``None`` makes a figure.
-      unit: of the loss; nats for a cross-entropy.
+      unit: the unit of the loss; nats for a cross-entropy.
 
     Returns:
       The axes.
@@ -74,14 +74,14 @@ def loss_line(
 def loss_along_eigenvectors(
     result: EigenLines, *, ax: Axes | None = None, unit: str = "nats"
 ) -> Axes:
-    r"""Draws losses along eigenvectors, and dotted what each eigenvalue promises.
+    r"""Draws losses along eigenvectors, and dotted parabolas of the eigenvalues.
 
-    The axes end a little above the highest loss, so that steep parabolas leave them.
+    The axes end a little above the highest loss, so steep parabolas leave them.
 
     Args:
-      result: of :func:`optax_sam.sharpness.loss_along_eigenvectors`.
+      result: what :func:`optax_sam.sharpness.loss_along_eigenvectors` returned.
       ax: where to draw; ``None`` makes a figure.
-      unit: of the loss; nats for a cross-entropy.
+      unit: the unit of the loss; nats for a cross-entropy.
 
     Returns:
       The axes.
@@ -132,30 +132,30 @@ def loss_surface(
     unit: str = "nats",
     num_levels: int = 14,
 ) -> Any:
-    """Draws losses on a plane, several side by side on one scale of colours.
+    """Draws losses on a plane; several side by side with one colour scale.
 
     The levels are logarithmic if all losses are positive and the highest is five times
-    the lowest; where a loss is not finite the plane is left white. A cross marks the
-    weights themselves, if they are on the surface. A path of training has a dot for
-    each checkpoint, the first of them white.
+    the lowest. Where a loss is not finite, the plane stays white. A cross marks the
+    weights themselves, if they are on the surface. The path of a training run has a dot
+    for each checkpoint; the first dot is white.
 
     Args:
       alphas: ``(A,)``, the steps along the first direction, drawn to the right.
-      betas: ``(B,)``, those along the second one, drawn upwards.
+      betas: ``(B,)``, the steps along the second one, drawn upwards.
       losses: ``(A, B)``, as from :func:`optax_sam.sharpness.loss_surface`, or several
         by name.
-      path: of :func:`optax_sam.sharpness.project_path` with the same directions, whose
-        shares of the variance the labels of the axes then tell. Of several paths, one
-        that is named as a surface is drawn on that one, and the others on all.
+      path: what :func:`optax_sam.sharpness.project_path` returned for the same
+        directions. The labels of the axes then show the shares of the variance. A path
+        with the name of a surface is drawn on that surface only, other paths on all.
       ax: where to draw, one for each surface; ``None`` makes a figure.
-      unit: of the loss; nats for a cross-entropy.
-      num_levels: of the contours.
+      unit: the unit of the loss; nats for a cross-entropy.
+      num_levels: the number of contours.
 
     Returns:
       The axes; an array of them for several by name.
 
     Raises:
-      ValueError: if the losses have not the shape ``(A, B)``, there are more surfaces
+      ValueError: if the losses are not of shape ``(A, B)``, there are more surfaces
         than axes, or nothing is finite.
       ImportError: if there is no matplotlib.
 

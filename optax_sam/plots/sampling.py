@@ -27,17 +27,17 @@ def sampling_rate(
     """Draws how often vSAM perturbs, and the norm of its PSF, over training.
 
     Args:
-      steps: ``(T,)``, when the records were made.
-      records: what ``optax_sam.metrics(opt_state)`` gave at each of them, or one
+      steps: ``(T,)``, the steps of the records.
+      records: what ``optax_sam.metrics(opt_state)`` returned at each step, or one
         dictionary of arrays ``(T,)``.
-      window: ``K``, as vSAM was given; the rate is ``samples_per_window / K``. While
-        every step so far was perturbed, as in the warm-up, it is 100 %; before the
+      window: ``K``, the window of vSAM; the rate is ``samples_per_window / K``. As long
+        as every step was perturbed, as in the warm-up, the rate is 100 %. Before the
         first perturbed step nothing is drawn.
       ax: where to draw; ``None`` makes a figure.
-      unit: of the loss; nats for a cross-entropy.
+      unit: the unit of the loss; nats for a cross-entropy.
 
     Returns:
-      The axes of the rate; those of the norm, on the right, are the figure's last.
+      The axes of the rate. The axes of the norm, on the right, are the figure's last.
 
     Raises:
       ValueError: if the records are not vSAM's, or not as many as ``steps``.
@@ -60,7 +60,7 @@ def sampling_rate(
     if absent := [name for name in needed if any(name not in one for one in each)]:
         raise ValueError(
             f"records have no {', '.join(absent)}; pass what"
-            " optax_sam.metrics(opt_state) gave for vsam (with several members, those"
+            " optax_sam.metrics(opt_state) gave for vsam (with several methods, those"
             " of one, without its path)."
         )
     columns = [np.ravel([np.asarray(one[name]) for one in each]) for name in needed]
@@ -72,7 +72,7 @@ def sampling_rate(
     rate, psf = (np.where(ascended > 0, values, np.nan) for values in (rate, psf))
     ax = axes_or_new(ax)
     right = ax.twinx()
-    # A record speaks of the steps before it.
+    # A record describes the steps before it.
     colour = method_colour("vSAM")
     ax.plot(x, rate, color=colour, lw=1.6, drawstyle="steps-pre")
     right.plot(x, psf, color=GREY, lw=1)

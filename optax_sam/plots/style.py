@@ -1,4 +1,4 @@
-"""What all pictures share: figures, styles of lines, scales and sizes of letters."""
+"""Shared by all pictures: figures, styles of lines, scales and font sizes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def axes_or_new(ax: Any) -> Any:
-    """The axes given, or those of a new figure."""
+    """The given axes, or the axes of a new figure."""
     return new_figure(5, 3.3).subplots() if ax is None else ax
 
 
 def as_many_axes(ax: Any, number: int, what: str, make: Any) -> Any:
-    """The axes given, which must be as many; or those that ``make()`` makes."""
+    """The given axes, which must be as many; or new ones from ``make()``."""
     if ax is None:
         return make()
     axes = np.ravel(np.asarray(ax, object))
@@ -79,8 +79,8 @@ def finite(name: str, series: Any) -> np.ndarray:
 def styled(named: Mapping[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
     """Each series with its label, a colour and dashes, so that none hides another.
 
-    A method has its own colour, and the others take what is left of the palette.
-    Colours and dashes repeat after different numbers.
+    A method has a fixed colour, and other series take the rest of the palette. Colours
+    and dashes repeat after different numbers of series.
     """
     from matplotlib import rcParams
 
@@ -107,13 +107,13 @@ def styled(named: Mapping[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
 
 
 def told(name: str, series: Any) -> str:
-    """The name of a series, which says so if none of it can be drawn."""
+    """The name of a series, with a note if no value of it can be drawn."""
     values = getattr(series, "density", series)
     return name if np.isfinite(values).any() else f"{name} (no finite value)"
 
 
 def label_axes(ax: Any, x: str, y: str, color: str | None = None) -> None:
-    """Names the axes; with a colour, the vertical one's."""
+    """Names the axes; ``color`` is for the vertical one."""
     if x:
         ax.set_xlabel(x, fontsize=SMALL + 1)
     ax.set_ylabel(y, fontsize=SMALL + 1)
@@ -162,9 +162,9 @@ def wrapped(name: str, width: float) -> str:
 def add_legend(ax: Any) -> None:
     """Names, if there are any, in rows above the axes, where no curve is.
 
-    Long names have fewer columns, and more lines at last. A figure of our own grows by
-    the rows beyond two; on axes that are given, which do not, the legend moves to where
-    it hides least.
+    Long names get fewer columns, and then more lines. A figure that was made here grows
+    by the rows beyond two. Given axes do not grow, so the legend moves to the place
+    where it hides least.
     """
     named = [line for line in ax.lines if line.get_label()[:1] not in ("", "_")]
     if not named:

@@ -1,4 +1,4 @@
-"""The largest loss in a ball: Auto-PGD, which every worst case here is found with."""
+"""The largest loss in a ball, by Auto-PGD. All worst cases here use it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from optax_sam.sharpness.probes import typed_key
 from optax_sam.trees import norm, rescale, scaled, widest
 
 Ball = Literal["l2", "linf"]
-ALPHA = 0.75  # of a step that is new; the rest goes on as the one before
+ALPHA = 0.75  # the share of a step that is new; the rest repeats the step before
 
 
 class Ascent(NamedTuple):
@@ -24,7 +24,7 @@ class Ascent(NamedTuple):
 
     Attributes:
       value: the objective there.
-      earlier: the best value that was known before the last quarter of the steps.
+      earlier: the best value found before the last quarter of the steps.
       u: the point.
     """
 
@@ -39,7 +39,7 @@ class Maximum(NamedTuple):
     Attributes:
       gain: how far the objective rose above its value at zero; at least 0, and NaN
         where it was NaN at zero or at all other points.
-      late_gain: the part of it that the last quarter of the steps brought.
+      late_gain: the part of the gain that came in the last quarter of the steps.
       u: the point; zero if none was better.
     """
 
@@ -64,8 +64,9 @@ def maximize(
 ) -> Maximum:
     """The best of ascents from random points, or of one from zero if ``key`` is None.
 
-    Each takes ``num_steps + 1`` values with gradients. One after the other runs, and
-    only the best is kept, so that memory does not grow with their number.
+    Each ascent takes ``num_steps + 1`` values with gradients. The ascents run one after
+    the other and only the best point is kept, so memory does not grow with their
+    number.
 
     Args:
       value_and_grad: the objective, a function of a pytree like ``like``.
@@ -81,7 +82,7 @@ def maximize(
       on_host: whether the objective is a loop of the host.
 
     Returns:
-      The best point and what it gains over zero.
+      The best point, and its gain over zero.
     """
     climb = lambda start: auto_pgd(
         value_and_grad,
@@ -106,7 +107,7 @@ def maximize(
         first = vary(Ascent(nothing, nothing, zeros), axis_name)
         keys = jax.random.split(typed_key(key), num_restarts)
         found = scan(on_host, attempt, first, keys)[0]
-    # Zero is in the ball, and NaN must not pass for it.
+    # Zero is in the ball, so the gain is at least 0; but NaN must not become 0.
     better = ~(found.value <= at_zero)
     gain = jnp.where(better, found.value - at_zero, 0)
     before = jnp.where(found.earlier > at_zero, found.earlier - at_zero, 0)
@@ -162,15 +163,16 @@ def auto_pgd(
 
     with :math:`s` the unit gradient (l2) or its signs (linf), :math:`P` the projection
     to the ball, :math:`\alpha = 0.75`, and :math:`u_1 = z`. The step :math:`\eta`
-    begins at :math:`2 \rho`. At a checkpoint after fewer improvements than three in
-    four steps it is halved, and the ascent goes on from the best point so far.
+    begins at :math:`2 \rho`. At each checkpoint, if fewer than three in four steps
+    were improvements, the step is halved, and the ascent continues from the best point
+    so far.
 
-    It takes ``num_steps + 1`` values with gradients: the last point's gradient is not
-    used, and the program has one copy of the objective.
+    It takes ``num_steps + 1`` values with gradients. The gradient at the last point is
+    not used, but this way the program has one copy of the objective.
 
-    Differs from the authors' code in: improvements are counted of the best value and
-    not of each over the one before. Then a value that did not rise between checkpoints
-    is always halved at, as their second condition asks.
+    Difference from the authors' code: a step counts as an improvement if it improves
+    the best value, not the value before it. So the step is always halved if the best
+    value did not rise between two checkpoints; their second condition asks for this.
 
     Args:
       value_and_grad: the objective, a function of a pytree like ``u0``.
@@ -183,7 +185,7 @@ def auto_pgd(
       on_host: whether the objective is a loop of the host.
 
     Returns:
-      The best point that was seen, ``u0`` among them.
+      The best point of the ascent, which may be ``u0``.
 
     References:
       Croce and Hein, `Reliable Evaluation of Adversarial Robustness with an Ensemble
@@ -200,7 +202,7 @@ def auto_pgd(
         u = project(u)
         length = norm(u)
         far = length > radius.astype(length.dtype)
-        # Not times a ratio of one where it is inside: that would round.
+        # Inside the ball, a multiplication by one would round.
         return _select(far, rescale(u, length, radius, eps=0.0), u)
 
     def uphill(g: Any) -> Any:
@@ -244,15 +246,15 @@ def auto_pgd(
         eta=2 * radius,
         rises=jnp.zeros((), jnp.int32),
     )
-    # One turn more than there are steps: each begins with the value of a point.
+    # One turn more than steps, because each turn begins with the value of a point.
     end = repeat(on_host, num_steps + 1, climb, vary(start, axis_name))
     return end.best
 
 
 def checkpoint_demands(num_steps: int) -> np.ndarray:
-    """Four times the improvements that are asked for after ``k`` steps; 0: none are.
+    """Four times the improvements required after ``k`` steps; 0 if none are.
 
-    The first entry makes the count begin again after the start, which always counts.
+    The start always counts as an improvement; the first entry resets the count then.
     """
     # In whole hundredths: in floating point 0.7 * 20 lies above 14.
     marks, step = [22], 19

@@ -1,4 +1,4 @@
-"""The batches that a measure is a mean over: stacked on the device, or on the host."""
+"""The batches over which a measure averages: stacked on the device, or on the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optax_sam.sharpness.stream import accumulate, count_examples
 
 
 class Stacked:
-    """Arrays ``(B, m, ...)``, of which a scan takes one batch after the other."""
+    """Arrays ``(B, m, ...)``; a scan takes one batch after the other."""
 
     on_host = False
 
@@ -54,7 +54,7 @@ class Stacked:
         return jax.lax.map(f, self.batches)
 
     def mean_of(self, per_batch: jax.Array) -> jax.Array:
-        """The mean over the batches here of what :meth:`each` has returned."""
+        """The mean over the batches here of what :meth:`each` returned."""
         share = self.share.astype(per_batch.dtype)
         return jnp.tensordot(share, per_batch, axes=1)
 
@@ -63,8 +63,8 @@ class Streamed:
     """Batches ``(m, ...)`` of any iterable, brought to the device one by one.
 
     Attributes:
-      source: a list, a loader, or a function that makes an iterator. What gives its
-        batches only once is kept in the memory of the host.
+      source: a list, a loader, or a function that makes an iterator. An iterator gives
+        its batches only once, so they are kept in the memory of the host.
       weights: a number for each batch, or a function from a batch to one.
     """
 
@@ -114,7 +114,7 @@ class Streamed:
         return jax.tree.map(lambda *x: jnp.stack(x), *found)
 
     def mean_of(self, per_batch: jax.Array) -> jax.Array:
-        """The mean of what :meth:`each` has returned last."""
+        """The mean of what the last :meth:`each` returned."""
         return jnp.tensordot(self._share.astype(per_batch.dtype), per_batch, axes=1)
 
 
@@ -122,7 +122,7 @@ Data = Stacked | Streamed
 
 
 def data_of(batches: Any, weights: Any, axis_name: Any) -> Data:
-    """What measures are given as ``batches``: arrays, a list, a loader, a generator."""
+    """Brings ``batches`` (arrays, a list, a loader, a generator) into one form."""
     if isinstance(batches, (Stacked, Streamed)):
         return batches
     is_stream = is_streamed(batches)
@@ -138,8 +138,8 @@ def data_of(batches: Any, weights: Any, axis_name: Any) -> Data:
     if is_stream:
         raise ValueError(
             f"batches is a {type(batches).__name__}, which the host reads batch by"
-            " batch, so the measure must be called outside of jit. It compiles what it"
-            " does with one batch by itself."
+            " batch, so the measure must be called outside of jit. It compiles its"
+            " work on one batch by itself."
         )
     shapes = {str(jax.tree.map(jnp.shape, x)) for x in batches}
     if len(shapes) != 1:
@@ -152,7 +152,7 @@ def data_of(batches: Any, weights: Any, axis_name: Any) -> Data:
 
 
 def is_streamed(batches: Any) -> bool:
-    """Whether these are batches that only an iteration shows."""
+    """Whether these batches can be seen only by iterating."""
     if isinstance(batches, Iterator):
         return True
     if not jax.tree_util.all_leaves([batches]) or hasattr(batches, "shape"):
@@ -163,7 +163,7 @@ def is_streamed(batches: Any) -> bool:
 
 
 def scan(on_host: bool, f: Callable[[Any, Any], Any], carry: Any, xs: Any) -> Any:
-    """``jax.lax.scan``, or the same loop on the host, for what reads batches there."""
+    """``jax.lax.scan``, or the same loop on the host if the batches are there."""
     if not on_host:
         return jax.lax.scan(f, carry, xs)
     ys = []
@@ -188,11 +188,11 @@ def repeat(on_host: bool, number: int, f: Callable[[Any, Any], Any], start: Any)
 
 
 def stack_batches(data: Any, batch_size: int) -> Any:
-    """Data of shape ``(N, ...)`` as batches ``(N / m, m, ...)``, as measures take them.
+    """Splits data ``(N, ...)`` into batches ``(N / m, m, ...)``, as measures take them.
 
-    Every measure is a mean over batches, and some (worst cases, one SAM step) depend on
-    the batch size ``m``, so a number is only comparable with one of the same ``m`` and
-    the same data. A shorter last batch would change both in silence; it is refused.
+    Every measure is a mean over batches, and some measures (worst cases, one SAM step)
+    depend on the batch size ``m``. So compare numbers only if they have the same ``m``
+    and the same data. A shorter last batch would change both in silence; it is refused.
 
     Args:
       data: a pytree of arrays ``(N, ...)``: the examples, in the order to be used.

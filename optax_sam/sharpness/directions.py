@@ -24,29 +24,29 @@ def filter_normalized_direction(
     mask: Mask = None,
     roles: Any = None,
 ) -> Any:
-    r"""A random direction, each filter of which is as long as the one in the weights.
+    r"""A random direction whose filters are as long as those of the weights.
 
-    Networks of which one is the other's rescaled look alike along such directions,
-    as they do not along plain random ones. Of standard normal draws, for each filter
-    :math:`f`:
+    Along such directions, a network and a rescaled copy of it look alike. Along plain
+    random directions they do not. The draws :math:`d` are standard normal. For each
+    filter :math:`f`:
 
     .. math:: d_f \leftarrow \|w_f\|\, \frac{d_f}{\|d_f\| + 10^{-10}}
 
     Args:
       key: an int, a key from ``jax.random.key``, or raw key data. The draw of a leaf
         depends on its position in the pytree and not on the mask.
-      params: the weights ``w``; their own dtype, or float32 if that is narrower, is
-        the direction's.
-      norm: ``"filter"``; ``"layer"``, which takes a whole leaf for one filter; or
-        ``None``, the draws as they are. Of a leaf of stacked layers (``nn.scan``), each
-        layer has filters of its own.
-      ignore_1d: whether all but kernels and embeddings, so biases and the gains and
-        offsets of normalization layers, and what has at most one axis in a layer, stay
-        in place. Else each of these is one filter.
+      params: the weights ``w``. The direction has their dtype, or float32 if that is
+        narrower.
+      norm: ``"filter"``; ``"layer"``, which treats a whole leaf as one filter; or
+        ``None``, which leaves the draws as they are. In a leaf of stacked layers
+        (``nn.scan``), each layer has separate filters.
+      ignore_1d: whether only kernels and embeddings move. Biases, the gains and offsets
+        of normalization layers, and all other leaves with at most one axis per layer
+        then stay in place. If false, each of these is one filter.
       filter_axis: the axis or axes of a kernel along which its filters are counted,
-        beside those of stacked layers; ``None`` means the output axes that ``roles``
+        beside the axes of stacked layers. ``None`` means the output axes that ``roles``
         finds: the last one in Flax, with kernels ``(in, out)`` and ``(height, width,
-        in, out)``, several for the heads of attention, the first one in Equinox.
+        in, out)``; several for the heads of attention; the first one in Equinox.
       mask: the leaves to move: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
       roles: what each leaf is: a pytree of :class:`optax_sam.Role` or a function from
@@ -57,8 +57,8 @@ def filter_normalized_direction(
       zero directions.
 
     Raises:
-      ValueError: if ``norm`` is none of these, a chosen leaf is not real, or it has
-        no axis ``filter_axis``.
+      ValueError: if ``norm`` is unknown, or a chosen leaf is not real or has no axis
+        ``filter_axis``.
 
     Examples:
       >>> import jax.numpy as jnp

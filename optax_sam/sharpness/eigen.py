@@ -1,4 +1,4 @@
-"""Eigenvalues of an operator, with eigenvectors and what is known of their error."""
+"""Eigenvalues of an operator, with eigenvectors and bounds on their errors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from optax_sam.sharpness.probes import random_vector
 
 
 class EigenResult(NamedTuple):
-    """Eigenpairs, with what is known of their error.
+    """Eigenpairs, with bounds on their errors.
 
     Attributes:
-      eigenvalues: ``(k,)``, in the order that was asked for; loss per squared
-        parameter. ``nan`` where fewer than ``k`` were there to be found.
+      eigenvalues: ``(k,)``, in the requested order; loss per squared parameter. If
+        fewer than ``k`` were found, the rest is ``nan``.
       eigenvectors: a pytree like the parameters with leaves ``(k, ...)``, each of
         length one, zero in leaves that are left out.
-      residuals: ``(k,)``, ``|H v - lambda v|``: an eigenvalue lies within it.
+      residuals: ``(k,)``, ``|H v - lambda v|``; an eigenvalue is at most this far away.
       converged: ``(k,)``, whether the residual is below the tolerance.
-      num_matvecs: the Hessian-vector products that were spent.
+      num_matvecs: the number of Hessian-vector products.
     """
 
     eigenvalues: jax.Array
@@ -35,10 +35,10 @@ class EigenResult(NamedTuple):
     num_matvecs: jax.Array
 
     def vector(self, i: int) -> Any:
-        """Eigenvector ``i``, a pytree like the parameters: a direction to look along.
+        """Eigenvector ``i``, a pytree like the parameters.
 
         Args:
-          i: which, in the order of the eigenvalues.
+          i: its index, in the order of the eigenvalues.
         """
         return jax.tree.map(lambda v: v[i], self.eigenvectors)
 
@@ -58,21 +58,23 @@ def eigenvalues(
 
     .. math:: H v_i = \lambda_i v_i, \qquad \lambda_1 \ge \dots \ge \lambda_n
 
-    by Lanczos with full re-orthogonalization, which stops where the Krylov space is
-    exhausted. ``lambda_max`` in the literature is the algebraically largest, ``"LA"``;
-    power iteration finds the largest in magnitude, ``"LM"``, which may be negative.
+    The method is Lanczos with full re-orthogonalization. It stops where the Krylov
+    space is exhausted. ``lambda_max`` in the literature is the algebraically largest
+    eigenvalue, ``"LA"``. Power iteration finds the one with the largest magnitude,
+    ``"LM"``, which may be negative.
 
-    Cost: ``num_matvecs`` products; memory: as many vectors, and a few.
+    It costs ``num_matvecs`` products, and the memory of as many vectors and a few more.
 
     Args:
       operator: from :func:`hessian`, :func:`ggn` or :func:`fisher`; or, for the
         Hessian, ``loss_fn, params, batches`` with the options of :func:`hessian`.
       key: for the random start: an int or a key.
-      k: how many, at most ``num_matvecs``.
-      num_matvecs: steps of Lanczos. 20 do for up to five large eigenvalues of a trained
-        network; the smallest takes 40 to 80, and so may a network at initialization.
+      k: the number of eigenvalues, at most ``num_matvecs``.
+      num_matvecs: steps of Lanczos. 20 are enough for up to five large eigenvalues of a
+        trained network. The smallest eigenvalue takes 40 to 80 steps. A network at
+        initialization may take as many.
       which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest magnitude.
-      init: a pytree like ``params`` to start near, as the last top eigenvector.
+      init: a pytree like ``params`` to start near, such as the last top eigenvector.
       tol: an eigenvalue has converged once its residual is at most ``tol`` times its
         magnitude; default 1e-3, and 1e-6 in float64.
 
@@ -136,7 +138,7 @@ def _start(operator: Operator, key: ArrayLike, init: Any) -> jax.Array:
         return z
     params = operator.to_params(operator.like)
     init = ravel(chosen_part("init", init, params, operator.like)).astype(z.dtype)
-    # A random part, or a start that is an eigenvector would show nothing else.
+    # Without a random part, a start that is an eigenvector would show nothing else.
     norm = jnp.linalg.norm(init)
     unit = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
     return unit * init + 0.1 / jnp.linalg.norm(z) * z

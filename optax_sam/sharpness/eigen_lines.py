@@ -1,4 +1,4 @@
-"""The loss along eigenvectors, beside what the eigenvalues promise."""
+"""The loss along eigenvectors, beside the parabolas of the eigenvalues."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class EigenLines(NamedTuple):
     """Losses along eigenvectors.
 
     Attributes:
-      alphas: ``(A,)``, the steps, in lengths of the weights: eigenvectors have length
-        one.
+      alphas: ``(A,)``, the steps, as distances in the space of the weights, because
+        eigenvectors have length one.
       losses: ``(k, A)``, the losses.
       parabolas: ``(k, A)``, the losses to second order in the step.
       eigenvalues: ``(k,)``, the curvatures of the parabolas.
@@ -48,10 +48,12 @@ def loss_along_eigenvectors(
     .. math:: L(w + \alpha\, v_i) \quad \text{beside} \quad
        L(w) + \alpha\, v_i^\top \nabla L(w) + \tfrac{1}{2} \alpha^2 \lambda_i
 
-    Where the two part, curvature at ``w`` says nothing more. For a plane of two of them
-    give ``(eigen.vector(0), eigen.vector(1))`` to :func:`loss_surface`.
+    Where the two differ, the curvature at ``w`` no longer describes the loss. For a
+    plane along two eigenvectors give ``(eigen.vector(0), eigen.vector(1))`` to
+    :func:`loss_surface`.
 
-    Cost: a gradient, and a forward pass over the batches for each of ``k * A`` points.
+    It costs a gradient, and a forward pass over the batches for each of ``k * A``
+    points.
 
     Args:
       loss_fn: as in :func:`loss_line`.
@@ -59,7 +61,8 @@ def loss_along_eigenvectors(
       batches: as in :func:`loss_line`.
       eigen: what :func:`hessian_eigenvalues` or :func:`eigenvalues` returned.
       alphas: ``(A,)``, where to evaluate.
-      mask: as in :func:`loss_line`; the one that the eigenvectors are of.
+      mask: the mask with which the eigenvectors were computed; as in
+        :func:`loss_line`.
       weights: as in :func:`loss_line`.
       axis_name: as in :func:`loss_line`.
 

@@ -1,4 +1,4 @@
-"""Worst-case sharpness that symmetries of products of weights do not change."""
+"""Worst-case sharpness that does not change with the factors of products of weights."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def geodesic_sharpness(
 ) -> SharpnessResult:
     r"""Worst-case sharpness of transformers that ignores how products are factored.
 
-    Attention sees queries and keys, and values and outputs, of a head only as products
-    :math:`G H'`, the same for :math:`(G A^{-1}, H A')` with any invertible :math:`A`,
-    however far that moves the weights and every other sharpness with them. So distance
-    is taken between products here: along horizontal geodesics of their pairs,
+    In each head, attention uses only the product :math:`G H'` of its query and key
+    matrices, and of its value and output matrices. The pair
+    :math:`(G A^{-1}, H A')` has the same product for any invertible :math:`A`, but
+    other weights, and any other sharpness differs there. This measure takes the
+    distance between products, along horizontal geodesics of their pairs,
 
     .. math::
       S = \operatorname{mean}_S \max_{\xi \text{ horizontal}, \; \|\xi\| \le \rho}
@@ -53,22 +54,22 @@ def geodesic_sharpness(
       \texttt{inv:} \operatorname{tr}(P^{-1} \eta_G' \zeta_G)
       + \operatorname{tr}(Q^{-1} \eta_H' \zeta_H)
 
-    Leaves in no pair move on straight lines at the length :math:`\|\xi / |w|\|`, so
-    that without pairs this is adaptive l2 :func:`worst_case_sharpness` exactly.
+    Leaves in no pair move on straight lines, with the length :math:`\|\xi / |w|\|`.
+    So without pairs this is exactly the adaptive l2 :func:`worst_case_sharpness`.
 
-    **Radii of the two metrics cannot be compared.** If both factors grow by a share
-    :math:`b`, then :math:`\|\xi\|^2` is :math:`2 h b^2` in ``inv``, relative as the
-    other leaves' is, and :math:`2 b^2 \|G H'\|_F^2` in ``mix``, in units of the
-    product: there large products move relatively less than the leaves they share the
-    radius with. The paper's values are not known to us; adaptive sharpness has been
-    taken at 0.5 to 4 for vision transformers. Whether larger values go with a larger
-    or a smaller generalization gap depended on the task in the paper.
+    **Do not compare radii of the two metrics.** Let both factors grow by a share
+    :math:`b`. Then :math:`\|\xi\|^2` is :math:`2 h b^2` in ``inv``, which is relative
+    as for the other leaves. In ``mix`` it is :math:`2 b^2 \|G H'\|_F^2`, in units of
+    the product, so large products move relatively less than the leaves with which they
+    share the radius. We do not know the radii of the paper. For adaptive sharpness of
+    vision transformers, 0.5 to 4 has been used. In the paper it depended on the task
+    whether larger values go with a larger or a smaller generalization gap.
 
-    A product of rank below :math:`h`, to rounding, is taken as one of that rank, so it
-    stays where it has none, as zero weights do: a LoRA pair with a factor of zeros does
-    not move at all. Small singular values, which ``mix`` moves far, are damped by
-    ``eps``. The cost beyond :func:`worst_case_sharpness` is two QR decompositions of
-    each pair and a few products of its size in every step.
+    A product whose rank is below :math:`h`, to rounding, keeps that rank, as zero
+    weights stay zero. A LoRA pair with a factor of zeros does not move at all. ``mix``
+    moves small singular values far; ``eps`` damps this. Beyond
+    :func:`worst_case_sharpness` each step costs two QR decompositions of each pair and
+    a few products of its size.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
@@ -77,16 +78,16 @@ def geodesic_sharpness(
       batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples, with
         a maximum for each.
       rho: radius, above 0, in units of the metric.
-      gl_pairs: what :func:`attention_gl_pairs` and :func:`gl_pair` return, in a list;
-        no leaf in two of them. They are static: close over them in ``jax.jit``.
+      gl_pairs: a list of what :func:`attention_gl_pairs` and :func:`gl_pair` return.
+        No leaf may be in two pairs. They are static: close over them in ``jax.jit``.
       key: an int, typed key or raw key data, for random starts. ``None``: one start at
-        ``w``, which finds nothing where the gradient is 0.
+        ``w``, which finds nothing if the gradient there is 0.
       metric: ``"mix"`` or ``"inv"``, the norm of all pairs.
-      eps: at least 0; what is added to the Gram matrices in the metric, as a share of
-        the mean of their eigenvalues, :math:`\epsilon \operatorname{tr}(P) / h`, where
-        both are equal on the orbit: at factors of the product's singular vectors.
+      eps: at least 0. The metric adds :math:`\epsilon \operatorname{tr}(P) / h`, this
+        share of the mean eigenvalue, to both Gram matrices. It does so at the point of
+        the orbit where both are equal: at factors of the product's singular vectors.
       num_steps: steps of each ascent, at least 1.
-      num_restarts: the number of random starts, of which the best counts.
+      num_restarts: the number of random starts; the best one counts.
       metric_fn: ``metric_fn(params, batch)``, an array or a pytree of arrays, whose
         mean change at the worst points is reported.
       mask: the leaves that move, as in :func:`hvp`. Pairs that it leaves out as a whole
@@ -102,8 +103,8 @@ def geodesic_sharpness(
 
     Raises:
       ValueError: if a pair names no leaf, its shapes do not match or have more columns
-        than rows, the mask cuts it, a leaf is in two, ``rho`` is not above 0, the
-        metric is unknown, ``eps`` is negative, or as :func:`hvp` does.
+        than rows, the mask cuts a pair, a leaf is in two pairs, ``rho`` is not above 0,
+        the metric is unknown, ``eps`` is negative, or as :func:`hvp` does.
 
     Examples:
       A product of two numbers, at 3 where 2.9 is asked for, however it is factored:

@@ -1,4 +1,4 @@
-"""Pairs of matrices that a network knows only by their product."""
+"""Pairs of matrices that a network uses only as their product."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from optax_sam.roles import named_leaves, resolve_roles
 
 
 class GLBlock(NamedTuple):
-    """Some rows of a factor of a pair: one leaf of the parameters, and how to read it.
+    """One leaf of the parameters, and how to read it as rows of a factor of a pair.
 
     Attributes:
       path: the leaf's path, its keys joined by ``/``, as in ``"attention/out/kernel"``.
       rank_axis: the axis, of length ``h``, over which the product sums.
-      head_axis: the axis along which there is one pair after the other, as the heads
-        of an attention layer, or several, as its heads and the stacked layers;
-        ``None`` for a single pair. All further axes are rows.
+      head_axis: the axis that counts the pairs, such as the heads of an attention
+        layer, or several such axes, such as heads and stacked layers; ``None`` for a
+        single pair. All other axes are rows.
       shape: the shape in which to read the leaf first, such as ``(d, heads, k)`` for a
-        kernel ``(d, heads * k)``; ``None`` for its own.
-      part: ``(axis, start, stop)``, the part of the leaf as it is read, as the queries
-        in a kernel of queries, keys and values; ``None`` for all of it.
+        kernel ``(d, heads * k)``; ``None`` keeps its shape.
+      part: ``(axis, start, stop)``, a part of the leaf in that shape, such as the
+        queries in a kernel of queries, keys and values; ``None`` for all of it.
     """
 
     path: str
@@ -39,7 +39,7 @@ class GLPair(NamedTuple):
 
     Attributes:
       G: the blocks of rows of the left factor.
-      H: those of the right one.
+      H: the blocks of rows of the right factor.
     """
 
     G: tuple[GLBlock, ...]
@@ -55,23 +55,23 @@ def gl_pair(G: Factor, H: Factor) -> GLPair:
     .. math::
       G H', \qquad G \in \mathbb{R}^{n \times h}, \; H \in \mathbb{R}^{m \times h}
 
-    Each factor is a leaf, or several whose rows are stacked: a kernel and its bias, as
-    the row that belongs to a constant input of 1. A leaf with more heads than the other
-    factor has is stacked, too: in grouped-query attention, the query heads that share a
-    key head, which are taken to stand next to each other.
+    Each factor is a leaf, or several leaves whose rows are stacked. So a kernel goes
+    with its bias, which is the row for a constant input of 1. If one factor has more
+    heads than the other, its heads are stacked, too: in grouped-query attention, these
+    are the query heads that share a key head. They must be next to each other.
 
     Args:
-      G: the path of a leaf that has ``h`` as its last axis, a :class:`GLBlock` for any
-        other, or a list of such.
-      H: likewise. What multiplies from the right, ``x @ G @ B``, is ``H'``, so it is
+      G: the path of a leaf with ``h`` as its last axis, a :class:`GLBlock` for any
+        other leaf, or a list of these.
+      H: likewise. In ``x @ G @ B`` the matrix ``B`` is ``H'``, so write
         ``GLBlock("B", rank_axis=0)``.
 
     Returns:
       The pair's description, for :func:`geodesic_sharpness`.
 
     Raises:
-      ValueError: if a factor is none of these. What depends on the parameters is
-        checked where they are known, by :func:`geodesic_sharpness`.
+      ValueError: if a factor has another type. :func:`geodesic_sharpness` checks the
+        factors against the parameters.
 
     Examples:
       The two matrices of a LoRA layer, ``x @ lora_a @ lora_b``:
@@ -96,7 +96,7 @@ def _blocks(name: str, factor: Any) -> tuple[GLBlock, ...]:
     return tuple(GLBlock(x) if isinstance(x, str) else x for x in parts)
 
 
-# What a matrix of an attention layer is called, after the path of the layer.
+# The names of an attention layer's matrices, after the path of the layer.
 _NAMES = {
     "query": ("query", "q_proj", "q"),
     "key": ("key", "k_proj", "k"),
@@ -121,24 +121,24 @@ def attention_gl_pairs(
        \begin{bmatrix} W_k \\ b_k' \end{bmatrix}', \qquad
        \begin{bmatrix} W_v \\ b_v' \end{bmatrix} W_o
 
-    For Linen's ``MultiHeadDotProductAttention`` and NNX's ``MultiHeadAttention``, and
-    what has such parameters: kernels ``(d, heads, k)`` and biases ``(heads, k)`` of
-    ``query``, ``key`` and ``value`` (or ``q_proj``, ``k_proj``, ``v_proj``), and a
-    kernel ``(heads, k, f)`` of ``out`` (``out_proj``, ``o_proj``), whose bias is in no
-    pair. Kernels of two axes, ``(d, heads * k)``, are read with ``num_heads``. One
-    kernel ``qkv`` for all three holds the heads of queries, keys and values one after
-    the other. With fewer key and value heads than query heads, neighbours share one
-    (grouped queries). Layers that are stacked in their leaves (``nn.scan``) are pairs
-    one by one.
+    It finds Linen's ``MultiHeadDotProductAttention``, NNX's ``MultiHeadAttention``, and
+    other layers with such parameters: kernels ``(d, heads, k)`` and biases
+    ``(heads, k)`` of ``query``, ``key`` and ``value`` (or ``q_proj``, ``k_proj``,
+    ``v_proj``), and a kernel ``(heads, k, f)`` of ``out`` (``out_proj``, ``o_proj``).
+    The bias of ``out`` is in no pair. Kernels with two axes, ``(d, heads * k)``, need
+    ``num_heads``. One kernel ``qkv`` for all three has the heads of queries, keys and
+    values one after the other. With fewer key and value heads than query heads,
+    neighbours share one (grouped queries). Layers that are stacked in one leaf
+    (``nn.scan``) are separate pairs.
 
     Rotary position embeddings act between query and key, and break the symmetry of
-    their product. They cannot be seen in the parameters: write ``qk=False`` there.
+    their product. The parameters do not show them, so write ``qk=False``.
 
     Args:
       params: the parameters; only their paths and shapes are read.
-      path: that of the layer, its keys joined by ``/`` or as a tuple; ``""`` if it is
-        the whole; ``None`` for all layers that there are.
-      num_heads: the query heads of kernels of two axes.
+      path: the path of the layer, its keys joined by ``/`` or as a tuple; ``""`` if
+        ``params`` is the layer; ``None`` for all layers.
+      num_heads: the number of query heads, for kernels with two axes.
       qk: whether to take the query-key pairs.
       vo: whether to take the value-output pairs.
 
@@ -146,8 +146,8 @@ def attention_gl_pairs(
       A list of up to two descriptions for each layer, for :func:`geodesic_sharpness`.
 
     Raises:
-      ValueError: if no such layer is at ``path``, its shapes are others, it has no
-        heads and ``num_heads`` is not given, or it normalizes queries or keys and
+      ValueError: if no such layer is at ``path``, its shapes do not fit, it has no axis
+        of heads and ``num_heads`` is missing, or it normalizes queries or keys and
         ``qk`` is not False.
 
     Examples:
@@ -195,7 +195,7 @@ class _Layers(NamedTuple):
     num_heads: int | None
 
     def at(self, kernel: str) -> str | None:
-        """The layer whose queries, or whose fused kernel, this is."""
+        """The layer that has this kernel of queries, or this fused kernel."""
         *above, module, leaf = ["", *kernel.split("/")]
         layer = "/".join(above[1:])
         if leaf != "kernel" or module not in _NAMES["query"] + _NAMES["fused"]:
@@ -339,6 +339,6 @@ def lora_gl_pairs(params: Any) -> list[GLPair]:
 
 
 def describe(names: Any) -> str:
-    """What parameters there are, for an error."""
+    """The parameters by name, for an error."""
     names = sorted(names)
     return f"there are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}."

@@ -1,4 +1,4 @@
-"""Rank correlation of a measure with what it should predict, over trained models."""
+"""Rank correlation of a measure with the quantity it should predict."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Variant = Literal["a", "b"]
 
 
 class KendallInterval(NamedTuple):
-    """A rank correlation and what it may be on other models of the kind.
+    """A rank correlation, and its interval over models from the same grid.
 
     Attributes:
       tau: the correlation of all models.
       low: lower end of the interval.
-      high: its upper end.
+      high: upper end of the interval.
       stderr: the standard deviation over the resamples.
     """
 
@@ -33,7 +33,8 @@ class GranulatedKendall(NamedTuple):
 
     Attributes:
       Psi: :math:`\Psi`, the mean over the axes.
-      psi: :math:`\psi_i`, that of models that differ along axis ``i`` alone, ``(q,)``.
+      psi: :math:`\psi_i`, the correlation among models that differ along axis ``i``
+        alone, ``(q,)``.
     """
 
     Psi: float
@@ -48,24 +49,25 @@ def kendall_tau(s: ArrayLike, t: ArrayLike, *, variant: Variant = "a") -> float:
       \mathrm{sign}(s_i - s_j)\, \mathrm{sign}(t_i - t_j), \qquad
       \tau_b = \frac{C - D}{\sqrt{(N - T_s) (N - T_t)}}
 
-    with :math:`C` concordant and :math:`D` discordant ones of :math:`N = M(M-1)/2`
-    pairs, of which :math:`T_s` and :math:`T_t` are tied in each. The two differ when
-    there are ties, as among small test errors: say with a number which it is, and
-    whether the gap is of errors or of losses. On the host, in :math:`M^2` memory.
+    Of the :math:`N = M(M-1)/2` pairs, :math:`C` are concordant and :math:`D`
+    discordant; :math:`T_s` pairs are tied in ``s`` and :math:`T_t` in ``t``. The two
+    variants differ if there are ties, which are common among small test errors. So
+    report the variant with the number, and whether the gap is one of errors or of
+    losses. It runs on the host and takes :math:`M^2` memory.
 
     Args:
       s: the measure of each model, ``(M,)``, finite.
-      t: what it should predict, such as test minus training error, ``(M,)``, finite.
-      variant: ``"a"``, as in studies of geodesic sharpness, or ``"b"``, as in those of
-        Rényi sharpness and by default in SciPy.
+      t: the quantity to predict, such as test minus training error, ``(M,)``, finite.
+      variant: ``"a"``, as in studies of geodesic sharpness, or ``"b"``, as in studies
+        of Rényi sharpness and by default in SciPy.
 
     Returns:
-      The correlation in ``[-1, 1]``. Where one is the same for all models, it orders
-      none of them: 0, for ``"b"`` too (SciPy: NaN).
+      The correlation in ``[-1, 1]``. It is 0 if ``s`` or ``t`` is the same for all
+      models, for ``"b"`` too (SciPy: NaN).
 
     Raises:
-      ValueError: if the two have not the same shape, are not finite, have less than 2
-        models, or ``variant`` is unknown.
+      ValueError: if ``s`` and ``t`` have different shapes, are not finite or have fewer
+        than 2 models, or if ``variant`` is unknown.
 
     Examples:
       >>> from optax_sam import sharpness
@@ -94,18 +96,19 @@ def kendall_interval(
 ) -> KendallInterval:
     """Kendall's correlation with a bootstrap interval over the models.
 
-    Models are drawn with replacement, and the interval lies between percentiles of
-    the correlations. A model drawn twice is no pair with itself: such pairs, tied in
-    both, would pull every resample towards zero. It tells what other models from the
-    same grid might give, and nothing of other architectures or data.
+    The bootstrap draws models with replacement. The interval lies between percentiles
+    of the correlations. A model that is drawn twice makes no pair with itself: such
+    pairs are tied in both, and would pull every resample towards zero. The interval
+    says what other models from the same grid might give. It says nothing about other
+    architectures or data.
 
     Args:
       s: as in :func:`kendall_tau`.
       t: as in :func:`kendall_tau`.
       variant: as in :func:`kendall_tau`.
       confidence: the share of the resamples within the interval, in ``(0, 1)``.
-      num_resamples: how many are drawn.
-      seed: of the draws.
+      num_resamples: the number of resamples.
+      seed: the seed of the draws.
 
     Returns:
       The correlation, the interval's ends, and the standard error.
@@ -143,14 +146,15 @@ def granulated_kendall(
     r"""Kendall's correlation among models that differ in one hyperparameter.
 
     A measure that follows one hyperparameter alone, such as the depth, may order all
-    models well and still say nothing on the others. For each axis of the grid and
-    each setting of the other axes, :math:`\tau_a` is taken of the models along it;
-    :math:`\psi_i` is the mean over the settings, and :math:`\Psi` over the axes.
+    models well and still say nothing about the other hyperparameters. So
+    :math:`\tau_a` is computed along each axis of the grid, for each setting of the
+    other axes. :math:`\psi_i` is the mean over these settings, and :math:`\Psi` the
+    mean over the axes.
 
     Args:
       s: the measure of each model of the grid, of shape ``grid_shape`` or flattened
         from it (the last axis is the fastest), finite.
-      t: what it should predict, of the same shape, finite.
+      t: the quantity to predict, of the same shape, finite.
       grid_shape: the number of values of each hyperparameter, each at least 2.
 
     Returns:

@@ -20,8 +20,8 @@ class KeskarSharpness(NamedTuple):
 
     Attributes:
       value: in percent of one plus the loss; a lower bound of the exact value.
-      late_gain: the part of it that the last quarter of the steps brought. Where it is
-        not small against ``value``, take more steps.
+      late_gain: the part of ``value`` that came in the last quarter of the steps. If it
+        is not small against ``value``, take more steps.
     """
 
     value: jax.Array
@@ -48,13 +48,13 @@ def keskar_sharpness(
       |d_i| \le \epsilon (|w_i| + 1)
 
     or :math:`d = A z` in a random subspace, with independent normal entries of ``A``
-    and :math:`|z_i| \le \epsilon (|(A^+ w)_i| + 1)`. Unlike in the other worst cases
-    here, the maximum is one of the mean loss of all batches.
+    and :math:`|z_i| \le \epsilon (|(A^+ w)_i| + 1)`. This is the maximum of the
+    mean loss over all batches, unlike in the other worst cases here.
 
-    It is found by Auto-PGD in the box from a random start, with ``num_steps + 1``
-    passes over the data for values with gradients, and one for the value at ``w``. It
-    depends on that budget: compare numbers of the same settings only. In float32 a
-    loss near 1 has a rounding error of 1e-5 percent.
+    Auto-PGD finds it in the box from a random start. It takes ``num_steps + 1`` passes
+    over the data for values with gradients, and one pass for the value at ``w``. The
+    result depends on the number of steps, so compare only numbers with the same
+    settings. In float32 a loss near 1 has a rounding error of 1e-5 percent.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch, at least 0;
@@ -64,11 +64,11 @@ def keskar_sharpness(
         list, a loader or a generator of them, as for :func:`hessian`.
       key: an int, typed key or raw key data, for the start and the subspace; ``None``
         is 0.
-      eps: half the width of the box for a weight of 0, above 0; the paper's are 1e-3
+      eps: half the width of the box for a weight of 0, above 0; the paper uses 1e-3
         and 5e-4.
       num_steps: steps of the ascent, at least 1.
       subspace_dim: the dimension of the subspace, at most the number of weights (100 in
-        the paper), whose basis takes the memory of as many copies of the parameters;
+        the paper). Its basis takes the memory of as many copies of the parameters.
         ``None``: all directions.
       mask: the leaves that move: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all.
@@ -79,7 +79,7 @@ def keskar_sharpness(
       The percentage, as a :class:`KeskarSharpness`.
 
     Raises:
-      ValueError: if ``eps`` is not above 0, the key is none, the subspace has more
+      ValueError: if ``eps`` is not above 0, the key is not valid, the subspace has more
         dimensions than there are weights, or as :func:`hvp` does.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Lanczos with full re-orthogonalization, and a guard that knows where it must stop."""
+"""Lanczos with full re-orthogonalization, and a check of where it must stop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rule(NamedTuple):
 
 
 class Lanczos(NamedTuple):
-    """The projection of an operator on a Krylov space, with what is noise marked.
+    """The projection of an operator on a Krylov space, with its noise marked.
 
     Attributes:
       diagonal: ``(K,)``, of the projected operator, which is tridiagonal.

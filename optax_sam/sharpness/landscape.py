@@ -33,12 +33,13 @@ def loss_line(
 
     .. math:: L(w + \alpha\, d)
 
-    Cost: a forward pass over the batches for each point, one after the other.
+    It costs a forward pass over the batches for each point, one after the other.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
-        so dropout off and BatchNorm with its running averages. Those belong to ``w``:
-        far from it, re-estimate them, or the curve shows how wrong they are there.
+        so dropout off and BatchNorm with its running averages. These averages belong to
+        ``w``. Far from it they are wrong, and the curve shows this, unless you estimate
+        them again there.
       params: the weights ``w``.
       batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
         list, a loader or a generator of them, as for :func:`hessian`.
@@ -93,18 +94,18 @@ def loss_surface(
 
     .. math:: L(w + \alpha\, d + \beta\, d')
 
-    Cost: a forward pass over the batches for each of the ``A * B`` points. For a
-    progress bar, loop on the host over slices of ``alphas`` of one length, which
-    share one compiled program.
+    It costs a forward pass over the batches for each of the ``A * B`` points. For a
+    progress bar, loop on the host over slices of ``alphas`` of one length. They share
+    one compiled program.
 
     Args:
       loss_fn: as in :func:`loss_line`.
       params: the weights ``w``.
       batches: as in :func:`loss_line`.
-      directions: ``(d, d')``, two pytrees like ``params``. Two random ones are almost
-        orthogonal in many dimensions; nothing here makes them so.
-      alphas: ``(A,)``, the steps along ``d``, in its lengths.
-      betas: ``(B,)``, the steps along ``d'``; ``None`` means those along ``d``.
+      directions: ``(d, d')``, two pytrees like ``params``. They are not made
+        orthogonal, but two random ones almost are, in many dimensions.
+      alphas: ``(A,)``, the steps along ``d``, in lengths of ``d``.
+      betas: ``(B,)``, the steps along ``d'``; ``None`` means the same as ``alphas``.
       mask: as in :func:`loss_line`.
       weights: as in :func:`loss_line`.
       axis_name: as in :func:`loss_line`.
@@ -158,13 +159,14 @@ def interpolate_loss(
 
     .. math:: L\big((1 - \alpha)\, w + \alpha\, w'\big)
 
-    Cost: a forward pass over the batches for each point. BatchNorm's running averages
-    fit neither network in between: re-estimate them at each point, or read the barrier
-    with care.
+    It costs a forward pass over the batches for each point. Between the two networks,
+    the running averages of BatchNorm do not fit. Estimate them again at each point, or
+    a barrier may come from them.
 
     Args:
       loss_fn: as in :func:`loss_line`.
-      params: the weights ``w``, at ``alpha = 0``; leaves that are left out are theirs.
+      params: the weights ``w``, at ``alpha = 0``. Leaves that are left out keep these
+        values.
       batches: as in :func:`loss_line`.
       other: the weights ``w'``, at ``alpha = 1``.
       alphas: ``(A,)``, where to evaluate.

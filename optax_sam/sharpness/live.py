@@ -1,4 +1,4 @@
-"""What one SAM step tells about sharpness, at no gradient more than it takes anyway."""
+"""Sharpness from the two gradients of one SAM step, at no further gradient."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def sam_metrics(
     updates: Any = None,
     learning_rate: ArrayLike | None = None,
 ) -> dict[str, jax.Array]:
-    r"""What the two passes of one SAM step tell about sharpness, flat, for any logger.
+    r"""Sharpness from the two passes of one SAM step, as a flat dict for any logger.
 
-    With :math:`g` at :math:`w` and :math:`g_s` at :math:`w + e`, of one batch:
+    :math:`g` is the gradient at :math:`w` and :math:`g_s` the gradient at
+    :math:`w + e`, on one batch:
 
     ======================== ==================================================
     ``loss``                 :math:`L(w)`
@@ -35,42 +36,42 @@ def sam_metrics(
     ``perturbed_grad_norm``  :math:`\|g_s\|`
     ``grad_norm_ratio``      :math:`\|g_s\| / \|g\|`
     ``cosine``               :math:`\langle g, g_s \rangle / (\|g\| \|g_s\|)`
-    ``psf_norm``             :math:`\|g_s - g\|`, whose variance vSAM goes by
-    ``rho``                  :math:`\|e\|`, as it was meant
-    ``perturbation_norm``    :math:`\|e\|`, as far as rounding let it through
+    ``psf_norm``             :math:`\|g_s - g\|`; vSAM uses its variance
+    ``rho``                  :math:`\|e\|`, before rounding
+    ``perturbation_norm``    :math:`\|e\|`, after rounding
     ``rayleigh_quotient``    :math:`\langle e, g_s - g \rangle / \|e\|^2`
     ``rayleigh_from_loss``   :math:`2\, (L(w + e) - L(w) - \langle g, e \rangle)
                              / \|e\|^2`
     ======================== ==================================================
 
-    with ``params`` also ``param_norm`` and ``moved_fraction``, the share of the
-    coordinates where :math:`w + e \ne w`; with ``updates`` ``update_norm``; with
-    ``learning_rate`` that, and the lines to draw beside the largest eigenvalue,
-    ``stability_edge`` :math:`2 / \eta` and ``stability_edge_sam``
-    (:func:`sam_stability_edge`). Where a norm that is divided by is zero, so is the
-    result.
+    ``params`` adds ``param_norm`` and ``moved_fraction``, the share of the coordinates
+    where :math:`w + e \ne w`. ``updates`` adds ``update_norm``. ``learning_rate`` adds
+    itself and two lines to draw beside the largest eigenvalue: ``stability_edge``
+    :math:`2 / \eta` and ``stability_edge_sam`` (:func:`sam_stability_edge`). If a norm
+    is zero, every quotient with that norm in the denominator is zero.
 
-    Both quotients are the curvature along :math:`e`: on a quadratic exactly
-    :math:`e^\top H e / \|e\|^2`, a lower bound of the largest eigenvalue, of which the
-    running maximum is worth keeping; elsewhere averages along the step. The one from
-    losses is of little use in float32 for a small :math:`\rho`.
+    Both Rayleigh quotients are the curvature along :math:`e`. On a quadratic they are
+    exactly :math:`e^\top H e / \|e\|^2`, a lower bound of the largest eigenvalue, so
+    their running maximum is a useful estimate. Elsewhere they are averages along the
+    step. ``rayleigh_from_loss`` is of little use in float32 for a small :math:`\rho`.
 
-    :func:`optax_sam.metrics` has ``gradient_norm``, ``ascended_norm``, ``survival`` and
-    the counts from the optimizer's state, on skipped steps too, and on a mesh the means
-    of those of all devices; the losses, the angle, the curvature and what moved are
-    added here. Under ``shard_map`` these are each device's own: take their ``pmean``.
+    :func:`optax_sam.metrics` reads ``gradient_norm``, ``ascended_norm``, ``survival``
+    and the counts from the optimizer's state, on skipped steps too. On a mesh they are
+    means over all devices. This function adds the losses, the angle, the curvature and
+    the moved fraction. Under ``shard_map`` each device gets the numbers of its batch:
+    take their ``pmean``.
 
     Args:
       loss: ``L(w)``, (), from ``value_and_grad``.
       loss_perturbed: ``L(w + e)`` on the same batch, ().
-      grads: ``g``, a tree.
+      grads: ``g``, a pytree.
       grads_perturbed: ``g_s``, a pytree like ``grads``.
       perturbation: ``e``, a pytree like ``grads``.
-      params: ``w``, in the dtype that the perturbed ones had, to which ``w + e`` is
-        rounded here. The methods of this library hand float32 ones to ``grad_fn``
-        for half-precision leaves (``ascent_dtype``), so cast these alike:
+      params: ``w``, in the dtype of the perturbed parameters, to which ``w + e`` is
+        rounded here. The methods of this library give ``grad_fn`` float32
+        parameters for half-precision leaves (``ascent_dtype``), so cast them:
         ``optax.tree.cast_like(params, perturbed)``.
-      updates: what is added to the parameters, a tree.
+      updates: a pytree that is added to the parameters.
       learning_rate: ``eta``, (), at least 0.
 
     Returns:
@@ -156,15 +157,15 @@ def sam_stability_edge(
         \left( \sqrt{1 + \frac{8 \rho}{\eta \|g\|}} - 1 \right)
         = \frac{4}{\eta + \sqrt{\eta^2 + 8 \rho \eta / \|g\|}}
 
-    of which the second form is computed, as it loses no digits for a small
-    :math:`\rho`. It lies below gradient descent's :math:`2 / \eta`, which it is for
-    :math:`\rho = 0`, and falls to zero with the gradient. It speaks of full-batch
-    steps without momentum, in the direction of the gradient.
+    It is computed by the second form, which loses no digits for a small :math:`\rho`.
+    It lies below :math:`2 / \eta`, the edge of gradient descent; the two are equal for
+    :math:`\rho = 0`. It falls to zero with the gradient. It holds for full-batch steps
+    without momentum, in the direction of the gradient.
 
     Args:
       grad_norm: :math:`\|g\|`, at least 0.
       rho: radius, at least 0.
-      learning_rate: :math:`\eta`, at least 0; the edge of 0 is infinite.
+      learning_rate: :math:`\eta`, at least 0; the edge is infinite if it is 0.
 
     Returns:
       :math:`\lambda_\text{SAM}`, loss per squared parameter; the arguments broadcast,
@@ -201,7 +202,7 @@ def _ratio(value: jax.Array, by: jax.Array) -> jax.Array:
 
 
 def _applied(params: Any, e: Any) -> tuple[Any, jax.Array]:
-    """What rounding leaves of the offset, and what share of coordinates it moves."""
+    """The offset after rounding, and the share of the coordinates that it moves."""
 
     def rounded(w: ArrayLike, e: jax.Array) -> jax.Array:
         w = jnp.asarray(w)

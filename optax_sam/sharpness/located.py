@@ -1,4 +1,4 @@
-"""Where the leaves of pairs are, how to read them as matrices, and write them back."""
+"""Finds the leaves of pairs, reads them as matrices, and writes them back."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from optax_sam.sharpness.gl_pairs import ATTENTION, GLBlock, GLPair, describe
 
 
 class Located(NamedTuple):
-    """A pair whose leaves have been found, and fit each other.
+    """A pair whose leaves were found and fit each other.
 
     Attributes:
       G: the blocks of the left factor, with the shapes in which they are read.
-      H: those of the right one.
-      number: how many pairs these are.
+      H: the blocks of the right factor.
+      number: the number of pairs.
     """
 
     G: tuple[GLBlock, ...]
@@ -57,12 +57,12 @@ class Located(NamedTuple):
 
 
 def locate(gl_pairs: Sequence[GLPair], params: Any, w: Any) -> list[Located]:
-    """Finds the leaves of all pairs, and checks that they are what pairs must be.
+    """Finds the leaves of all pairs, and checks that they make valid pairs.
 
     Args:
       gl_pairs: the descriptions.
       params: all parameters.
-      w: the chosen ones among them; pairs that are left out as a whole are dropped.
+      w: the chosen parameters; pairs that are left out as a whole are dropped.
     """
     if isinstance(gl_pairs, GLPair) or not all(isinstance(x, GLPair) for x in gl_pairs):
         raise ValueError(

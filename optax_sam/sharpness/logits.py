@@ -1,4 +1,4 @@
-"""Logits without their scale, so that losses of different models compare."""
+"""Logits without their scale, so that losses of different models can be compared."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def normalize_logits(
 
     .. math:: \frac{f - \bar f}{\max(\|f - \bar f\|_2, \epsilon)}
 
-    To be used inside a ``loss_fn`` before the cross-entropy, at temperature 1. The loss
-    and every sharpness of it are then the same for :math:`f` and :math:`s f + b` with
-    :math:`s > 0`, where that of a plain cross-entropy falls with the logits' scale,
-    and so with longer training.
+    Use it inside a ``loss_fn`` before the cross-entropy, at temperature 1. The loss and
+    all its measures of sharpness are then the same for :math:`f` and :math:`s f + b`
+    with :math:`s > 0`. The sharpness of a plain cross-entropy falls with the scale of
+    the logits, and so with longer training runs.
 
     Args:
       logits: an array; half precision is widened to float32.
@@ -58,9 +58,9 @@ def chunked_cross_entropy(
 
     .. math:: -\frac{1}{N} \sum_{i=1}^N \log \operatorname{softmax}(h_i W)_{y_i}
 
-    For the last layer of a language model inside a ``loss_fn``: the logits of all
-    tokens are never there together, neither in the loss nor in its gradient and
-    products with its Hessian, each of which computes them again, chunk by chunk.
+    Use it for the last layer of a language model, inside a ``loss_fn``. The logits of
+    all tokens are never in memory together. The loss, its gradient and the products
+    with its Hessian each compute them again, chunk by chunk.
 
     Args:
       features: ``h``, ``(..., d)``.

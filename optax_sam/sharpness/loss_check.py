@@ -1,4 +1,4 @@
-"""What a loss should not do: draw random numbers, or mix the examples of a batch."""
+"""Warns about a loss that draws random numbers or mixes the examples of a batch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ MIXED = (
 
 
 def check_loss(loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> None:
-    """Warns once about a loss that is no mean of deterministic losses of examples.
+    """Warns once if a loss is not a mean of deterministic losses of examples.
 
-    It looks at the program of the loss and runs nothing.
+    It inspects the program of the loss and runs nothing.
     """
     try:
         if loss_fn in _checked:

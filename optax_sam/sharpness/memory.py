@@ -1,4 +1,4 @@
-"""How much memory a measure takes, before it runs."""
+"""The memory that a measure needs, known before it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Memory(NamedTuple):
     Attributes:
       temporary_bytes: what the compiled program allocates while it runs.
       parameter_bytes: the size of the parameters.
-      parameter_vectors: the first in units of the second.
+      parameter_vectors: ``temporary_bytes`` in units of ``parameter_bytes``.
     """
 
     temporary_bytes: int
@@ -33,16 +33,16 @@ def memory(
     *args: Any,
     **options: Any,
 ) -> Memory:
-    """What a measure will need: it is compiled for these shapes, and does not run.
+    """The memory that a measure will need: compiled for these shapes, but not run.
 
     Args:
       measure: a function ``(loss_fn, params, batches, ...)``, such as
         :func:`hessian_trace`.
       loss_fn: the loss.
-      params: the weights, or a pytree of ``jax.ShapeDtypeStruct`` like them, as
-        ``jax.eval_shape`` makes.
+      params: the weights, or a pytree of ``jax.ShapeDtypeStruct`` like them, such as
+        ``jax.eval_shape`` returns.
       batches: stacked batches, or their shapes. For a list or a loader give one batch,
-        stacked, as no more than one is there at a time.
+        stacked, because only one is in memory at a time.
       *args: further arguments of the measure.
       **options: its options.
 

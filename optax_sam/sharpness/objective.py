@@ -1,4 +1,4 @@
-"""Which loss, of which leaves, on which data: what every measure starts from."""
+"""The loss, the chosen leaves and the data, from which every measure starts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LossFn = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss of the 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A loss as a function of the chosen leaves, and the batches that it is meant on.
+    """A loss as a function of the chosen leaves, and the batches to evaluate it on.
 
-    It is a pytree, so that what is compiled for a batch has weights as arguments; the
-    batches are no part of that.
+    It is a pytree, so that a program compiled for a batch gets the weights as
+    arguments. The batches are not among its leaves.
 
     Attributes:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch.
@@ -75,9 +75,9 @@ class Objective:
     def mean(self, f: Callable[..., Any], *args: Any) -> Any:
         """The mean of ``f(objective, batch, *args)`` over all batches of all devices.
 
-        One batch at a time, so that no more than one lives in memory with what its
-        gradient keeps. On the host each batch runs through one compiled program, which
-        is kept for the next call with the same ``f``.
+        It takes one batch at a time, so that only one is in memory, with the arrays
+        that its gradient keeps. On the host each batch runs through one compiled
+        program, which is kept for the next call with the same ``f``.
         """
         return self.total(self.data.mean(self._bound(f, args)))
 
@@ -94,7 +94,7 @@ class Objective:
         return self.total(self.data.mean_of(per_batch))
 
     def vary(self, tree: Any) -> Any:
-        """What is the same on all devices, as ``w`` is taken: to be used with it."""
+        """Makes a value that is equal on all devices usable together with ``w``."""
         return axes.vary(tree, self.axis_name)
 
     def total(self, tree: Any) -> Any:
@@ -119,7 +119,7 @@ def objective(
     weights: Any = None,
     axis_name: Any = None,
 ) -> Objective:
-    """Checks what all measures are given, and brings it into one form."""
+    """Checks the arguments that all measures share, and brings them into one form."""
     if not callable(loss_fn):
         raise ValueError(
             "The first argument must be loss_fn, a function (params, batch) -> scalar;"
@@ -148,8 +148,8 @@ def objective(
 def check_axes(w: Any, data: Data, axis_name: Any) -> None:
     """Refuses batches of one device where no axis to average over is given.
 
-    JAX would sum gradients over the devices, so that a measure were their number times
-    as large.
+    JAX would sum gradients over the devices, so a measure would be too large by the
+    number of devices.
     """
     if axis_name is not None or not isinstance(data, Stacked):
         return
@@ -166,13 +166,13 @@ def check_axes(w: Any, data: Data, axis_name: Any) -> None:
     if names:
         given = names[0] if len(names) == 1 else tuple(names)
         raise ValueError(
-            f"Inside jax.shard_map each device has batches of its own along {given!r}."
-            f" Say so, and products and losses are averaged: axis_name={given!r}."
+            f"Inside jax.shard_map each device has different batches along {given!r}."
+            f" To average products and losses, pass axis_name={given!r}."
         )
 
 
 def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
-    """Of a pytree like the parameters, the part that is like ``w``, in its dtypes."""
+    """The chosen leaves of a pytree like the parameters, in the dtypes of ``w``."""
     expected: Any = jax.tree.structure(params)
     given: Any = jax.tree.structure(tree)
     if given != expected:

@@ -28,18 +28,18 @@ ModelFn = Callable[[Any, Any], Any]  # (params, batch) -> outputs
 
 
 class Operator(NamedTuple):
-    """A symmetric linear map on trees.
+    """A symmetric linear map on pytrees.
 
     :func:`hessian`, :func:`ggn`, :func:`fisher` and :func:`empirical_fisher` make one,
-    and :func:`eigenvalues`, :func:`trace` and the other estimators take one. Any other
-    map can be written down as one, too.
+    and :func:`eigenvalues`, :func:`trace` and the other estimators take one. You can
+    make one from any other symmetric map, too.
 
     Attributes:
       matvec: the map, from a pytree like ``like`` to another one.
       like: a pytree of arrays of the shapes and dtypes that it acts on.
       size: ``n``, the number of entries.
       to_params: a vector as a pytree like all parameters, with zeros in those left out.
-      on_host: whether ``matvec`` is a loop of the host, which no ``jit`` can hold.
+      on_host: whether ``matvec`` loops on the host, so that it cannot run in ``jit``.
     """
 
     matvec: Callable[[Any], Any]
@@ -114,19 +114,21 @@ def hessian(
     .. math:: H v = \frac{d}{dt} \nabla L(w + t v) \Big|_{t = 0},
        \qquad L = \sum_S p_S L_S, \quad p_S \text{ the share of batch } S
 
-    One forward derivative through one gradient, a batch at a time: about two to three
-    times a gradient's operations and at most a few times its memory, whatever the
-    number of parameters.
+    A product is one forward derivative through one gradient, a batch at a time. It
+    takes about two to three times the operations of a gradient and at most a few times
+    its memory, for any number of parameters.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages.
       params: the weights ``w``; leaves in half precision are widened to float32.
       batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples. Or a
-        list of batches, a loader, or a generator, which the host reads batch by batch,
-        once for each product; what gives its batches only once is kept on the host.
-      mode: ``"fwd_rev"``; ``"rev_rev"``, about 1.7 times as dear, for models whose
-        backward pass has no forward derivative (a ``custom_vjp`` inside another's).
+        list of batches, a loader or a generator. The host reads it batch by batch, once
+        for each product. A generator gives its batches only once, so they are kept on
+        the host.
+      mode: ``"fwd_rev"``, or ``"rev_rev"``, which costs about 1.7 times as much, for
+        models whose backward pass has no forward derivative (a ``custom_vjp`` inside
+        another one).
       mask: the leaves to look at: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all. Vectors have
         no entries for the others, and the operator is the diagonal block.
@@ -135,8 +137,7 @@ def hessian(
       axis_name: name of a mapped axis over which the batches are spread.
 
     Returns:
-      The operator. It may be used while what it was made from lives, so inside the
-      same ``jit``.
+      The operator. Inside ``jit``, use it within the same ``jit``.
 
     Raises:
       ValueError: if the loss is no scalar, the batches are empty or were not stacked, a
@@ -174,11 +175,11 @@ def ggn(
     .. math:: G = \sum_S p_S\, J_S^\top\, \nabla^2_z \ell_S(z)\, J_S, \qquad
        z = f(w, S), \quad J_S = \partial_w f(w, S)
 
-    For a loss that is convex in the outputs it has no negative eigenvalues, and where
-    the model fits its data it is the Hessian. A product costs about as much as one with
-    the Hessian. The mean over batches does not depend on their size ``m``: where
-    outputs are wide, as logits over a vocabulary are, take small batches, since one is
-    in memory at a time.
+    If the loss is convex in the outputs, it has no negative eigenvalues. If the model
+    fits its data, it is the Hessian. A product costs about as much as a product with
+    the Hessian. The mean over batches does not depend on their size ``m``. So take
+    small batches if the outputs are wide, such as logits over a vocabulary: only one
+    batch is in memory at a time.
 
     Args:
       model_fn: ``model_fn(params, batch)``, the outputs ``z``, an array or a pytree of
@@ -240,7 +241,7 @@ def fisher(
 
     Args:
       model_fn: ``model_fn(params, batch)``, the logits, classes along the last axis;
-        the mean is over all others.
+        the mean is over all other axes.
       params: as in :func:`hessian`, and so are the other arguments.
       batches: as in :func:`hessian`; keep them small where there are many classes, see
         :func:`ggn`.
@@ -290,8 +291,8 @@ def empirical_fisher(
 
     .. math:: E = \frac{1}{N} \sum_{i=1}^N \nabla \ell_i(w)\, \nabla \ell_i(w)^\top
 
-    Cheaper to think of than to trust: it is not the Fisher matrix, whose labels are
-    drawn from the model, and it vanishes where every example is fitted.
+    Use it with care. It is not the Fisher matrix, whose labels are drawn from the
+    model, and it vanishes if every example is fitted.
 
     Args:
       losses_fn: ``losses_fn(params, batch)``, the loss of each example, ``(m,)``.
@@ -331,7 +332,7 @@ def hvp(loss_fn: LossFn, params: Any, batches: Any, v: Any, **options: Any) -> A
       loss_fn: as in :func:`hessian`.
       params: the weights ``w``.
       batches: as in :func:`hessian`.
-      v: a pytree like ``params``; what it holds in leaves that are left out is ignored.
+      v: a pytree like ``params``; its values in leaves that are left out are ignored.
       **options: ``mode``, ``mask``, ``weights`` and ``axis_name`` of :func:`hessian`.
 
     Returns:
@@ -354,10 +355,10 @@ def hvp(loss_fn: LossFn, params: Any, batches: Any, v: Any, **options: Any) -> A
 
 
 def also_of_loss(estimator: Callable[..., Any]) -> Callable[..., Any]:
-    """An estimator of an operator that takes a loss, too, and is of its Hessian then.
+    """Lets an estimator of an operator take a loss, too, and estimate its Hessian.
 
-    In the place of the operator stand ``loss_fn, params, batches``, and among the
-    options those of :func:`hessian`.
+    It then takes ``loss_fn, params, batches`` in place of the operator, and the options
+    of :func:`hessian` as well.
     """
     own = list(inspect.signature(estimator).parameters.values())
     place = [x.name for x in own].index("operator")
@@ -383,7 +384,7 @@ def also_of_loss(estimator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_hessian(estimator: Callable[..., Any]) -> Callable[..., Any]:
-    """An estimator under the name that says that it is of the Hessian of a loss."""
+    """An estimator under a name that says that it estimates the Hessian of a loss."""
 
     @functools.wraps(estimator)
     def measure(*args: Any, **options: Any) -> Any:
@@ -393,8 +394,8 @@ def of_hessian(estimator: Callable[..., Any]) -> Callable[..., Any]:
     measure.__name__ = measure.__qualname__ = f"hessian_{name}"
     measure.__doc__ = f"""The :func:`{name}` of the Hessian of a loss.
 
-    ``{name}(hessian(loss_fn, params, batches), key)``, with the options of
-    :func:`{name}` and those of :func:`hessian`.
+    It is ``{name}(hessian(loss_fn, params, batches), key)``, with the options of
+    :func:`{name}` and :func:`hessian`.
     """
     return measure
 

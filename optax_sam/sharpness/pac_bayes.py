@@ -1,4 +1,4 @@
-"""How much noise the weights bear, as in PAC-Bayes bounds."""
+"""The noise that the weights tolerate, as in PAC-Bayes bounds."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ _EPS = 1e-3  # of the papers: the noise that is left at a weight of 0
 
 
 class PacBayesFlatness(NamedTuple):
-    r"""The largest noise that the weights bear.
+    r"""The largest noise that the weights tolerate.
 
     Attributes:
       value: :math:`1 / \sigma^2`; large means sharp.
-      sigma: the largest standard deviation that was tried at which the drop is within
-        the target; the smallest tried one, if it is beyond it at all of them.
+      sigma: the largest tried standard deviation at which the drop is within the
+        target. If the drop is beyond the target at all of them, the smallest one.
       drop: the mean drop of the metric at ``sigma``.
-      stderr: its standard error, over the draws. These also chose ``sigma``, so it is a
-        little too small: two of it hold the true drop for 88 to 97 of 100 keys.
-      converged: whether the drop is within a tenth of the target. It is not where even
-        ``sigma_max`` is borne, or the metric falls in too large steps.
+      stderr: the standard error of ``drop``, over the draws. The draws also chose
+        ``sigma``, so it is a little too small: the true drop lies within two standard
+        errors for 88 to 97 of 100 keys.
+      converged: whether the drop is within a tenth of the target. It is false if the
+        weights tolerate even ``sigma_max``, or if the metric falls in too large steps.
     """
 
     value: jax.Array
@@ -63,18 +64,18 @@ def pac_bayes_flatness(
       \mathbb{E}_u [a(w) - a(w + u)] \le \text{target} \big\}, \qquad
       u \sim N(0, \sigma^2 I)
 
-    or, where it is magnitude-aware, :math:`u_i \sim N(0, \sigma^2 w_i^2 + 10^{-6})`.
+    or, if it is magnitude-aware, :math:`u_i \sim N(0, \sigma^2 w_i^2 + 10^{-6})`.
     For a rise of the loss instead of a drop of the accuracy give
     ``metric_fn=lambda params, batch: -loss_fn(params, batch)``; near a minimum then
     :math:`\sigma = \sqrt{2\, \text{target} / \operatorname{tr} H}`.
 
-    By bisection from ``sigma_max``, with the same draws at all steps, so that the
-    result is reproducible and its absolute resolution is
+    It is found by bisection from ``sigma_max``, with the same draws at all steps. So
+    the result is reproducible, and its absolute resolution is
     ``sigma_max / 2^(num_steps - 1)``. It costs ``num_steps * num_samples + 1`` passes
-    over the data for the metric; memory grows with neither.
+    over the data for the metric. Memory does not grow with either number.
 
-    Fold BatchNorm into the layer before it first: the weights there have a scale of no
-    effect, and this measure depends on it.
+    First fold BatchNorm into the layer before it. The scale of the weights in that
+    layer does not change the function, but this measure depends on it.
 
     Args:
       metric_fn: ``metric_fn(params, batch)``, the mean accuracy of one batch, or any
@@ -83,8 +84,8 @@ def pac_bayes_flatness(
       batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
         list, a loader or a generator of them, as for :func:`hessian`.
       key: an int, typed key or raw key data, for the noise.
-      target: the drop to be borne, above 0, in units of the metric.
-      magnitude_aware: whether the noise is relative to the weights, and ``sigma``, too.
+      target: the drop to tolerate, above 0, in units of the metric.
+      magnitude_aware: whether the noise, and so ``sigma``, is relative to the weights.
       sigma_max: the largest standard deviation to try, above 0, in units of the weights
         (or relative to them).
       num_samples: draws of the noise.
@@ -178,13 +179,13 @@ def pac_bayes_bound(
     reference: Literal["init", "orig"] = "init",
     magnitude_aware: bool = False,
 ) -> jax.Array:
-    r"""The bound that goes with a noise that the weights bear.
+    r"""The PAC-Bayes bound for a noise that the weights tolerate.
 
     .. math::
       B = \frac{\|r\|^2}{4 \sigma^2} + \log \frac{m}{\sigma} + 10, \qquad
       r = w - w_0 \text{ or } w
 
-    or, where it is magnitude-aware, with :math:`\epsilon = 10^{-3}` and
+    or, if it is magnitude-aware, with :math:`\epsilon = 10^{-3}` and
     :math:`\omega` the number of parameters,
 
     .. math::
@@ -196,12 +197,12 @@ def pac_bayes_bound(
 
     Args:
       params: the weights ``w``.
-      sigma: the noise they bear, from :func:`pac_bayes_flatness`, above 0.
+      sigma: the noise that they tolerate, from :func:`pac_bayes_flatness`, above 0.
       num_examples: ``m``, the number of training examples.
       initial: the weights :math:`w_0` before training, a pytree like ``params``; needed
         unless ``reference`` is ``"orig"`` and the bound is not magnitude-aware.
       reference: ``"init"``: :math:`r = w - w_0`; ``"orig"``: :math:`r = w`.
-      magnitude_aware: which of the two; as ``sigma`` was found.
+      magnitude_aware: which of the two bounds; the same as for ``sigma``.
 
     Returns:
       The scalar ``B``.

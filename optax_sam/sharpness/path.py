@@ -1,4 +1,4 @@
-"""A path of training, as the plane of two directions shows it (Li et al., 2018)."""
+"""The path of a training run, projected on a plane (Li et al., 2018)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class PathProjection(NamedTuple):
     """A path of weights in the plane of two directions through ``params``.
 
     Attributes:
-      coordinates: ``(T, 2)``, where in the plane the path is nearest, in lengths of the
-        directions; of several paths a dict of arrays by name.
+      coordinates: ``(T, 2)``, the nearest points in the plane, in lengths of the
+        directions; for several paths a dict of arrays by name.
       directions: the two pytrees like the parameters, for :func:`loss_surface`.
       share: ``(2,)``, the share of the path's variance along the first direction, and
-        what the second one adds. What is missing from one in sum is out of the plane.
+        the share that the second one adds. The rest of the variance is outside of the
+        plane.
     """
 
     coordinates: Any
@@ -40,19 +41,19 @@ def project_path(
     *,
     mask: Mask = None,
 ) -> PathProjection:
-    r"""Where a path of weights goes in a plane, to draw it on a loss surface.
+    r"""Projects a path of weights on a plane, to draw it on a loss surface.
 
     .. math:: c_t = \operatorname{argmin}_c \| w + c_1 d_1 + c_2 d_2 - w_t \|
 
-    Without directions they are the two principal components of the path: the
-    plane in which the weights moved most. The projection is on the host, in float64.
-
-    Cost: memory for the path in float64, and a product of each pair of its weights.
+    The default directions are the two principal components of the path, which span the
+    plane in which the weights moved most. The projection runs on the host, in float64.
+    It takes memory for the path in float64, and an inner product of each pair of its
+    weights.
 
     Args:
       path: the weights ``w_t`` of ``T`` checkpoints, pytrees like ``params``; or
         several paths by name, which then share the plane.
-      params: the weights ``w``, the origin of the plane: the last of the path, say.
+      params: the weights ``w``, the origin of the plane, such as the last of the path.
       directions: ``(d_1, d_2)``, two pytrees like ``params``, of any lengths and at any
         angle; ``None`` means the principal components, each of length one.
       mask: the leaves to look at: a pytree of bools like the parameters or a prefix of

@@ -1,4 +1,4 @@
-"""The rise of the loss at random offsets, and at the one of a SAM step."""
+"""The rise of the loss at random offsets, and at the offset of a SAM step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AverageSharpness(NamedTuple):
 
     Attributes:
       value: the mean over all batches and draws, in units of the loss.
-      stderr: its standard error, over the draws; NaN with one draw.
+      stderr: the standard error of ``value``, over the draws; NaN with one draw.
       per_batch: ``(B,)``, the mean over the draws for each batch.
     """
 
@@ -65,13 +65,14 @@ def average_sharpness(
       \big[ L_S(w + c \odot z) - L_S(w) \big], \qquad
       z \sim N(0, \rho^2 I) \text{ or } U[-\rho, \rho]^n
 
-    with :math:`c = 1`, or :math:`c = |w|` where it is adaptive. On a quadratic it is
-    :math:`\rho^2 / 2` times :math:`\sum_i c_i^2 H_{ii}` (l2), or a third of that
-    (linf). The offsets have norm :math:`\rho \sqrt{n}`, about, so radii do not compare
-    with those of a worst case.
+    with :math:`c = 1`, or :math:`c = |w|` if it is adaptive. On a quadratic it is
+    :math:`\rho^2 / 2` times :math:`\sum_i c_i^2 H_{ii}` (l2), or a third of this
+    (linf). The norm of the offsets is about :math:`\rho \sqrt{n}`, so do not compare
+    these radii with the radii of a worst case.
 
-    All batches see the same draws. A draw costs two values for each batch, or one if
-    it is not antithetic, and each batch one more. Memory does not grow with the draws.
+    All batches get the same draws. For each batch, a draw costs two values, or one if
+    it is not antithetic. Each batch costs one more value. Memory does not grow with the
+    number of draws.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
@@ -80,7 +81,7 @@ def average_sharpness(
       batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
         list, a loader or a generator of them, as for :func:`hessian`.
       rho: size of an offset's entries, above 0, in units of the weights; relative to
-        them if adaptive. The paper's: 0.05 to 0.4 (CNN), 0.1 to 0.8 (ViT, adaptive).
+        them if adaptive. The paper has 0.05 to 0.4 (CNN), 0.1 to 0.8 (ViT, adaptive).
       key: an int, typed key or raw key data, for the draws.
       adaptive: whether offsets are relative to the sizes of the weights.
       norm: ``"l2"``: normal entries with standard deviation ``rho``; ``"linf"``:
@@ -174,9 +175,9 @@ def sam_sharpness(
       e_S = \rho\, T^2 g_S / \|T g_S\|
 
     with :math:`g_S` the gradient of the same batch, and :math:`T = 1` as in SAM, or
-    :math:`T = |w|` where it is adaptive. It is a lower bound of the worst case: a
-    close one where the gradient is large, and a poor one near a minimum, where the
-    gradient says little of the curvature. Where ``T g`` is 0, so is the rise.
+    :math:`T = |w|` if it is adaptive. It is a lower bound of the worst case. The bound
+    is close if the gradient is large, and poor near a minimum, where the gradient says
+    little about the curvature. If ``T g`` is 0, the rise is 0.
     It costs one gradient and one value for each batch.
 
     Args:

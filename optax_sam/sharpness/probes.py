@@ -22,8 +22,8 @@ class Estimate(NamedTuple):
 
     Attributes:
       estimate: the mean over the draws.
-      stderr: its standard error, of the same shape, widened where the draws are few; 0
-        where the value is exact.
+      stderr: its standard error, of the same shape, widened if there are few draws; 0
+        if the value is exact.
     """
 
     estimate: Any
@@ -31,10 +31,10 @@ class Estimate(NamedTuple):
 
 
 def standard_error(draws: jax.Array) -> jax.Array:
-    """That of the mean over the first axis; ``nan`` for one draw.
+    """The standard error of the mean over the first axis; ``nan`` for one draw.
 
-    Where draws are skewed, as squares of normals are, a mean that is too low goes with
-    a spread that is too small. What their third moment adds makes up for that.
+    If draws are skewed, such as squares of normals, a mean that is too low comes with a
+    spread that is too small. A term from the third moment corrects this.
     """
     N = len(draws)
     if N == 1:
@@ -46,7 +46,7 @@ def standard_error(draws: jax.Array) -> jax.Array:
 
 
 def student(number: int) -> float:
-    """What widens an error of so few draws so that two of it hold 95 % of cases."""
+    """The factor by which two errors from few draws hold 95 % of the cases."""
     z, nu = 1.96, number - 1
     terms = z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     return sum(x / nu**i for i, x in enumerate(terms)) / z
@@ -71,7 +71,7 @@ def random_vector(
     key: ArrayLike, operator: Operator, sampler: Any = jax.random.normal
 ) -> jax.Array:
     """A vector ``(n,)`` of independent draws."""
-    # One draw for all leaves: each would take as long to compile as a small model.
+    # One draw for all leaves: one per leaf compiles as long as a small model each.
     dtype = widest(*jax.tree.leaves(operator.like))
     return sampler(typed_key(key), (operator.size,), dtype)
 
@@ -90,24 +90,24 @@ def trace(
        \mathbb{E}[z z^\top] = I
 
     Hutchinson's estimator is the mean over ``N = num_matvecs`` vectors of signs. XTrace
-    spends half of its products on finding where the operator is large and takes the
-    trace of that part exactly: an error of about 0.5 % for 100 products where
-    Hutchinson's is 3 %. It keeps up to ``4 N`` vectors, Hutchinson a handful.
+    spends half of its products to find where the operator is large, and computes the
+    trace of that part exactly. For 100 products its error is about 0.5 %, and
+    Hutchinson's 3 %. XTrace keeps up to ``4 N`` vectors, Hutchinson a handful.
 
     Args:
       operator: from :func:`hessian`, :func:`ggn` or :func:`fisher`; or, for the
         Hessian, ``loss_fn, params, batches`` with the options of :func:`hessian`.
       key: for the probes: an int or a key.
-      num_matvecs: products, at least 4. The result is exact once they are as many as
-        the parameters.
-      method: ``"xtrace"`` or, where memory is short, ``"hutchinson"``; ``None``: XTrace
-        where its vectors take at most 2 GiB, else Hutchinson's.
+      num_matvecs: number of products, at least 4. The result is exact if there are as
+        many products as parameters.
+      method: ``"xtrace"`` or, to save memory, ``"hutchinson"``; ``None``: XTrace if its
+        vectors take at most 2 GiB, else Hutchinson's.
 
     Returns:
-      An :class:`Estimate` of the trace; of a Hessian in loss per squared parameter.
+      An :class:`Estimate` of the trace, for a Hessian in loss per squared parameter.
 
     Raises:
-      ValueError: for another method, too few products, or what :func:`hessian` raises.
+      ValueError: for an unknown method, too few products, or as :func:`hessian` does.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -141,17 +141,17 @@ def diagonal(
 
     .. math:: \operatorname{diag} H = \mathbb{E}[z \odot H z]
 
-    Hutchinson's estimator needs little memory and is poor: the variance of entry ``i``
-    is the sum of ``H_ij^2`` over the others, so that 100 products leave an error of
-    74 % (in l2) on a small network, and XDiag 11 %. XDiag keeps up to ``4 N`` vectors.
-    Entries may be negative, as a Hessian's may.
+    Hutchinson's estimator needs little memory and is poor. The variance of entry ``i``
+    is the sum of ``H_ij^2`` over the other entries ``j``. On a small network, 100
+    products leave an error of 74 % (in l2), and XDiag 11 %. XDiag keeps up to ``4 N``
+    vectors. Entries may be negative, as in a Hessian.
 
     Args:
       operator: as in :func:`trace`.
       key: for the probes: an int or a key.
       num_matvecs: products, at least 4.
-      method: ``"xdiag"`` or, where memory is short, ``"hutchinson"``; ``None``: XDiag
-        where its vectors take at most 2 GiB, else Hutchinson's.
+      method: ``"xdiag"`` or, to save memory, ``"hutchinson"``; ``None``: XDiag if its
+        vectors take at most 2 GiB, else Hutchinson's.
 
     Returns:
       An :class:`Estimate` whose entries are pytrees like ``params``, zero in leaves
@@ -192,7 +192,7 @@ def frobenius_norm(
     .. math:: \|H\|_F^2 = \mathbb{E} \|H z\|^2
 
     ``trace**2 / norm**2`` is the effective rank. :func:`spectral_sum` gives sums of
-    squares more precisely, and dearer.
+    squares more precisely, at a higher cost.
 
     Args:
       operator: as in :func:`trace`.
@@ -200,10 +200,10 @@ def frobenius_norm(
       num_matvecs: products, at least 2.
 
     Returns:
-      An :class:`Estimate` of the norm; of a Hessian in loss per squared parameter.
+      An :class:`Estimate` of the norm, for a Hessian in loss per squared parameter.
 
     Raises:
-      ValueError: for too few products, or what :func:`hessian` raises.
+      ValueError: for too few products, or as :func:`hessian` does.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -226,7 +226,7 @@ _MOST_BYTES = 2**31  # of the vectors that a sketch keeps, unless it is asked fo
 def _is_plain(
     method: str | None, operator: Operator, num_matvecs: int, sketch: str
 ) -> bool:
-    """Whether Hutchinson's estimator is meant, or what a sketch keeps does not fit."""
+    """Whether to use Hutchinson's estimator: on request, or if no sketch fits."""
     if method is None:
         schedules.check_integer("num_matvecs", num_matvecs, 1)
         vectors = 4 * min(num_matvecs, operator.size)
@@ -268,13 +268,13 @@ def _hutchinson(
 
 
 def _mean_and_stderr(values: jax.Array) -> Estimate:
-    # The estimates share their probes, so that their spread alone is too small.
+    # The estimates share their probes, so their spread alone is too small.
     stderr = jnp.std(values, axis=0, ddof=1) * jnp.sqrt(2 / len(values))
     return Estimate(jnp.mean(values, axis=0), stderr.astype(values.dtype))
 
 
 class _Sketch(NamedTuple):
-    r"""What products with ``N`` probes and with their images tell of an operator.
+    r"""The products of an operator with ``N`` probes and with their images.
 
     :math:`Y = H \Omega = Q R` and :math:`Z = H Q`, all ``(n, N)``. Column ``i`` of
     ``S`` is the unit vector for which :math:`Q (I - s_i s_i^\top) Q^\top` projects on
@@ -332,6 +332,6 @@ def _xdiag(x: _Sketch) -> jax.Array:
 
 
 def _dense(operator: Operator) -> jax.Array:
-    """The matrix itself: no dearer than a sketch where its products are as many."""
+    """The matrix itself, which takes no more products than a sketch here."""
     rows = jnp.eye(operator.size, dtype=widest(*jax.tree.leaves(operator.like)))
     return each(operator.on_host, operator.times, rows)

@@ -53,9 +53,9 @@ def progress(
 ) -> Iterator[CountedLoss]:
     """A progress bar for any measure: the loss tells the host of each evaluation.
 
-    Give the function that it hands out to measures, jitted or not, in the place of
-    ``loss_fn``. The bar advances by one for each batch whose loss is evaluated, with or
-    without its gradient, so that ``total`` is, with ``B`` batches:
+    Give the yielded function to measures, jitted or not, in place of ``loss_fn``. The
+    bar advances by one for each batch whose loss is evaluated, with or without its
+    gradient. So ``total`` is, with ``B`` batches:
 
     ============================================ ======================================
     measure                                      evaluations
@@ -67,22 +67,23 @@ def progress(
     loss surface                                 ``B`` times the points of its grid
     ============================================ ======================================
 
-    under ``shard_map`` those of all devices. Being another function it compiles again,
-    and an evaluation costs some 30 microseconds more, so it is for what takes long.
-    Inside ``jax.checkpoint`` evaluations for the backward pass count, too.
+    Under ``shard_map`` the evaluations of all devices count. The yielded loss is a new
+    function, so measures compile again. Each evaluation takes some 30 microseconds
+    more, so use it for long measurements. Inside ``jax.checkpoint`` evaluations for the
+    backward pass count, too.
 
-    The bar is that of `rich <https://rich.readthedocs.io>`_ if it is installed, else a
-    line of text. It is shown where standard error is a terminal, or in a notebook (with
-    rich), by the first of several processes; elsewhere nothing is written.
+    The bar comes from `rich <https://rich.readthedocs.io>`_ if it is installed, else it
+    is a line of text. It is shown if standard error is a terminal, or in a notebook
+    (with rich), by the first of several processes. Otherwise nothing is written.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``.
       total: the number of evaluations; ``None``: not known.
-      description: what stands before the bar.
+      description: the text before the bar.
       file: a text stream to write to in any case, instead of standard error.
 
     Yields:
-      The loss that counts, a :class:`CountedLoss`. After the block it still is the
+      The counting loss, a :class:`CountedLoss`. After the block it still computes the
       loss, and no longer moves the bar.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The geometry of pairs of matrices, up to what leaves their product the same."""
+"""The geometry of pairs of matrices, up to changes that keep their product."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Geometry(NamedTuple):
     r"""Flat coordinates :math:`u` around :math:`w`, a pytree like the chosen leaves.
 
     Attributes:
-      point: ``u`` to the point that a geodesic reaches at time one, to second order.
-      project: the orthogonal projector to horizontal vectors, which no move along an
-        orbit has a part in.
+      point: maps ``u`` to the point that a geodesic reaches at time one, to second
+        order.
+      project: the orthogonal projector to horizontal vectors. They are orthogonal to
+        all moves along an orbit.
     """
 
     point: Callable[[Any], Any]
@@ -32,19 +33,19 @@ class Geometry(NamedTuple):
 
 
 class Frame(NamedTuple):
-    r"""What flat coordinates of some pairs are made of; all have one axis for these.
+    r"""The parts of the flat coordinates of some pairs, with a first axis of pairs.
 
-    In the point of the orbit that is balanced, :math:`G = U S^{1/2}, H = V S^{1/2}`
-    with the singular value decomposition :math:`U S V'` of the product, both Gram
-    matrices are :math:`S`. There everything below is diagonal, and a change of the
-    representative, however far, has no part in it. The way back to the weights is
+    Let :math:`U S V'` be the singular value decomposition of the product. At the
+    balanced point of the orbit, :math:`G = U S^{1/2}, H = V S^{1/2}`, both Gram
+    matrices are :math:`S`. There everything below is diagonal, and does not depend on
+    the representative. The weights are
     :math:`G + (u_G - \tfrac12 \gamma_G)\, B_G`, and likewise for :math:`H`.
 
     Attributes:
       U: ``(n, h)``, orthonormal columns; zero where the product has no rank.
       V: ``(m, h)``.
       cosine: ``(h, h)``, the part of a vertical direction that lies in ``G``.
-      sine: ``(h, h)``, the one in ``H``.
+      sine: ``(h, h)``, the part in ``H``.
       ratio: ``(h,)``, :math:`\sqrt{S / (S + \epsilon)}`; one without ``eps``.
       weight: ``(h,)``, one for ``inv``, and the inverse Gram matrix for ``mix``.
       alive: ``(h,)``, where the product has rank.
@@ -69,7 +70,7 @@ def frame_at(G: jax.Array, H: jax.Array, metric: Metric, eps: float) -> Frame:
     Q_H, R_H = jnp.linalg.qr(H)
     left, S, right = jnp.linalg.svd(_product(R_G, R_H.mT))
     U, V = _product(Q_G, left), _product(Q_H, right.mT)
-    # One of the two signs, so that a random start is the same on the whole orbit.
+    # Fixes the sign, so that a random start is the same on the whole orbit.
     largest = jnp.argmax(jnp.abs(U), axis=-2, keepdims=True)
     sign = jnp.sign(jnp.take_along_axis(U, largest, axis=-2))
     lengths = jnp.linalg.norm(R_G, axis=(-2, -1)) * jnp.linalg.norm(R_H, axis=(-2, -1))
@@ -106,9 +107,9 @@ def horizontal(
 ) -> tuple[jax.Array, jax.Array]:
     r"""The part of a vector that is orthogonal to all moves along the orbit.
 
-    These are :math:`(-U (c \odot Y), V (s \odot Y)')`, with :math:`c^2 + s^2 = 1` entry
-    by entry, of the length of :math:`Y`. So the Sylvester equation of ``inv``, whose
-    matrix is :math:`S^2` here, is solved.
+    These moves are :math:`(-U (c \odot Y), V (s \odot Y)')`, with
+    :math:`c^2 + s^2 = 1` entry by entry, and have the length of :math:`Y`. This solves
+    the Sylvester equation of ``inv``, whose matrix is :math:`S^2` here.
     """
     U, V, c, s = frame.U, frame.V, frame.cosine, frame.sine
     u_G, u_H = (jnp.where(frame.alive[..., None, :], u, 0) for u in (u_G, u_H))
@@ -135,7 +136,7 @@ def christoffel(
 def moved(
     frame: Frame, u_G: jax.Array, u_H: jax.Array, metric: Metric
 ) -> tuple[jax.Array, jax.Array]:
-    """What a pair changes by on the geodesic, to second order."""
+    """The change of a pair along the geodesic, to second order."""
     gamma_G, gamma_H = christoffel(frame, u_G, u_H, metric)
     return (
         _product(u_G - gamma_G / 2, frame.back_G),
@@ -144,10 +145,10 @@ def moved(
 
 
 def geometry(w: Any, pairs: list[Located], metric: Metric, eps: float) -> Geometry:
-    """Flat coordinates at ``w``: those of the pairs, and relative changes elsewhere.
+    """Flat coordinates at ``w``: for pairs as above, elsewhere relative changes.
 
-    A vector of coordinates is a pytree like ``w``, where those of a pair stand in the
-    places of its leaves, so that its length is the global norm.
+    A vector of coordinates is a pytree like ``w``. The coordinates of a pair are in the
+    places of its leaves, so the length of the vector is the global norm.
     """
     leaves, structure = named_leaves(w), jax.tree.structure(w)
     factors = [pair.read(leaves) for pair in pairs]

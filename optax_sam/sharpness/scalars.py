@@ -1,4 +1,4 @@
-"""Any result as a flat dict of floats, as loggers take them."""
+"""Converts any result to a flat dict of floats, as loggers take them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from optax_sam import schedules
 def to_scalars(
     result: Any, prefix: str = "sharpness/", *, max_size: int = 32
 ) -> dict[str, float]:
-    """A result of any measure as a flat dict of floats, for any logger.
+    """Converts a result of any measure to a flat dict of floats, for any logger.
 
     Names are paths: fields, keys, positions, and indices of arrays, with ``/`` between
-    them. Flags become 0 or 1. ``None`` and what is no number (strings, functions, keys)
-    are left out, and so is what belongs on no chart: a field of a result, or an entry
-    of a dict, in which some array has more than ``max_size`` numbers, as a whole. So
-    eigenvectors, perturbations, grids and a pytree like the parameters go, small biases
-    in them too, and what has a few numbers for each layer stays.
+    them. Flags become 0 or 1. ``None`` and all that is no number (strings, functions,
+    keys) is left out. A field of a result, or an entry of a dict, is left out as a
+    whole if some array in it has more than ``max_size`` numbers. This drops
+    eigenvectors, perturbations, grids and pytrees like the parameters, including their
+    small biases. It keeps results with a few numbers for each layer.
 
     Args:
       result: a number, an array, a result of a measure, or a dict, list or pytree of
         these.
-      prefix: what all names begin with; alone, without a last ``/``, the name of a
-        single number.
+      prefix: the start of all names. For a single number it is the name, without a
+        last ``/``.
       max_size: the most numbers that an array may have, at least 1.
 
     Returns:
@@ -82,7 +82,7 @@ def _is_result(x: Any) -> bool:
 
 
 def _parts(result: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """What is kept or left out as a whole: each field of each result in the tree."""
+    """The units that are kept or left out: each field of each result in the pytree."""
     children: Iterable[tuple[str, Any]]
     if _is_result(result):
         children = zip(result._fields, result, strict=True)

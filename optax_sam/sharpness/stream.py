@@ -1,4 +1,4 @@
-"""Means over data that the device cannot hold, batch by batch from the host."""
+"""Means over data that do not fit on the device, batch by batch from the host."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def accumulate(
 
     .. math:: \frac{\sum_S m_S\, f(S)}{\sum_S m_S}
 
-    with :math:`m_S` the number of examples in batch :math:`S`, so that a short last
-    batch counts for what it is. Measures take such batches themselves; this is for a
-    mean of your own: a gradient, a metric. While one batch is computed the next is
-    fetched; no more than these two are on the device.
+    :math:`m_S` is the number of examples in batch :math:`S`, so a short last batch
+    counts less. Measures take such batches by themselves. Use this function for other
+    means, such as a gradient or a metric. While one batch is computed, the next one is
+    fetched. Only these two are on the device.
 
-    Let ``f`` be jitted, outside of the loops that call this, with what changes between
-    calls as arguments. A batch of another size compiles once more.
+    Jit ``f`` outside of the loops that call this function, and pass it everything that
+    changes between calls as arguments. A batch of another size compiles once more.
 
     Args:
       f: ``f(batch)``, an array or a pytree of arrays, each the mean over the batch.
       batches: the batches, pytrees of arrays ``(m, ...)``: a list, or a loader. An
         iterator is used up by one pass, so make a new one for each call.
       weight: ``weight(batch)``, the number of examples that count, for instance
-        ``lambda batch: batch["mask"].sum()`` of a padded one; ``None``: the length of
-        the batch's arrays.
+        ``lambda batch: batch["mask"].sum()`` for padded batches; ``None``: the length
+        of the batch's arrays.
 
     Returns:
       The mean, a pytree like what ``f`` returns, in float32 or wider, on the device.

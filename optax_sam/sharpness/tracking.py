@@ -1,4 +1,4 @@
-"""Costly measures now and then during training, on a fixed subset."""
+"""Costly measures at intervals during a training run, on a fixed subset."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from optax_sam.trees import cache
 
 
 class ProbeState(NamedTuple):
-    """What a :class:`Probe` remembers; a pytree of arrays, to be saved in checkpoints.
+    """The state of a :class:`Probe`, a pytree of arrays; save it in checkpoints.
 
     Attributes:
-      starts: for each measure that can start from its last result, a pytree like the
-        parameters: the sum of the eigenvectors that it found; zero at first.
+      starts: for each measure that can start from its last result, the sum of the
+        eigenvectors that it found, a pytree like the parameters; zero at first.
     """
 
     starts: dict[str, Any]
 
 
 class Probe:
-    """Measures every so many steps, with numbers that any logger takes.
+    """Measures at intervals, and returns numbers for any logger.
 
-    All measures are compiled together, once, on the first call; parameters and batches
-    are arguments of that program, so it always sees the current ones. Eigenvectors are
-    kept, and Lanczos starts near those of the last time, which saves a part of its
-    products (half of them, in the tests). The key is folded with the step, so that what
-    is measured at a step does not depend on when training was resumed.
+    All measures are compiled together, once, on the first call. Parameters and batches
+    are arguments of that program, so it always sees the current ones. It keeps the
+    eigenvectors, and Lanczos starts near the last ones. This saves a part of the
+    products (half of them, in the tests). The key is folded with the step, so the
+    result at a step does not depend on when the training run was resumed.
 
-    Give it a fixed subset, without augmentation, and a loss in evaluation mode: a few
-    thousand examples of the training data (Cohen et al. 2021 took 5,000), in batches of
-    one fixed size. With another subset or batch size it is another number.
+    Give it a fixed subset without augmentation, and a loss in evaluation mode. A few
+    thousand examples of the training data are enough (Cohen et al. 2021 took 5,000), in
+    batches of one fixed size. Another subset or batch size gives another number.
 
-    Cost: that of the measures, on the subset, every ``every`` steps: by default 20
-    Hessian-vector products, about 50 gradients of the subset; and as memory the 20
-    vectors of Lanczos, about twice.
+    Every ``every`` steps it costs what the measures cost on the subset. By default this
+    is 20 Hessian-vector products, about 50 gradients of the subset. The memory is about
+    twice the 20 vectors of Lanczos.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic.
@@ -54,18 +54,18 @@ class Probe:
       key: for the random parts of measures: an int or a key.
       every: number of steps from one measurement to the next, at least 1.
       measures: functions by name, called as ``measure(loss_fn, params, batches)``, with
-        ``key=`` and ``init=`` if they have arguments of these names. So those of this
-        package can be given as they are, or with options by ``functools.partial``, and
-        may return anything that :func:`to_scalars` takes. What takes ``init`` must
-        return an :class:`EigenResult`, or another with ``eigenvalues`` ``(k,)`` and
-        ``eigenvectors``; the next time it gets their sum. ``None``: the largest
-        eigenvalue of the Hessian, ``{"lambda_max": hessian_eigenvalues}``.
-      prefix: what all names begin with.
+        ``key=`` and ``init=`` if they have arguments of these names. You can give the
+        measures of this package as they are, or with options by ``functools.partial``.
+        They may return anything that :func:`to_scalars` takes. A measure with ``init``
+        must return an :class:`EigenResult`, or another result with ``eigenvalues``
+        ``(k,)`` and ``eigenvectors``; the next time it gets their sum. ``None``: the
+        largest eigenvalue of the Hessian, ``{"lambda_max": hessian_eigenvalues}``.
+      prefix: the start of all names.
 
     Raises:
       ValueError: if ``every`` is no integer above 0, ``measures`` is no dict of
-        functions, a measure takes ``init`` and returns no eigenvectors, or for what a
-        measure itself raises on the first call.
+        functions, or a measure takes ``init`` and returns no eigenvectors; and as the
+        measures do on the first call.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -151,7 +151,7 @@ class Probe:
           state: from :meth:`init` or the last call.
 
         Returns:
-          Names and floats, none of them on steps between, and the new state.
+          Names and floats (an empty dict on steps in between), and the new state.
         """
         if int(step) % self._every:
             return {}, state

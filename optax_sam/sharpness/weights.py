@@ -1,4 +1,4 @@
-"""Which leaves are weights: what running statistics, functions and counters are not."""
+"""Which leaves are weights, and not running statistics, functions or counters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EQUINOX = (
 
 
 def weights_of(params: Any, chosen: Any) -> Any:
-    """The chosen leaves in float32 or wider, ``None`` in the place of the others.
+    """The chosen leaves in float32 or wider, and ``None`` for all others.
 
     Args:
       params: all of them.

@@ -24,11 +24,11 @@ class SharpnessResult(NamedTuple):
       value: the mean of ``per_batch`` over all batches, in units of the loss; at least
         0. It is a lower bound of the exact value.
       per_batch: ``(B,)``, the rise for each batch at its own worst point.
-      late_gain: the part of ``value`` that the last quarter of the steps brought. Where
+      late_gain: the part of ``value`` that came in the last quarter of the steps. If
         it is not small against ``value``, take more steps.
       metric: the mean change of ``metric_fn`` at these points, or ``None`` without one.
       perturbation: the offset of the parameters, a pytree like them, if there is one
-        batch on one device; else ``None``, as each batch has its own.
+        batch on one device; else ``None``, because each batch has another offset.
     """
 
     value: jax.Array
@@ -61,18 +61,18 @@ def worst_case_sharpness(
       S^p_{\max} = \operatorname{mean}_S \max_{\|\delta / c\|_p \le \rho}
       L_S(w + \delta) - L_S(w), \qquad p = 2, \infty
 
-    with :math:`c = 1`, or :math:`c = |w|` where it is adaptive; then an offset stays 0
-    where its weight is 0, as biases are at first. Near a minimum it is
+    with :math:`c = 1`, or :math:`c = |w|` if it is adaptive. In the latter case zero
+    weights, such as biases at initialization, stay 0. Near a minimum it is
     :math:`\rho^2 / 2` times the largest eigenvalue of :math:`C H C` (l2). Elsewhere it
     mixes slope and curvature: its first-order part is :math:`\rho \|g\|`.
 
-    The maximum is taken in each batch of ``m`` examples, which is m-sharpness: numbers
-    compare only at the same ``m``, data, radius and settings. It is found by Auto-PGD
-    in coordinates :math:`u = \delta / c`, from the same starts in all batches. Each
-    batch and start costs ``num_steps + 1`` values with gradients, and each batch one
-    more value, at ``w``. Memory does not grow with batches and restarts. One start may
-    end on the lesser of two hills, and at a minimum some are still 10 % low after 20
-    steps; take a few restarts, or more steps, where single batches matter.
+    The maximum is taken in each batch of ``m`` examples (m-sharpness). So compare
+    numbers only at the same ``m``, data, radius and settings. Auto-PGD finds it in
+    coordinates :math:`u = \delta / c`, from the same starts in all batches. Each batch
+    and start costs ``num_steps + 1`` values with gradients, and each batch one more
+    value, at ``w``. Memory does not grow with batches and restarts. One start may end
+    on the lower of two hills, and at a minimum some starts are still 10 % low after 20
+    steps. If single batches matter, take a few restarts or more steps.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
@@ -81,15 +81,15 @@ def worst_case_sharpness(
       batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
         list, a loader or a generator of them, as for :func:`hessian`.
       rho: radius, above 0, in units of the weights; relative to them if adaptive. The
-        paper's: 0.25 to 2 (CNN, l2), 0.5 to 4 (ViT, adaptive l2), 5e-4 to 4e-3 (CNN,
+        paper has 0.25 to 2 (CNN, l2), 0.5 to 4 (ViT, adaptive l2), 5e-4 to 4e-3 (CNN,
         linf), 5e-4 to 4e-3 (ViT, adaptive linf).
       key: an int, typed key or raw key data, for the random starts; ``None`` is 0.
       adaptive: whether offsets are relative to the sizes of the weights.
       norm: ``"l2"``, over all leaves together, or ``"linf"``, for each weight.
       num_steps: steps of each ascent, at least 1.
-      num_restarts: the number of random starts, of which the best counts.
-      random_init: ``False``: start at ``w``, which is deterministic, and blind at a
-        critical point, where the gradient is 0.
+      num_restarts: the number of random starts; the best one counts.
+      random_init: ``False``: start at ``w``. This is deterministic, but finds nothing
+        at a critical point, where the gradient is 0.
       metric_fn: ``metric_fn(params, batch)``, an array or a pytree of arrays, such as
         the 0-1 error, whose mean change at the worst points is reported.
       mask: the leaves that move: a pytree of bools like the parameters or a prefix of
@@ -164,7 +164,7 @@ def worst_cases(
     random_init: bool,
     metric_fn: Callable[[Any, Any], Any] | None,
 ) -> SharpnessResult:
-    """The worst cases in coordinates ``u`` in which the ball is a plain one.
+    """The worst cases in coordinates ``u``, in which the ball is a plain one.
 
     Args:
       o: the objective.
@@ -227,7 +227,7 @@ def check_ascent(
     num_restarts: int,
     random_init: bool,
 ) -> None:
-    """Raises unless these say how to ascend."""
+    """Raises unless these options of the ascent are valid."""
     schedules.check_number("rho", rho, 0, open_low=True)
     check_norm(norm)
     schedules.check_integer("num_steps", num_steps, 1)

@@ -97,7 +97,7 @@ def test_numbers_have_ranges(row, span):
     with pytest.raises(ValueError, match=rf"{said} must be one real.*\(1,\)"):
         build(np.ones(1) * 0.1)
     if name == "rho":  # as it goes into optax.contrib.sam
-        with pytest.raises(ValueError, match=r"goes behind the method.*optax\.chain\("):
+        with pytest.raises(ValueError, match=r"goes after the method.*optax\.chain\("):
             build(sgd)
 
 

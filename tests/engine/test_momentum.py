@@ -254,7 +254,7 @@ ALSO_REFUSED = {
     ),
     "gradients and steps": (
         split(SGD, rms(0.1)),
-        r"gradients for \['kernel'\].*steps.*for \['bias'\].*behind the momentum",
+        r"gradients for \['kernel'\].*steps.*for \['bias'\].*after the momentum",
     ),
     "flatten": (optax.flatten(SGD), "TraceState.trace is kept in another.*flatten"),
     "no learning rate": (optax.trace(0.9), "up the gradient. It lacks its learning"),

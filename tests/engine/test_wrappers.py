@@ -112,7 +112,7 @@ def test_a_traced_shape_is_named(factory, settings, static):
 def test_masked_around_a_member_is_refused():
     params = harness.tree()
     mask = {"layer": True, "gain": False}
-    advice = r"stands inside optax\.masked or optax\.partition(.|\n)*mask="
+    advice = r"is inside optax\.masked or optax\.partition(.|\n)*mask="
     around = optax.masked(VSAM.build(), mask)
     with pytest.raises(ValueError, match=advice):
         around.init(params)

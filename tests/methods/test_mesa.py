@@ -146,7 +146,7 @@ def test_mesa_needs_all_parameters():
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"mesa needs the parameters: tx\.update"):
         tx.update(params, state)
-    message = r"mesa stands inside.*lack the other.*partition\(.*optax_sam\.mesa\(\)"
+    message = r"mesa is inside.*lack the other.*partition\(.*optax_sam\.mesa\(\)"
     with pytest.raises(ValueError, match=message):
         optax.masked(tx, {"layer": True, "gain": False}).init(params)
     placeholders = {**params, "gain": optax.MaskedNode()}

@@ -283,7 +283,7 @@ def test_refused_arguments_and_calls():
     tx, params = optax_sam.msam(SGD), harness.tree()
     state, less = tx.init(params), {"gain": params["gain"]}
     around = optax.masked(tx, {"layer": True, "gain": False})
-    advice = "msam stands inside optax.masked or optax.partition.*set_to_zero"
+    advice = "msam is inside optax.masked or optax.partition.*set_to_zero"
     read = optax_sam.msam_eval_params
     for message, function, *args in (
         ("msam needs the parameters: tx.update", tx.update, params, state),

@@ -249,7 +249,7 @@ def test_refused_calls():
     ok, less = lambda p: p, lambda p: {"gain": p["gain"]}
     with pytest.raises(ValueError, match="sampa needs the parameters"):
         tx.update(w, tx.init(w), grad_fn=ok, previous_grad_fn=ok)
-    with pytest.raises(ValueError, match="sampa stands inside.*Put it outside"):
+    with pytest.raises(ValueError, match="sampa is inside.*Put it outside"):
         optax.masked(tx, {"layer": True, "gain": False}).init(w)
     needs_previous = "needs previous_grad_fn.*first step.*prev"
     misfit = "sampa: what {} returned.*missing".format
@@ -258,7 +258,7 @@ def test_refused_calls():
         (misfit("grad_fn"), {"grad_fn": less, "previous_grad_fn": ok}),
         (misfit("previous_grad_fn"), {"grad_fn": ok, "previous_grad_fn": less}),
         (misfit("paired_grad_fn"), {"paired_grad_fn": lambda x, y: (x, less(y))}),
-        ("two trees of .*got 3", {"paired_grad_fn": lambda x, y: (x, y, y)}),
+        ("two pytrees of .*got 3", {"paired_grad_fn": lambda x, y: (x, y, y)}),
     ):
         with pytest.raises(ValueError, match=message):
             update(**calls)
