@@ -75,8 +75,8 @@ def main() -> None:
     y = np.where(rng.random(len(y)) < 0.4, rng.integers(10, size=len(y)), y)
 
     key = jax.random.key(0)
-    for name in ("SGD", "SAM"):
-        sharp = name == "SAM"
+    for name in ("SGD", "SAM-2"):  # perturbed on every second step
+        sharp = name == "SAM-2"
         every_other = optax_sam.when.every_k(2)
         first = optax_sam.sam(0.5, when=every_other) if sharp else optax.identity()
         variables = model.init(key, x[:1], train=False)
@@ -99,7 +99,7 @@ def main() -> None:
         accuracy = 100 * np.mean(logits.argmax(-1) == test_y)
         gradients = 1 + (optax_sam.metrics(state)["ascent_rate"] if sharp else 0)
         print(
-            f"{name:4}{accuracy:5.1f} % test accuracy, training loss"
+            f"{name:7}{accuracy:5.1f} % test accuracy, training loss"
             f" {metrics['loss']:.2f}, {gradients:.2f} gradients per step"
         )
 

@@ -15,7 +15,7 @@ try:
     import equinox as eqx
 except ImportError as error:
     raise ImportError(
-        'optax_sam.equinox needs Equinox: pip install "optax_sam[equinox]".'
+        "optax_sam.equinox needs Equinox: pip install equinox."
     ) from error
 
 __all__ = ["grad_fn", "value_and_grad"]

@@ -19,9 +19,7 @@ try:
     from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
     from flax.training import train_state
 except ImportError as error:
-    raise ImportError(
-        'optax_sam.linen needs Flax: pip install "optax_sam[flax]".'
-    ) from error
+    raise ImportError("optax_sam.linen needs Flax: pip install flax.") from error
 
 __all__ = ["TrainState", "value_and_grad"]
 

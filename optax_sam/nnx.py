@@ -19,9 +19,7 @@ from optax_sam.value_and_grad import (
 try:
     from flax import nnx
 except ImportError as error:
-    raise ImportError(
-        'optax_sam.nnx needs Flax: pip install "optax_sam[flax]".'
-    ) from error
+    raise ImportError("optax_sam.nnx needs Flax: pip install flax.") from error
 
 __all__ = ["grad_fn", "value_and_grad"]
 

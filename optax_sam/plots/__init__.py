@@ -1,6 +1,6 @@
 """Pictures of what :mod:`optax_sam.sharpness` measures, and of how vSAM samples.
 
-They need matplotlib (``pip install 'optax_sam[plots]'``), take arrays, and draw on the
+They need matplotlib (``pip install matplotlib``), take arrays, and draw on the
 given ``ax``. Without one they make a figure that pyplot does not know, so no figures
 pile up in a long run: ``plots.loss_line(...).figure.savefig("line.png")``. The colours
 come from Okabe and Ito; colour-blind readers can tell them apart. A series with the

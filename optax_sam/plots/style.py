@@ -22,7 +22,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "optax_sam.plots draws with matplotlib: pip install 'optax_sam[plots]'."
+            "optax_sam.plots draws with matplotlib: pip install matplotlib."
         ) from error
     size: Any = dict(figsize=(width, height), dpi=150, layout="constrained")
     return Figure(label=OWN, **size)

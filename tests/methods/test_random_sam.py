@@ -222,5 +222,7 @@ def test_what_is_no_noise_is_refused():
     less = {"layer": params["layer"]}
     other = {**params, "gain": jnp.zeros(1)}
     for wrong in (less, other, 1.0):
-        with pytest.raises(ValueError, match="noise must be a pytree of standard normal"):
+        with pytest.raises(
+            ValueError, match="noise must be a pytree of standard normal"
+        ):
             smoothing(noise=wrong)

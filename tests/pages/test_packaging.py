@@ -95,7 +95,7 @@ def test_importing_it_after_optax_is_cheap_and_an_error_names_what_to_install():
     assert share < 0.1 or any(import_afresh()[1] < 0.1 for _ in range(3))
     needs = {"linen": "Flax", "nnx": "Flax", "equinox": "Equinox"}
     assert errors == [
-        f'optax_sam.{name} needs {package}: pip install "optax_sam[{package.lower()}]".'
+        f"optax_sam.{name} needs {package}: pip install {package.lower()}."
         for name, package in needs.items()
     ]
 
