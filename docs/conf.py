@@ -32,6 +32,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["diff.css"]
 html_title = f"optax_sam {release}"
 html_math_renderer = "mathml"
 # What is copied is the program, without prompts and output.

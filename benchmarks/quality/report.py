@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import patheffects
 from matplotlib.figure import Figure
 from scipy import stats
 
 from benchmarks.lib import study, tables
 from benchmarks.quality import rows
-from optax_sam.plots.colours import BLACK, METHODS
+from optax_sam.plots.colours import BLACK, METHODS, WHITE
 
 Line = dict[str, Any]
 SHORT = {"rate": "lr", "decay": "wd", "max_offset_norm": "cap"}
@@ -145,9 +146,9 @@ def markdown(lines: list[Line]) -> dict[str, str]:
 def draw(lines: list[Line], path: Path) -> None:
     """Gain over tuned SGD against gradients: a dot a seed, a bar the interval."""
     tasks = found(lines)
-    columns = len(tasks) if len(tasks) < 4 else 2
+    columns = min(2, len(tasks))
     size = -(-len(tasks) // columns), columns
-    figure = Figure(figsize=(3.5 * columns, 3.3 * size[0]), dpi=120)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * size[0]), dpi=120)
     figure.set_layout_engine("constrained", hspace=0.08)
     panels = [*figure.subplots(*size, squeeze=False).flat]
     rng = np.random.default_rng(0)  # dots of equal accuracy are moved apart
@@ -156,8 +157,8 @@ def draw(lines: list[Line], path: Path) -> None:
         axes.set_title(task.settings["title"], fontsize=9.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.axhline(0, color=BLACK, linewidth=1)
-        given: Any = {"fontsize": 8, "ha": "right", "va": "bottom"}
-        axes.text(2.75, 0, "tuned SGD", color=BLACK, **given)
+        given: Any = {"fontsize": 9, "ha": "right", "va": "bottom"}
+        axes.text(2.95, 0, "tuned SGD", color=BLACK, **given)
         labels: list[Any] = []
         for row in shown:
             colour, x = METHODS[row], task.gradients(row)
@@ -174,11 +175,12 @@ def draw(lines: list[Line], path: Path) -> None:
         low, high = min(ends.min(), 0), max(ends.max(), 0)
         margin = 0.12 * (high - low)
         axes.set_ylim(low - margin, high + margin)
-        _label(axes, labels, (high - low) / 14)
-        axes.set_xlim(0.9, 2.75)
-        axes.set_xlabel("Gradient evaluations, relative to SGD", fontsize=8.5)
-        axes.set_ylabel("Points over tuned SGD", fontsize=8.5)
-        axes.tick_params(labelsize=8)
+        _label(axes, labels, (high - low) / 11)
+        axes.set_xlim(0.9, 2.95)
+        axes.set_xticks([1, 1.5, 2, 2.5])
+        axes.set_xlabel("Gradient evaluations, relative to SGD", fontsize=9)
+        axes.set_ylabel("Points over tuned SGD", fontsize=9.5)
+        axes.tick_params(labelsize=8.5)
     for axes in panels[len(tasks) :]:
         axes.set_axis_off()
     study.save(figure, path)
@@ -193,5 +195,6 @@ def _label(axes: Any, labels: list[Any], apart: float) -> None:
             y += apart / 4
         placed.append((x, y))
         axes.plot([x + 0.02, x + 0.05], [mean, y], color=colour, linewidth=0.6)
-        given: Any = {"fontsize": 8, "color": colour, "va": "center"}
+        given: Any = {"fontsize": 9, "color": colour, "va": "center"}
+        given["path_effects"] = [patheffects.withStroke(linewidth=2, foreground=WHITE)]
         axes.text(x + 0.06, y, row, **given)

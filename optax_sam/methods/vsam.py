@@ -361,12 +361,12 @@ def vsam(
     number. Such a run needs smaller windows, or an ``initial_rate`` between 0.2 and
     0.35 (the published shares).
 
-    We measured the loss against SAM (docs/results/accuracy.md). In a run of 2,200 steps
-    SAM gained 2.0 points over tuned SGD:
+    We measured the difference to SAM (docs/results/accuracy.md). In a run of 2,200
+    steps SAM gained 2.2 points over tuned SGD:
 
-    - the authors' start lost 1.1 of them;
-    - ``initial_rate=0.33`` lost 0.2 at 1.6 gradients;
-    - ``initial_rate=0.33, max_rate=0.4`` lost 0.6 at 1.4 gradients;
+    - the authors' start lost 0.8 of them at 1.2 gradients;
+    - ``initial_rate=0.33`` lost 0.1 at 1.6 gradients;
+    - ``initial_rate=0.33, max_rate=0.4`` lost 0.5 at 1.4 gradients;
     - a fixed period of 3 with the same reuse lost 0.2 at 1.33 gradients.
 
     On another task SAM gained 0.5 points. There ``initial_rate=0.33`` lost 0.4 of them

@@ -6,7 +6,7 @@ yellow is left out, because it is too light for a line.
 
 from __future__ import annotations
 
-BLACK, GREY = "#000000", "#666666"
+BLACK, GREY, WHITE = "#000000", "#666666", "#FFFFFF"
 BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
 ORANGE, RED, PINK = "#E69F00", "#D55E00", "#CC79A7"
 # For series that are not methods; the easiest to tell apart come first.
