@@ -93,7 +93,7 @@ def unit_noise(
         given = normal_like(step.device_key(key), params)
     elif jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, params):
         raise ValueError(
-            "noise must be a tree of standard normals, of the structure and the"
+            "noise must be a pytree of standard normals, of the structure and the"
             " shapes of the parameters: optax.tree.random_like(key, params,"
             " jax.random.normal)."
         )

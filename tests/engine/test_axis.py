@@ -98,6 +98,10 @@ RISES = {
     "raw_steps": ascent.raw_steps(0.1, num_steps=2),
     "trust_ratio": ascent.trust_ratio(0.1),
     "weight_scaled": ascent.weight_scaled(0.1),
+    "averaged": ascent.averaged(0.1),
+    "loss_budget": ascent.loss_budget(0.1),
+    "centralized": ascent.centralized(0.1),
+    "filter_noise": ascent.filter_noise(0.1, key=3),
 }
 RULES = {
     "always": when.always(),
@@ -125,6 +129,7 @@ PRODUCTS = [
 def test_every_exported_part_is_tested():
     exported = lambda module: {x for x in module.__all__ if x[0].islower()}
     helpers = {"norm", "rescale", "restrict", "normalization_layers", "roles"}
+    helpers |= {"matrices"}
     assert exported(ascent) - helpers <= {name.split(",")[0] for name in RISES}
     assert exported(when) == set(RULES)
     assert exported(blend) == set(BLENDS)
@@ -150,5 +155,5 @@ def test_replicas_stay_equal(rise, rule, mix):
     found = run(x)
     for leaf in jax.tree.leaves(found):
         np.testing.assert_array_equal(leaf, jnp.stack([leaf[0]] * len(leaf)))
-    if rise != "smoothed":  # whose noise is a device's own
+    if rise not in ("smoothed", "filter_noise"):  # their noise is a device's own
         harness.assert_close(run(x[:, ::-1])[1], found[1], 1e-4, atol=1e-6)

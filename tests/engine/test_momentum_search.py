@@ -83,7 +83,9 @@ def test_a_momentum_of_ones_own(name, names):
 
 def test_a_momentum_of_ones_own_that_is_refused():
     two = optax_sam.msam(own(Unnamed, lambda s: s))
-    with pytest.raises(ValueError, match=r"Unnamed.first, Unnamed.second. Keep a mom"):
+    with pytest.raises(
+        ValueError, match=r"Unnamed.first, Unnamed.second. Keep your mom"
+    ):
         two.init(kernel())
     uphill = own(lambda v, n: v, lambda s: (s, s), sign=1.0)
     with pytest.raises(ValueError, match="its state leads uphill"):

@@ -127,7 +127,9 @@ def test_all_but_the_norms(x64):
 )
 def test_no_norm_at_all_is_an_error(params):
     params = jax.tree.map(jnp.asarray, params)
-    with pytest.raises(ValueError, match="No normalization layer.*mask= a tree of bo"):
+    with pytest.raises(
+        ValueError, match="No normalization layer.*mask= a pytree of bo"
+    ):
         ascent.normalization_layers(params)
     member = optax_sam.sam_on(lib.RHO)
     with pytest.raises(ValueError, match="No normalization layer was found"):
