@@ -34,8 +34,8 @@ def mrwp(
     second one. ``alpha=1`` is RWP. :func:`optax_sam.ascent.filter_noise` computes RWP
     and LPF-SGD for 1 gradient.
 
-    Cost: 2 gradients per perturbed step, which can run in parallel, and a normal number
-    per weight; 1 on others; a few scalars and a key of state.
+    Cost: 2 gradients per perturbed step, which can run in parallel with the memory of
+    two, and a normal number per weight; 1 on others; a few scalars and a key of state.
 
     Args:
       alpha: share of the gradient at the perturbed weights, at least 0, or a schedule;
