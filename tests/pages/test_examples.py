@@ -60,7 +60,7 @@ def test_the_gallery_shows_every_picture() -> None:
 def test_the_gallery_is_drawn(tmp_path: Path) -> None:
     run(tmp_path, "gallery.py", "--quick", "--out", "new/here")
     for name in PICTURES:
-        printed.assert_is_picture(tmp_path / "new/here" / name, 700, 400, 5_000)
+        printed.assert_is_picture(tmp_path / "new/here" / name, 700, 350, 5_000)
 
 
 @pytest.mark.slow
