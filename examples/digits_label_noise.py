@@ -44,7 +44,7 @@ LENGTH = {"SGD 2x": 2}
 
 
 def optimizer(name: str, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """The method stands before weight decay and SGD; MSAM goes around SGD."""
+    """The method goes before weight decay and SGD; MSAM goes around SGD."""
     member, rate, decay = ROWS[name]
     sgd = optax.sgd(optax.cosine_decay_schedule(rate, num_steps), momentum=0.9)
     if name == "MSAM":

@@ -160,6 +160,7 @@ def draw(lines: list[Line], path: Path) -> None:
         given: Any = {"fontsize": 9, "ha": "right", "va": "bottom"}
         axes.text(2.95, 0, "tuned SGD", color=BLACK, **given)
         labels: list[Any] = []
+        ends = [0.0]
         for row in shown:
             colour, x = METHODS[row], task.gradients(row)
             x += 0.06 * sum(abs(x - label[0]) < 0.04 for label in labels)
@@ -169,10 +170,9 @@ def draw(lines: list[Line], path: Path) -> None:
             axes.scatter(moved, gains, s=9, color=colour, alpha=0.3, linewidths=0)
             axes.errorbar(x, mean, half, color=colour, fmt="o", ms=5, lw=2, capsize=3)
             labels.append((x, mean, row, colour))
-        # The scale is that of the intervals: a dot far away is at the edge.
-        ends = np.array([m + s * h for m, h in map(interval, map(
-            lambda row: task.gains(row, "SGD"), shown)) for s in (-1, 1)])  # fmt: skip
-        low, high = min(ends.min(), 0), max(ends.max(), 0)
+            ends += mean - half, mean + half
+        # The intervals set the scale: a dot far away is not drawn.
+        low, high = min(ends), max(ends)
         margin = 0.12 * (high - low)
         axes.set_ylim(low - margin, high + margin)
         _label(axes, labels, (high - low) / 11)

@@ -22,12 +22,11 @@ from optax_sam.methods.look_layer_sam import trust_ratio
 from optax_sam.methods.random_sam import SmoothedState, smoothed
 from optax_sam.methods.renyi_sam import renyi
 from optax_sam.methods.sam_on import normalization_layers
-from optax_sam.methods.vasso import AveragedState, averaged
+from optax_sam.methods.vasso import averaged
 from optax_sam.parts import OwnGradient
 from optax_sam.trees import norm, rescale
 
 __all__ = [
-    "AveragedState",
     "FilterNoiseState",
     "FriendlyState",
     "OwnGradient",

@@ -15,7 +15,7 @@ from optax_sam.trees import beyond_rounding, cache, norm, rescale, weighted
 
 
 class FriendlyState(NamedTuple):
-    """State of :func:`friendly`.
+    """State of :func:`friendly`, and of :func:`averaged`.
 
     Attributes:
       average: ``m``, the average of the gradients, like the parameters, float32 or
@@ -25,6 +25,11 @@ class FriendlyState(NamedTuple):
 
     average: Any
     started: jax.Array
+
+
+def begun(params: Any) -> FriendlyState:
+    """The state before the first gradient."""
+    return FriendlyState(cache(params), jnp.zeros((), bool))
 
 
 def friendly(
@@ -64,9 +69,6 @@ def friendly(
     sigma = check_schedule("sigma", sigma, 0.0)
     decay = check_schedule("decay", decay, 0.0, 1.0)
 
-    def init(params: Any) -> FriendlyState:
-        return FriendlyState(cache(params), jnp.zeros((), bool))
-
     def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
         g = optax.tree.cast_like(g, state.average)
         a = weighted(jnp.ones(()), g, -at(sigma, step.count), state.average)
@@ -76,7 +78,7 @@ def friendly(
         started = jnp.ones_like(state.started)
         return rescale(a, length, at(rho, step.count)), FriendlyState(average, started)
 
-    return ascent_rule(update, init)
+    return ascent_rule(update, begun)
 
 
 @method(friendly)

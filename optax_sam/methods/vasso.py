@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from optax_sam.method import Options, method, on_engine
+from optax_sam.methods.friendly_sam import FriendlyState, begun
 from optax_sam.parts import Step, ascent_rule
 from optax_sam.schedules import at, check_schedule
-from optax_sam.trees import cache, norm, rescale, weighted
-
-
-class AveragedState(NamedTuple):
-    """State of :func:`averaged`.
-
-    Attributes:
-      average: ``m``, the average of the gradients, like the parameters, float32 or
-        better.
-      started: whether there was a gradient to average, () bool.
-    """
-
-    average: Any
-    started: jax.Array
+from optax_sam.trees import norm, rescale, weighted
 
 
 def averaged(
@@ -57,18 +44,15 @@ def averaged(
     rho = check_schedule("rho", rho, 0.0)
     theta = check_schedule("theta", theta, 0.0, 1.0)
 
-    def init(params: Any) -> AveragedState:
-        return AveragedState(cache(params), jnp.zeros((), bool))
-
     def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
         g = optax.tree.cast_like(g, state.average)
         weight = jnp.where(state.started, at(theta, step.count), 1)
         m = weighted(1 - weight, state.average, weight, g)
         started = jnp.ones_like(state.started)
         e = rescale(m, norm(m), at(rho, step.count), eps=1e-7)
-        return e, AveragedState(step.mean(m), started)
+        return e, FriendlyState(step.mean(m), started)
 
-    return ascent_rule(update, init)
+    return ascent_rule(update, begun)
 
 
 @method(averaged)

@@ -24,7 +24,7 @@ FACTOR, FLOOR = 10, 1e-13
 def hold(source, found, wanted, step=None):
     """Parameters or values are as near to those of a source as they were.
 
-    The method is that of the test file. Deviations are relative to the largest number.
+    The test file names the method. Deviations are relative to the largest number.
     """
     of = lambda pairs: max(float(np.max(np.abs(np.asarray(x)))) for x in pairs)
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)

@@ -87,6 +87,21 @@ def points_of(member, w, *gradients):
     return points
 
 
+def averaged_on_devices(member):
+    """Gradients of two steps on four devices, the second offset, and the average."""
+    first, second = (np.random.default_rng(i).normal(size=(4, 5)) for i in range(2))
+    w = jnp.zeros(5)
+
+    def step(first, second):
+        grad_fn, points = answering(first, second)
+        _, state = member.update(first, member.init(w), w, grad_fn=grad_fn)
+        _, state = member.update(second, state, w, grad_fn=grad_fn)
+        return points[1], state.ascent.average
+
+    on_devices = jax.vmap(step, axis_name="shards")
+    return first, second, *on_devices(*map(jnp.asarray, (first, second)))
+
+
 def ascended(member, params=None):
     """What a member emits, the points it looks at, and its state; not compiled."""
     params = harness.tree() if params is None else params

@@ -66,7 +66,7 @@ def ellipsoid_norm(eta, everywhere=False):
 
 
 def centered_norm(offset, params, g):
-    """GCSAM's length is that of the gradient before its means are taken out."""
+    """GCSAM scales by the norm of the gradient before its means are taken out."""
     less = lambda x: x - x.mean(0, keepdims=True) if x.ndim == 2 else x
     moved = optax.tree.norm(jax.tree.map(less, g))
     return optax.tree.norm(offset) * optax.tree.norm(g) / moved

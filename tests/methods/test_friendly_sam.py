@@ -115,16 +115,7 @@ def test_a_constant_gradient_leaves_no_direction(decay, precision):
 def test_devices_have_one_average_and_noises_of_their_own(x64):
     """The average of the mean gradient; and each ascends against it by itself."""
     member = optax_sam.friendly_sam(lib.RHO, sigma=1.0, decay=0.6, axis_name="shards")
-    first, second = (np.random.default_rng(i).normal(size=(4, 5)) for i in range(2))
-    w = jnp.zeros(5)
-
-    def step(first, second):
-        grad_fn, points = lib.answering(first, second)
-        _, state = member.update(first, member.init(w), w, grad_fn=grad_fn)
-        _, state = member.update(second, state, w, grad_fn=grad_fn)
-        return points[1], state.ascent.average
-
-    e, average = jax.vmap(step, axis_name="shards")(*map(jnp.asarray, (first, second)))
+    first, second, e, average = lib.averaged_on_devices(member)
     m = first.mean(axis=0)
     a = second - m
     wanted = lib.RHO * a / np.linalg.norm(a, axis=1, keepdims=True)

@@ -1,8 +1,6 @@
 """VaSSO: the ascent along an average of the gradients."""
 
 import harness
-import jax
-import jax.numpy as jnp
 import methods_lib as lib
 import numpy as np
 from reference import vasso
@@ -63,16 +61,7 @@ def test_of_new_gradients_alone_it_is_sam(x64):
 
 def test_devices_keep_one_average(x64):
     member = optax_sam.vasso(lib.RHO, theta=0.5, axis_name="shards")
-    first, second = (np.random.default_rng(i).normal(size=(4, 5)) for i in range(2))
-    w = jnp.zeros(5)
-
-    def step(first, second):
-        grad_fn, points = lib.answering(first, second)
-        _, state = member.update(first, member.init(w), w, grad_fn=grad_fn)
-        _, state = member.update(second, state, w, grad_fn=grad_fn)
-        return points[1], state.ascent.average
-
-    e, average = jax.vmap(step, axis_name="shards")(*map(jnp.asarray, (first, second)))
+    first, second, e, average = lib.averaged_on_devices(member)
     m = (first.mean(axis=0) + second) / 2
     wanted = lib.RHO * m / np.linalg.norm(m, axis=1, keepdims=True)
     np.testing.assert_allclose(e, wanted, rtol=1e-6)
