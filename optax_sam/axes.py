@@ -106,6 +106,12 @@ def mean(x: Any, axes: Axes) -> Any:
     return jax.lax.pmean(x, over) if over else x
 
 
+def mean_of_floats(tree: Any, axis_name: Any) -> Any:
+    """A pytree whose floats are averaged over the axes of ``axis_name``."""
+    axes = mapped_axes(axis_name)
+    return jax.tree.map(lambda x: mean(x, axes) if is_perturbable(x) else x, tree)
+
+
 def mean_of_aux(
     aux: Any, args: list[Any], axes: Axes, outside: Callable[[], list[Any]]
 ) -> Any:

@@ -26,9 +26,10 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_sam import checks, masks
-from optax_sam.axes import check_returned, check_varies, vary
+from optax_sam.axes import check_returned, check_varies, mean_of_floats, vary
 from optax_sam.barrier import gradients
 from optax_sam.parts import (
+    AscentRule,
     Blend,
     Call,
     Descent,
@@ -156,7 +157,8 @@ def sharpness_aware(
         purpose.
       axis_name: name of a mapped axis (``shard_map``, ``pmap``) over which the
         gradient at ``w`` is *not yet* averaged. Each device then makes a separate
-        perturbation (m-sharpness), and the result is averaged.
+        perturbation (m-sharpness), and the result is averaged. The state of an ascent
+        from Optax, such as ``scale_by_rms``, is averaged too.
       ascent_dtype: dtype of the perturbed parameters that ``grad_fn`` gets; ``None``
         means float32 for half-precision leaves, and else the dtype of the leaf.
       name: the name of this method in errors.
@@ -328,6 +330,9 @@ def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
         count=state.count,
         **call.extra,
     )
+    if not isinstance(method.ascent, AscentRule):
+        # A transformation of Optax's, such as scale_by_rms, knows no axis.
+        ascent = mean_of_floats(ascent, method.axis_name)
     # A rule with another gradient than the one at w (R-SAM) uses it for the fallback
     # too. XLA then drops the gradient at w, because nothing uses it.
     e, first = e if isinstance(e, OwnGradient) else (e, g)

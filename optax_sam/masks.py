@@ -102,4 +102,4 @@ def restrict(
             )
         return keep(e, chosen), state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return type(inner)(inner.init, update)

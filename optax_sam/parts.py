@@ -93,12 +93,19 @@ class OwnGradient(NamedTuple):
     gradient: Any
 
 
+class AscentRule(optax.GradientTransformationExtraArgs):
+    """An ascent that gets ``step``, and averages what it stores by ``step.mean``.
+
+    The engine averages the state of any other transformation over the devices.
+    """
+
+
 def ascent_rule(
     update: Callable[..., tuple[Any, Any]],
     init: Callable[[Any], Any] = optax.init_empty_state,
     *,
     needs: tuple[str, ...] = (),
-) -> optax.GradientTransformationExtraArgs:
+) -> AscentRule:
     """An ascent from ``update(g, state, params, step, **extra) -> (e, state)``.
 
     The engine passes ``step``. If you use the ascent alone, pass ``count`` instead.
@@ -127,12 +134,12 @@ def ascent_rule(
             )
         return update(g, state, params, step or Step(count), **extra)
 
-    return optax.GradientTransformationExtraArgs(init, transform)
+    return AscentRule(init, transform)
 
 
 def offset_rule(
     offset: Callable[[Any, Any, Step], Any], *, needs: tuple[str, ...] = ()
-) -> optax.GradientTransformationExtraArgs:
+) -> AscentRule:
     """An ascent without a state, from ``offset(g, params, step) -> e``."""
     return ascent_rule(
         lambda g, state, params, step, **extra: (offset(g, params, step), state),

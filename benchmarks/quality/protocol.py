@@ -6,7 +6,7 @@
 
 For each row (a method) a search of the same number of settings chooses the learning
 rate, the weight decay and the method's own values, on held-out training images. Then
-fresh seeds train at the chosen setting and are tested once. docs/results/protocol.md
+fresh seeds train at the chosen setting and are tested once. docs/results/accuracy.md
 says the rest.
 
 Each run is a line of JSON in ``--out``, and what is there is not run again. After

@@ -137,7 +137,7 @@ def control(tasks: dict[str, Found]) -> str:
 
 
 def markdown(lines: list[Line]) -> dict[str, str]:
-    """The tables of docs/results/protocol.md, by name."""
+    """The tables of docs/results/accuracy.md, by name."""
     tasks = found(lines)
     made = {name: table(task) for name, task in tasks.items()}
     return {"headline": headline(tasks), "vsam": control(tasks), **made}

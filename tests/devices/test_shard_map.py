@@ -25,11 +25,11 @@ VSAM = functools.partial(optax_sam.vsam, 0.1, window=10, num_slices=5)
 of_device = functools.partial(jax.lax.pcast, axis_name="data", to="varying")
 
 
-def mapped(function):
+def mapped(function, results=(), **options):
     """Of parameters, a state and a batch; the results are the same on all devices."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    specs = (P(), P(), P("data"))
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P())
+    specs = {"in_specs": (P(), P(), P("data")), "out_specs": P(*results)}
+    return jax.shard_map(function, mesh=mesh, **specs, **options)
 
 
 def update(tx, params, state, batch, at=of_device, spoil=lambda g: g, ascend=None):
@@ -99,6 +99,28 @@ def test_perturbed_weights_belong_to_a_device_whatever_perturbs_them():
     emitted = jax.jit(mapped(functools.partial(update, tx)))
     d, _ = emitted(PARAMS, tx.init(PARAMS), BATCH)
     harness.assert_close_in_size(d, jax.grad(PROBLEM.loss_fn)(PARAMS, BATCH), 1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_state_of_an_optax_ascent_is_the_mean_over_devices(check_vma):
+    """Optax's transformations know no axis: each device would keep another state."""
+    rule = optax.chain(optax.scale_by_rms(decay=0.9), optax_sam.ascent.l2(0.1))
+    tx = optax_sam.sharpness_aware(rule, axis_name="data")
+    at = of_device if check_vma else lambda params: params
+
+    def squares(params, state, batch):
+        _, after = update(tx, params, state, batch, at=at)
+        g = jax.grad(PROBLEM.loss_fn)(at(params), batch)
+        expected = jax.lax.pmean(jax.tree.map(lambda x: 0.1 * x**2, g), "data")
+        pair = after.ascent[0].nu, expected
+        if check_vma:  # JAX has proved that they are the same on all devices
+            return pair
+        return jax.tree.map(lambda x: x[None], pair)
+
+    results = () if check_vma else ("data",)
+    found = mapped(squares, results, check_vma=check_vma)
+    nu, expected = jax.jit(found)(PARAMS, tx.init(PARAMS), BATCH)
+    harness.assert_close_in_size(nu, expected, 1e-6)
 
 
 def all_reduced_elements(compiled):
