@@ -31,7 +31,7 @@ PYTEST = JAX_PLATFORMS=$(JAX_PLATFORMS) $(CACHED) $(1)/bin/python -m pytest -q \
 	-n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-all sweep faults test-oldest test-newest test-pods test-dist dist lint \
-	format docs tables conformance bench bench-gpu bench-pods clean
+	format docs tables conformance accuracy bench bench-gpu bench-pods clean
 .DEFAULT_GOAL := help
 # Two environments at a time would only fight for the same cores and network.
 .NOTPARALLEL:
@@ -123,6 +123,13 @@ conformance: .venv/main/.stamp  ## Record how far methods are from papers' and a
 
 # glibc then keeps the memory of XLA's programs: see benchmarks/README.md.
 STEADY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
+
+# The settings are those that the committed searches chose.
+accuracy: .venv/main/.stamp  ## Train the runs of the figure of results again (DATA: Fashion-MNIST)
+	@JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/quality/protocol.py \
+		--repeat --task digits $(if $(DATA),fashion_mlp fashion_cnn --data $(DATA)) \
+		--rows SGD "SGD 2x" SAM SAM-5 vSAM "vSAM .33" MSAM "quarter-batch SAM" \
+		--out out/accuracy.jsonl --figure out/accuracy.png $(ARGS)
 
 bench: .venv/main/.stamp  ## Make all results of a CPU anew, in out/bench (half an hour)
 	@$(STEADY) JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/bench.py \

@@ -1,7 +1,8 @@
 """Image data sets as uint8 arrays, and what a training step makes of them.
 
 CIFAR-10 and CIFAR-100 come from the folder of the standard archives (pickles or binary
-batches) or from an ``.npz``, Fashion-MNIST from an ``.npz``, digits from scikit-learn.
+batches), Fashion-MNIST from the folder of its four files (packed or not), each of them
+also from an ``.npz``, and digits from scikit-learn.
 An ``.npz`` holds ``train_x``, ``train_y``, ``test_x`` and ``test_y``, uint8. Images
 stay uint8 on the device; cropping and flipping happen inside the compiled step, from a
 key.
@@ -9,6 +10,7 @@ key.
 
 from __future__ import annotations
 
+import gzip
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +60,8 @@ def load(name: str, path: Path | None) -> Data:
         arrays = digits()
     elif path is None:
         raise SystemExit(f"{name} needs --data, see benchmarks/README.md")
-    elif path.is_dir() and name in ARCHIVES:
-        arrays = _folder(name, path)
+    elif path.is_dir():
+        arrays = _folder(name, path) if name in ARCHIVES else _idx(path)
     else:
         arrays = npz(path)
     train_x, train_y, test_x, test_y = arrays
@@ -154,6 +156,23 @@ def _pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _binary(path: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     records = np.fromfile(path, np.uint8).reshape(-1, label_bytes + 3072)
     return _images(records[:, label_bytes:]), records[:, label_bytes - 1]
+
+
+def _idx(path: Path) -> tuple[np.ndarray, ...]:
+    """The four files of Fashion-MNIST, packed with gzip or not."""
+
+    def read(name: str) -> np.ndarray:
+        packed, plain = path / f"{name}-ubyte.gz", path / f"{name}-ubyte"
+        if not packed.is_file() and not plain.is_file():
+            raise SystemExit(f"{path} holds neither {plain.name} nor {packed.name}")
+        with gzip.open(packed) if packed.is_file() else plain.open("rb") as file:
+            data = np.frombuffer(file.read(), np.uint8)
+        # The fourth byte is the number of axes; then come their lengths.
+        return data[4 + 4 * int(data[3]) :]
+
+    images = lambda part: read(f"{part}-images-idx3").reshape(-1, 28, 28, 1)
+    labels = lambda part: read(f"{part}-labels-idx1")
+    return images("train"), labels("train"), images("t10k"), labels("t10k")
 
 
 def _images(rows: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
     python benchmarks/quality/protocol.py --task digits
     python benchmarks/quality/protocol.py --task fashion_mlp --data fashion_mnist.npz
+    python benchmarks/quality/protocol.py --repeat [FILE] --task digits fashion_mlp ...
     python benchmarks/quality/protocol.py --report [FILE] [--figure FILE]
 
 For each row (a method) a search of the same number of settings chooses the learning
@@ -11,7 +12,8 @@ says the rest.
 
 Each run is a line of JSON in ``--out``, and what is there is not run again. After
 ``--seconds`` the process ends, with status 75 while there is more to do: the same
-command goes on, in the middle of a training too.
+command goes on, in the middle of a training too. ``--repeat`` trains the tested runs of
+a file again, at the settings that its search chose.
 """
 
 from __future__ import annotations
@@ -201,33 +203,57 @@ class Protocol:
             pairs.sort(key=lambda pair: pair[1])
         return [self.test(*pair) for pair in pairs]
 
+    def repeat(self, lines: list[dict[str, Any]], names: list[str]) -> list[float]:
+        """Trains the tested runs of another file again, without a search.
+
+        Returns:
+          The differences in accuracy of each run, in points.
+        """
+        wanted = [
+            line
+            for line in lines
+            if line.get("tested") and line["task"] == self.name and line["row"] in names
+        ]
+        differences = []
+        for line in wanted:
+            how = {key: line[key] for key in ("tested", "stop") if key in line}
+            made = self.run(line["row"], line["values"], line["seed"], **how)
+            differences.append(made["accuracy"] - line["accuracy"])
+        return differences
+
 
 def main() -> None:
     """Trains and reports."""
     results = study.RESULTS / "protocol.jsonl"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--task", choices=tasks.TASKS, default="digits")
+    parser.add_argument("--task", nargs="+", choices=tasks.TASKS, default=["digits"])
     parser.add_argument("--data", type=Path, help=".npz, or a folder of the archive")
     parser.add_argument("--rows", nargs="+", choices=rows.ROWS, default=list(rows.ROWS))
     parser.add_argument("--seeds", type=int, help="how many, if not the task's")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     out = Path("out/protocol.jsonl")
     parser.add_argument("--out", type=Path, default=out, help=f"added to ({out})")
+    told = f"train the tested runs of a file again ({results.name})"
+    parser.add_argument("--repeat", type=Path, nargs="?", const=results, help=told)
     parser.add_argument("--report", type=Path, nargs="?", const=results)
     parser.add_argument("--figure", type=Path, help="PNG to draw")
     options = parser.parse_args()
-    if not options.report:
-        end = time.perf_counter() + options.seconds
-        task = tasks.TASKS[options.task]
+    end = time.perf_counter() + options.seconds
+    for name in () if options.report else options.task:
+        task = tasks.TASKS[name]
         if options.seeds:
             task = dataclasses.replace(task, seeds=tuple(range(options.seeds)))
-        source = tasks.Source(task, options.data)
         protocol = Protocol(
-            *(options.task, source, Results(options.out)),
+            *(name, tasks.Source(task, options.data), Results(options.out)),
             late=lambda: time.perf_counter() > end,
         )
         try:
-            protocol.complete(options.rows)
+            if options.repeat:
+                found = protocol.repeat(read(options.repeat), options.rows)
+                largest = max(map(abs, found), default=0.0)
+                print(f"{name}: {len(found)} runs differ by {largest:.2f} at most")
+            else:
+                protocol.complete(options.rows)
         except OutOfTime:
             raise SystemExit(UNFINISHED) from None
     study.show(options, report.markdown, report.draw, read)

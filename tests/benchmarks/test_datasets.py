@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import pickle
 
 import jax
@@ -49,6 +50,25 @@ def test_the_archives_are_read(tmp_path, name, form):
         for got, wanted in zip(data[:4], want, strict=True):
             np.testing.assert_array_equal(got, wanted)
     assert data.train_x.dtype == np.uint8
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_files_of_fashion_mnist_are_read(tmp_path, packed):
+    """Big-endian headers of two and four numbers, before the bytes."""
+    kept = []
+    for part in ("train", "t10k"):
+        x, y = images(5, 28, 1), RNG.integers(0, 10, 5).astype(np.uint8)
+        files = {"images-idx3": ([2051, 5, 28, 28], x), "labels-idx1": ([2049, 5], y)}
+        for name, (header, data) in files.items():
+            content = np.array(header, ">i4").tobytes() + data.tobytes()
+            path = tmp_path / f"{part}-{name}-ubyte{'.gz' * packed}"
+            path.write_bytes(gzip.compress(content) if packed else content)
+        kept += x, y
+    for got, wanted in zip(datasets.load("fashion-mnist", tmp_path), kept, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    next(tmp_path.glob("t10k-labels*")).unlink()
+    with pytest.raises(SystemExit, match="neither t10k-labels-idx1-ubyte nor"):
+        datasets.load("fashion-mnist", tmp_path)
 
 
 def test_an_npz_is_read_and_grey_images_get_a_channel(tmp_path):

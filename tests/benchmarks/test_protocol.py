@@ -231,6 +231,19 @@ def test_early_stopping_takes_an_epoch_of_the_search_of_sgd(tmp_path):
     assert all("curve" not in line for line in tested)
 
 
+def test_a_file_is_repeated_at_the_settings_that_its_search_chose(tmp_path):
+    given = task(epochs=2)
+    for row in ("SGD", "SGD, early", "SAM"):
+        finish(tmp_path / "first.jsonl", row, given)
+    first = protocol.read(tmp_path / "first.jsonl")
+    again = protocol.Results(tmp_path / "again.jsonl")
+    made = protocol.Protocol("digits", tasks.Source(given, None), again)
+    assert made.repeat(first, ["SGD, early", "SAM"]) == [0.0] * 4
+    _, *repeated = lines(again.path)
+    wanted = [x for x in lines(tmp_path / "first.jsonl") if x.get("tested")]
+    assert repeated == [x for x in wanted if x["row"] != "SGD"]
+
+
 @pytest.mark.slow
 def test_without_a_search_seeds_take_turns(tmp_path, mini):
     """So that time that runs out costs seeds, not rows."""
