@@ -51,8 +51,8 @@ def ascent_batch(batch: Any, divisor: int = 4) -> Any:
       ...     grads(w, optax_sam.ascent_batch(batch)), tx.init(w), w,
       ...     grad_fn=lambda w: grads(w, batch))
 
-      In a step for :func:`optax_sam.dispatch`, a method that skips gets the whole
-      batch where it is not perturbed:
+      In a step for :func:`optax_sam.dispatch`, use the whole batch for the gradient at
+      ``w`` if the step is not perturbed:
 
       >>> first = lambda batch, ascend: (
       ...     optax_sam.ascent_batch(batch) if ascend else batch)

@@ -27,5 +27,5 @@ def gradients(tree: Any) -> Any:
             x, cpu=lambda x: x, default=jax.lax.optimization_barrier
         )
 
-    # Leaf by leaf, so that one that nobody uses is still not computed.
+    # Leaf by leaf, so that XLA still drops a leaf that nothing uses.
     return jax.tree.map(settled, tree)

@@ -106,7 +106,7 @@ def takes(function: Callable, num_arguments: int) -> bool:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return True  # a builtin says nothing
+        return True  # a builtin has no signature
     try:
         signature.bind(*range(num_arguments))
     except TypeError:
@@ -186,7 +186,7 @@ def _advice(grads: Any, wanted: Any, expected: Any, incoming: bool) -> str:
     """Advice if gradients have another structure than the parameters."""
     static = [place(path) for path, leaf in wanted if not is_perturbable(leaf)]
     if static:
-        return f"The parameters hold what has no gradient, at {static[0]}. {_FILTER}"
+        return f"The parameters have no gradient at {static[0]}. {_FILTER}"
     pair = isinstance(grads, tuple) and len(grads) == 2
     if pair and jax.tree.structure(grads[1]) == expected:  # type: ignore[operator]
         return (

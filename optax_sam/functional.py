@@ -36,9 +36,9 @@ def functional_value_and_grad(
       c = \nabla \ell(f(w)), \qquad g = J(w)^T c, \qquad
       g_s = J(w + e)^T c
 
-    SAM has :math:`J(w + e)^T \nabla \ell(f(w + e))`, which also moves :math:`c`. This
-    lowers the measured sharpness through the size of the logits and not through the
-    function. In language models this part dominates, and SAM alone harms them.
+    SAM uses :math:`J(w + e)^T \nabla \ell(f(w + e))`, so it also changes :math:`c`.
+    This change lowers the measured sharpness through the size of the logits and not
+    through the function. In language models it dominates, and SAM alone harms them.
 
     Use it like :func:`optax_sam.value_and_grad`, with any method that takes
     ``grad_fn``. ``grad_fn(p)`` is :math:`J(p)^T c` at all points ``p``, also between
@@ -86,7 +86,7 @@ def functional_value_and_grad(
       True
 
     Differs from the authors' code in:
-      1. None is public: the formula is the paper's.
+      1. Their code is not public. The formula is the paper's.
 
     References:
       Singh et al., `Avoiding spurious sharpness minimization broadens applicability of
@@ -117,7 +117,7 @@ def functional_value_and_grad(
             return jax.vjp(network, params, has_aux=True)
 
         def gradients(outputs: Any, pull_back: Callable[[Any], Any]) -> Any:
-            # Perturbed weights may be wider than those at hand, and so their outputs.
+            # Perturbed weights may have a wider dtype than w, and so may the outputs.
             (grads,) = pull_back(optax.tree.cast_like(cotangent, outputs))
             return averaged(grads, loss, axes, loss_scale)
 

@@ -87,7 +87,8 @@ def normal_like(key: jax.Array, tree: Any) -> Any:
         return draw()
 
     # On a CPU, XLA would draw a bias again for every example that it is added to. It
-    # does not for the result of a branch, so there is one that is always taken.
+    # does not draw the result of a branch again, so the draw is in a branch that is
+    # always taken.
     def otherwise() -> Any:
         full = lambda x: jnp.full(x.shape, words[0], widest(x))
         return jax.tree.map(full, tree)

@@ -96,8 +96,8 @@ def restrict(
         e, state = inner.update(keep(g, chosen), state, params, **extra)
         if isinstance(e, OwnGradient):
             raise ValueError(
-                "A mask around a rule that takes its own gradient would cut a"
-                " part of that. Give the mask to the rule, as in"
+                "This rule computes its own gradient, and a mask around the rule"
+                " would drop a part of it. Give the mask to the rule, as in"
                 " ascent.smoothed(..., mask=mask)."
             )
         return keep(e, chosen), state

@@ -1,8 +1,8 @@
 """Where an optimizer keeps its momentum.
 
-The state alone must show it, because there is nothing else at evaluation. The search
-looks for subtrees like the parameters, by the names of their fields. ``probe.py`` then
-runs the optimizer to see whether such a subtree is a momentum.
+At evaluation only the state is available, so the search uses the state alone. It looks
+for subtrees like the parameters, by the names of their fields. ``probe.py`` then runs
+the optimizer to see whether such a subtree is a momentum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NAMES = (
     *("mu", "m", "m1", "trace", "ema", "exp_avg", "mom", "momentum", "momenta"),
     *("momentum_buffer", "velocity", "moment1", "first_moment"),
 )
-# A second momentum beside the first; a mean that serves a variance.
+# Fields of a second momentum; and of a mean that belongs to a variance.
 _ALSO = (("ScaleByAdemamixState", "m2"),)
 _NOT = (("ScaleByRStdDevState", "mu"), ("ScaleByRStdDevWithCountState", "mu"))
 
@@ -170,7 +170,7 @@ _REMEDIES = {
         f" not know of the perturbation. {OTHERWISE}"
     ),
     "GaLoreState": (
-        "optax.contrib.galore (GaLoreState) keeps one of projected gradients."
+        "optax.contrib.galore (GaLoreState) keeps a momentum of projected gradients."
         f" {OTHERWISE}"
     ),
 }

@@ -24,7 +24,7 @@ except ImportError as error:
 __all__ = ["grad_fn", "value_and_grad"]
 
 
-# Variables of a module that are no statistics, or not one for all devices.
+# Variables of a module that are not statistics, or that may differ between devices.
 _OTHERS = (nnx.Param, nnx.RngState, nnx.Intermediate)
 
 
@@ -89,7 +89,7 @@ def value_and_grad(
 
     def value_and_grads(model: Any, *args: Any, **kwargs: Any) -> Any:
         axes = mapped_axes(axis_name)
-        # First: the pass at the weights moves on what this captures.
+        # First, because the pass at the weights changes what this captures.
         perturbed = _gradients(loss_fn, model, args, kwargs, has_aux, axes, loss_scale)
         params = jax.tree.map(lambda x: x, nnx.state(model, wrt))  # not the live ones
         check_parameters(params, axes)
@@ -184,7 +184,7 @@ def _gradients(
             f" this; got {type(model).__name__}. With a graphdef and a state, merge"
             " them before: model = nnx.merge(graphdef, state)."
         )
-    # The arguments too: an nnx.Rngs among them also moves on in the first pass.
+    # The arguments too: the pass at the weights also changes an nnx.Rngs among them.
     graphdef, state = nnx.split((model, args, kwargs))
     # New variables, in case those in the state are the live ones.
     state = jax.tree.map(lambda x: x, state)

@@ -2,8 +2,8 @@
 
 The optimizer runs on a small copy of the parameters with a gradient ``g`` and with
 ``-g``. A momentum starts at zero and changes its sign with the gradient; a second
-moment does not. Along ``g`` it is a momentum of gradients, against ``g`` a momentum of
-steps. And steps follow their momentum: if the momentum is reversed, the steps are.
+moment does not. A momentum that points along ``g`` is one of gradients. A momentum that
+points against ``g`` is one of steps. Reversing a momentum also reverses the steps.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import optax
 
 from optax_sam import momentum
 
-# No axis of the copy is longer, if the state then has the form that it really has:
-# masks and partitions may follow sizes (the limit of optax.adafactor is 128).
+# The longest axis of the copy, if the state then has the same form as for the
+# parameters: masks and partitions may depend on sizes (in optax.adafactor, on 128).
 _CAPS = (3, 130, None)
 _LARGEST = 2**24  # entries of a copy
-# Steps until every leaf of a momentum has moved, and any: optax.MultiSteps waits.
+# Steps to wait for every leaf of a momentum to move, and for any: MultiSteps delays.
 _FEW, _MANY = 64, 1024
 _UNBOUND = re.compile(r"unbound axis name: (\w+)")
 
@@ -36,8 +36,9 @@ class _Optimizer(NamedTuple):
     Attributes:
       g: leaves of the gradient.
       starts: leaves of the first state.
-      updates: ``(g, state) -> (u, state)``, all leaves, but ``u`` of ``shown`` alone.
-        There is one function, and one state, for each way to fill in traced values.
+      updates: ``(g, state) -> (u, state)``, with all leaves of the state and the leaves
+        ``shown`` of ``u``. There is one function, and one state, for each way to fill
+        in traced values.
       where: the leaves of the state that are the momentum.
       shown: some parameters, one of each rank for each part of the momentum.
     """
@@ -88,9 +89,9 @@ def sign(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params
     )
     if not any(x.size for x in jax.tree.leaves(shapes)):
-        return 1  # nothing points
-    # A thread has no trace, no mesh, no mapped axis and no guard of the caller's, so
-    # that numbers are numbers wherever this is called.
+        return 1  # no parameters, so no direction
+    # A new thread has none of the caller's traces, meshes, mapped axes and guards. So
+    # the numbers here are concrete wherever this is called.
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(_sign, inner, shapes, extra).result()
 
@@ -269,7 +270,7 @@ def _watch(optimizer: _Optimizer, start: Any, update: Any) -> _Seen:
         from_zero &= all(
             a <= 0.01 * np.linalg.norm(b) for a, b in zip(first, odd, strict=True) if a
         )
-        # Not on the first step: there, some optimizers set their momentum.
+        # Not on the first step, on which some optimizers set their momentum.
         unseen = np.isnan(turns) | (turns == 0)
         if unseen.any() and any(np.any(x) for x in u):
             new = _turns(optimizer, update, before, u, odd, along)
@@ -294,7 +295,7 @@ def _direction(odd: np.ndarray, even: np.ndarray, g: np.ndarray) -> float:
 def _turns(
     optimizer: _Optimizer, update: Any, before: Any, u: Any, odd: Any, along: Any
 ) -> np.ndarray:
-    """How the leaves of a step turn with a momentum so large that it decides."""
+    """How the leaves of a step turn with the momentum, made large enough to decide."""
 
     def step(factor: float) -> list[np.ndarray]:
         state = list(before)
@@ -316,14 +317,14 @@ def _turns(
 
 
 def _verdict(ways: list[_Seen], parts: list[Any], state: Any, params: Any) -> int:
-    """The sign, the same in all ways to fill in what is traced."""
+    """The sign, which must be the same for all ways to fill in traced values."""
     traced = len(ways) > 1
     signs = {_sign_of(seen, parts, state, params, traced) for seen in ways}
     if len(signs) > 1:
         raise ValueError(
             f"msam cannot tell which way the momentum ({momentum.labels(parts)})"
-            " points: the inner optimizer keeps an average of steps, whose sign"
-            " comes from a learning rate which is traced. Put the learning rate after"
+            " points: the inner optimizer keeps an average of steps, and its sign"
+            " depends on a traced learning rate. Put the learning rate after"
             " the momentum: optax.chain(optax.scale_by_rms(), optax.trace(0.9),"
             " optax.scale_by_learning_rate(learning_rate))."
         )
@@ -365,9 +366,10 @@ def _sign_of(
     }
     if len(of) > 1:
         raise ValueError(
-            "msam takes one momentum of all parameters, but the inner optimizer keeps"
-            f" one of gradients for {of[1]} and one of steps, of the other sign and in"
-            f" other units, for {of[-1]}. Put the learning rate after the momentum in"
+            "msam needs one momentum of all parameters, but the inner optimizer keeps"
+            f" a momentum of gradients for {of[1]} and a momentum of steps, with the"
+            f" other sign and other units, for {of[-1]}. Put the learning rate after"
+            " the momentum in"
             " each part, as optax.sgd and optax.adam do (optax.rmsprop and optax.lars"
             " do not)."
         )

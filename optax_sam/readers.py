@@ -167,8 +167,8 @@ def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     """The arguments of a factory that ``optax.inject_hyperparams`` must not trace.
 
     That wrapper traces every number as a hyperparameter, and calls every function as a
-    schedule. The arguments that are neither are those without an annotation as a number
-    or a schedule.
+    schedule. This function returns the arguments that are not annotated as a number or
+    a schedule.
 
     Args:
       factory: a method of this library, for instance ``optax_sam.vsam``.

@@ -47,7 +47,7 @@ def replica_drift(tree: Any, axis_name: Any) -> jax.Array:
     arrays = [_plain(x) for x in jax.tree.leaves(tree)]
     if not arrays:
         return jnp.zeros((), jnp.float32)
-    # Cast, so that what JAX believes to be the same is looked at too.
+    # The cast makes JAX compare values that it believes to be the same, too.
     arrays = on_device(arrays, axes)
     bits = sum(_checksum(x) * jnp.uint32(2 * i + 1) for i, x in enumerate(arrays))
     sums = jnp.stack([_sum(x) for x in arrays])

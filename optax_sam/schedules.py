@@ -46,7 +46,7 @@ class _Range(NamedTuple):
     def holds(self, number: float) -> bool:
         above = self.low < number if self.open_low else self.low <= number
         below = number < self.high if self.open_high else number <= self.high
-        return above and below  # a number that is none lies in no range
+        return above and below  # NaN lies in no range
 
     def nearest(self, value: jax.Array) -> jax.Array:
         """The value, or the nearest one inside the range in its dtype."""
@@ -83,7 +83,7 @@ def check_schedule(
     """
     if isinstance(value, optax.GradientTransformation):
         raise ValueError(
-            f"{name} must be a number or a schedule of such, but is a transformation."
+            f"{name} must be a number or a schedule, but it is a transformation."
             " An optimizer goes after the method, not into it: write"
             " optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))."
         )
@@ -116,8 +116,8 @@ def _check_first(name: str, schedule: Callable[[Any], Any], allowed: _Range) -> 
     with jax.ensure_compile_time_eval():
         first = schedule(jnp.zeros((), jnp.int32))
     first = _scalar(name, first, "its schedule")
-    # One that depends on what is traced, as inside optax.inject_hyperparams, cannot be
-    # read yet.
+    # A schedule that depends on traced values, as inside optax.inject_hyperparams,
+    # cannot be read yet.
     if not isinstance(first, jax.core.Tracer) and not allowed.holds(float(first)):
         raise ValueError(
             f"{name} must be in {allowed}, but its schedule gives {float(first)} at"
@@ -151,10 +151,10 @@ def check_number(
     or_what: str = "",
     finite: bool = True,
 ) -> Any:
-    """The number, if it is one within the range.
+    """The number, checked against the range.
 
-    A traced number cannot be refused; outside the range it becomes the nearest one
-    inside. A number in half precision is used in float32.
+    A traced number cannot be refused. If it is outside the range, it becomes the
+    nearest number inside. A number in half precision is used in float32.
     """
     allowed = _Range(low, high, open_low, open_high | (finite and high == np.inf))
     advice = f"{name} must be a number in {allowed}{or_what}"

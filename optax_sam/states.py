@@ -50,7 +50,7 @@ def the_state(kind: type[State], method: str, opt_state: Any, example: str) -> S
 def without_variables(tree: Any) -> Any:
     """The pytree with NNX variables replaced by the arrays that they hold."""
     is_variable = lambda x: hasattr(x, "get_value") and not isinstance(x, jax.Array)
-    # One may hold a placeholder of optax.masked, which has no leaves.
+    # A variable may hold a placeholder of optax.masked, which has no leaves.
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     value = lambda x: jax.tree.leaves(x, is_leaf=is_masked)[0]
     return jax.tree.map(
@@ -103,8 +103,8 @@ def check_state(method: str, kind: type, state: Any, expected: Any = None) -> No
             f"{method} got a state of another optimizer or of another place in the"
             f" chain: {_named(state)} where it needs {kind.__name__}. A state belongs"
             " to the transformation that made it: opt_state = tx.init(params), with"
-            " the same tx. A checkpoint is restored into such a state, as"
-            " target=tx.init(params); restored without one it is dicts and lists."
+            " the same tx. Restore a checkpoint into such a state, with"
+            " target=tx.init(params); without a target it becomes dicts and lists."
         )
     difference = None if expected is None else _difference(state, expected)
     if difference is not None:

@@ -22,9 +22,10 @@ from optax_sam.states import OURS, nodes
 from optax_sam.trajectory.mesa import MESAState
 from optax_sam.trajectory.saf import SAFState
 
-_BATCH = 128  # examples in the stand-in for a batch, of which methods may take a part
+_BATCH = 128  # examples in the stand-in for a batch; a method may use a part of them
 _EXAMPLE = "optax.chain(optax_sam.sam(0.05), optax.sgd(0.1))"
-# What an optimizer is, and how long its steps are, is no part of a method's price.
+# Arguments that do not change the cost of a method: its inner optimizer, and the length
+# of its steps.
 _UNPRICED = {"inner": optax.sgd(0.1, momentum=0.9), "learning_rate": 0.1}
 
 
@@ -128,7 +129,7 @@ def summary(
         given = functools.reduce(operator.or_, (stand_ins[x] for x in needs), extra)
         return _calls(lambda *x: tx.update(*x, ascend=ascend, **given), params, state)
 
-    while True:  # each refusal names one argument more
+    while True:  # each error names one more missing argument
         try:
             found = counted(ascend=True)
             break
@@ -154,9 +155,9 @@ def summary(
 
 
 _ONE_POINT = (
-    "Devices and shards, in micro_sharpness or with axis_name=, take gradients of their"
-    " own. Together they pay what the method pays without: summarize it built without"
-    " axis_name, optax_sam.summary(optax_sam.sam(0.05), params)."
+    "In micro_sharpness or with axis_name= each shard or device has its own gradients."
+    " Together they cost as much as the method on the whole batch: summarize it without"
+    " axis_name, as in optax_sam.summary(optax_sam.sam(0.05), params)."
 )
 
 
@@ -175,7 +176,7 @@ def _built(method: Any) -> Any:
         if unknown:
             raise ValueError(
                 f"{getattr(method, '__name__', method)} has no default for"
-                f" {', '.join(unknown)}. Give summary what it makes, for instance"
+                f" {', '.join(unknown)}. Call it and give summary the result, as in"
                 " optax_sam.summary(optax_sam.saf(50_000, 10), params)."
             )
         method = method(**{name: _UNPRICED[name] for name in missing})
@@ -184,7 +185,7 @@ def _built(method: Any) -> Any:
             "summary needs the name of a method, such as 'vsam', a function that makes"
             f" one, or an optimizer, such as {_EXAMPLE}; got {method!r}."
         )
-    # optax.MultiSteps takes extra arguments, though by its type nothing says so.
+    # optax.MultiSteps takes extra arguments, though its type does not say so.
     taken = inspect.signature(method.update).parameters.values()
     takes_any = any(x.kind is x.VAR_KEYWORD for x in taken)
     return method if takes_any else optax.with_extra_args_support(method)
@@ -204,8 +205,8 @@ def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-# Stand-ins for what users hand to ``update``. Each call is one equation of the traced
-# program, which has the name of the function.
+# Stand-ins for the functions that users pass to ``update``. Each call is one equation
+# of the traced program, with the name of the function.
 
 
 @jax.jit
@@ -296,7 +297,7 @@ def _calls_in(equation: Any) -> Counter[str]:
         kind = called.split("_")[-1]
         return Counter({kind: equation.outvars[0].aval.size / _BATCH})  # type: ignore[dict-item]
     inside = [live(program)[0] for program in programs_in(equation)]
-    if equation.primitive.name == "cond":  # one of them runs, the dearest at worst
+    if equation.primitive.name == "cond":  # one branch runs: count the dearest
         return functools.reduce(operator.or_, inside)
     repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
     return sum(inside * repeats, Counter())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 # Added to a norm before dividing, outside the square root. The authors' codes have
-# none, 1e-16, 1e-12 or 1e-7; at 1e-12 a float32 gradient never notices.
+# none, 1e-16, 1e-12 or 1e-7. 1e-12 makes no difference to a float32 gradient.
 EPS = 1e-12
 
 
@@ -60,7 +60,7 @@ def norm(tree: Any) -> jax.Array:
 
 
 def root(square: jax.Array) -> jax.Array:
-    """The square root, with derivative 0 at 0, because a step must have one."""
+    """The square root, with derivative 0 at 0, so that a step can be differentiated."""
     positive = square > 0
     value = jnp.sqrt(jnp.where(positive, square, 1))
     return jnp.where(positive, value, jnp.where(jnp.isnan(square), square, 0))
@@ -86,7 +86,7 @@ def rescale(tree: Any, length: jax.Array, radius: ArrayLike, eps: float = EPS) -
     """``radius * tree / (length + eps)``, in float32 or better.
 
     If the length is zero or not finite, there is no direction. Finite entries then give
-    a zero offset. Others stay NaN, and the engine uses nothing of such a step.
+    a zero offset. Other entries stay NaN, and the engine rejects such a step.
     """
     radius = jnp.asarray(radius, length.dtype)
     scale = jnp.where(length > 0, radius / (length + eps), 0)

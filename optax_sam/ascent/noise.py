@@ -20,7 +20,7 @@ class FilterNoiseState(NamedTuple):
     """State of :func:`filter_noise`.
 
     Attributes:
-      key: raw key data, (2,) uint32; the noise of a step is a function of both.
+      key: raw key data, (2,) uint32; the noise is a function of it and the step.
     """
 
     key: jax.Array
@@ -88,7 +88,7 @@ def filter_noise(
 def unit_noise(
     size: jax.Array, params: Any, key: jax.Array, step: Step, given: Any, roles: Any
 ) -> Any:
-    """Noise of this step, or that from ``given`` normals, as large as the weights."""
+    """Noise as large as the weights, drawn here or made of ``given`` normals."""
     if given is None:
         given = normal_like(step.device_key(key), params)
     elif jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, params):

@@ -87,8 +87,8 @@ def n_step(
                 delta,
             )
 
-        # No distance from zero to go back: the first step needs no projection,
-        # unless it is longer than the radius.
+        # The first step starts at the centre of the ball, so it needs a projection
+        # only if it is longer than the radius.
         delta = rescale(g, norm(g), jnp.minimum(length, radius) if project else length)
         again = lambda _, delta: climb(delta, extra["grad_fn"](add(params, delta)))
         return repeated(again, num_steps, delta), state
@@ -97,7 +97,7 @@ def n_step(
 
 
 def repeated(step: Callable[[Any, Any], Any], num_steps: int, delta: Any) -> Any:
-    """The offset after all steps, of which ``delta`` is the first one's."""
+    """The offset after all steps; ``delta`` is the offset after the first one."""
     if num_steps > _UNROLL_LIMIT:
         return jax.lax.fori_loop(1, num_steps, step, delta)
     for i in range(1, num_steps):

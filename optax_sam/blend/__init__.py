@@ -1,4 +1,4 @@
-"""How the two gradients are combined, and what is emitted on steps without the second.
+"""How the two gradients are combined, and what is emitted on unperturbed steps.
 
 A rule is a :class:`Blend`. The engine averages the emitted gradient over ``axis_name``
 and casts it to the dtype of the gradient at ``w``. If only one method uses a rule, the

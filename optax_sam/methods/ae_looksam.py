@@ -23,7 +23,7 @@ def ae_looksam(
     lag: int = 0,
     **options: Unpack[WithoutWhen],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AE-LookSAM: perturbs on the steps of AE-SAM and reuses as LookSAM on the others.
+    r"""AE-LookSAM: perturbs on AE-SAM's steps, and reuses like LookSAM on the others.
 
     It perturbs on the steps of :func:`optax_sam.ae_sam`. On the others it emits
 
@@ -45,7 +45,8 @@ def ae_looksam(
       >>> tx = optax.chain(optax_sam.ae_looksam(threshold=fall), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. None was found. In our reading the reuse has LookSAM's formula.
+      1. We found no code by the authors. We read the paper as reusing by LookSAM's
+         formula.
 
     References:
       Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization

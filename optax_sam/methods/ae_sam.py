@@ -45,8 +45,8 @@ def ae_sam(
       >>> tx = optax.chain(optax_sam.ae_sam(rho=0.05, threshold=fall), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. None was found. The statistics start at the first step's gradient; the paper
-         does not say how it starts them.
+      1. We found no code by the authors. The statistics start at the first step's
+         gradient; the paper does not say how it starts them.
 
     References:
       Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization

@@ -122,7 +122,7 @@ def amp(
       >>> tx = optax.chain(optax_sam.amp(epsilon=0.1), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. Their script clips each gradient to the norm 50, also the ascent's.
+      1. Their script clips each gradient to the norm 50, also in the ascent.
       2. The caller updates BatchNorm's statistics; there every pass updates them.
 
     References:

@@ -74,8 +74,8 @@ def awp(
       >>> tx = optax.chain(optax_sam.awp(gamma=0.01), optax.sgd(0.1, momentum=0.9))
 
     Differs from the authors' code in:
-      1. The direction is the gradient itself; there it is a step of a second optimizer
-         on a copy of the network, which rounds away digits.
+      1. The direction is the gradient itself. There it is the difference that a step of
+         a second optimizer makes to a copy of the network, with more rounding error.
       2. A matrix of zeros is perturbed by ``gamma * g_l``; there it is not perturbed.
       3. A decay after it in the chain decays ``w``; there it decays the perturbed
          weights.

@@ -28,7 +28,8 @@ class RandomLeavesState(NamedTuple):
 
     Attributes:
       active: the leaves that move on the next perturbed step, (num_leaves,) bool.
-      key: raw key data, (2,) uint32; the draw of a step is a function of both.
+      key: raw key data, (2,) uint32; the draw of a step is a function of it and the
+        step.
     """
 
     active: jax.Array
@@ -134,8 +135,8 @@ def esam(
     (k,), it must compute the losses of these examples and no others. Add terms such as
     an L2 penalty to the loss of every example. If you have the losses at ``params``
     from the gradient at ``w``, pass them as ``per_example_losses``: in large models XLA
-    does not find that they exist already. From ``gamma = 0.99`` on ``grad_fn`` alone is
-    enough.
+    does not notice that they are computed already. From ``gamma = 0.99`` on ``grad_fn``
+    alone is enough.
 
     If the batch is sharded under ``jit``, place the selected examples again in
     ``per_example_loss_fn``. Otherwise all devices compute all of them. Write
@@ -230,7 +231,7 @@ def esam(
             return jax.grad(mean_loss)(w_e, *chosen)
 
         def selected(w_e: Any) -> jax.Array:
-            # Both losses in one precision: of half-precision parameters w_e is wider.
+            # Both losses in one precision: w_e is wider than half-precision parameters.
             before = call.extra.get("per_example_losses")
             if before is None:
                 before = losses_at(optax.tree.cast_like(call.params, w_e))

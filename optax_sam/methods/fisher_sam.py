@@ -68,9 +68,9 @@ def fisher_sam(
 
     ``eta=0`` is SAM. As in the codes of others, the squared gradient of the batch
     replaces the Fisher information, because gradients of single examples would cost
-    more. The squared gradient is small where gradients are small. With a gradient of
-    norm 1 over a million weights an ``eta`` of 1 changes nothing, so scale ``eta`` with
-    the number of weights.
+    more. With a gradient of norm 1 over a million weights, the squared entries are so
+    small that an ``eta`` of 1 changes nothing. So scale ``eta`` with the number of
+    weights.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 
@@ -79,8 +79,8 @@ def fisher_sam(
       >>> tx = optax.chain(optax_sam.fisher_sam(rho=0.1), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. None was found. The formulas and defaults come from two codes by others, which
-         differ only in the names and the epsilon.
+      1. We found no code by the authors. The formulas and defaults come from two codes
+         by others, which differ only in the names and the epsilon.
 
     References:
       Kim et al., `Fisher SAM: Information Geometry and Sharpness Aware Minimisation

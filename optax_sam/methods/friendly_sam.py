@@ -108,8 +108,8 @@ def friendly_sam(
       >>> tx = optax.chain(optax_sam.friendly_sam(rho=0.2), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. If only rounding errors remain of the gradient, the offset is zero; there it is
-         rounding errors, scaled up to the length ``rho``.
+      1. If the subtraction leaves only rounding errors, the offset is zero; there they
+         are scaled up to the length ``rho``.
       2. Their paper updates the average before it subtracts it; their code updates it
          after, as here. For ``sigma=1`` both give the same direction.
       3. With ``axis_name`` the gradients of all devices are averaged.

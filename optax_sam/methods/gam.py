@@ -77,7 +77,8 @@ def gam(
       >>> tx = optax.chain(optax_sam.gam(0.02, norm_rho=0.2), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. The paper's :math:`h_-` by default.
+      1. The default for :math:`h_-` is the paper's formula; their code uses
+         ``h_minus="code"``.
       2. If the difference :math:`h` consists only of rounding errors (in float32 or
          better), nothing moves; there they are scaled up to the length ``norm_rho``.
       3. The projection has no epsilon; there 1e-12 is added to norms.

@@ -1,4 +1,4 @@
-"""GCSAM: perturbed along the centralized gradient (Hassan et al., arXiv 2501.11584)."""
+"""GCSAM: perturbs along the centralized gradient (Hassan et al., arXiv 2501.11584)."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def gcsam(
     Differs from the authors' code in:
       1. A unit of an embedding is one of its features; there it is one of its rows.
       2. Their paper differs from both: it divides by the norm of the centralized
-         gradient, and also centralizes the perturbed one.
+         gradient, and also centralizes the perturbed gradient.
 
     References:
       Hassan et al., `GCSAM: Gradient Centralized Sharpness Aware Minimization

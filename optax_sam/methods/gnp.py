@@ -86,10 +86,10 @@ def gnp(
       >>> tx = optax.chain(optax_sam.gnp(rho=0.1, alpha=0.8), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. Its configuration mixes :math:`g / \|g\|` with :math:`g_s`, unlike the paper:
-         that is ``blend.interpolate(alpha, unit_gradient=True)`` in
-         :func:`optax_sam.sharpness_aware`.
-      2. 1e-12 is added to the norm; there nothing is, so a zero gradient gives NaN.
+      1. Their configuration mixes :math:`g / \|g\|` with :math:`g_s`, unlike the paper.
+         ``blend.interpolate(alpha, unit_gradient=True)`` in
+         :func:`optax_sam.sharpness_aware` does this.
+      2. 1e-12 is added to the norm; there a zero gradient gives NaN.
 
     References:
       Zhao, Zhang and Hu, `Penalizing Gradient Norm for Efficiently Improving

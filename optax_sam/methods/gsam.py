@@ -90,7 +90,7 @@ def gsam(
 
     The paper's radius follows the learning rate: see :func:`optax_sam.rho_from_lr`. Its
     ``alpha`` is 0.01 for ResNets and 0.4 to 1 for ViTs. With a large ``alpha`` and a
-    large radius together, training fails (see the demo's page).
+    large radius together, training fails.
 
     Cost: 2 gradients per perturbed step, 1 on others; a few scalars of state.
 

@@ -91,7 +91,7 @@ def look_layer_sam(
       >>> tx = optax.chain(optax_sam.look_layer_sam(rho=0.05), optax.lamb(1e-3))
 
     Differs from the authors' code in:
-      1. They published none. The trust ratio is our reading of the paper; ports take
+      1. They published no code. The trust ratio is our reading of the paper; ports use
          :math:`\rho\, g_l / \|g_l\|`, or divide by the norm twice.
 
     References:

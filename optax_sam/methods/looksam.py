@@ -15,7 +15,7 @@ from optax_sam.schedules import at, check_schedule, shown
 from optax_sam.trees import along, cache, inner, norm, rescale
 from optax_sam.when.fixed import every_k
 
-# Added to the squared norm that LookSAM divides by, as the port does that we follow.
+# Added to the squared norm that LookSAM divides by, as in the port that we follow.
 _EPS = 1e-12
 
 
@@ -34,11 +34,10 @@ class ReuseNormalState(NamedTuple):
 def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
     """The blend of :func:`optax_sam.looksam`: adds the last normal direction to ``g``.
 
-    1e-12 is added to the squared norm where that is above 1e-8. A normal part is not
-    reused if it is no longer than its rounding errors: it then has no direction. It is
-    not reused either if its squares underflow, as they do in float32 for gradients
-    below 1e-19. With ``axis_name``, each device takes the norms of its
-    gradient.
+    1e-12 is added to a squared norm above 1e-8. A normal part that is no longer than
+    its rounding errors has no direction, and is not reused. A normal part whose squares
+    underflow is not reused either; in float32 this happens for gradients below 1e-19.
+    With ``axis_name``, each device uses the norms of its gradient.
 
     Args:
       alpha: length of the added part relative to the gradient at ``w``, at least 0,
@@ -69,8 +68,8 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
         wide_g, wide_g_s = (optax.tree.cast_like(x, state.normal) for x in (g, g_s))
         rejection = lambda a, b: a - c.astype(a.dtype) * b
         g_v = step.mean(jax.tree.map(rejection, wide_g_s, wide_g))
-        # Without curvature (or with rho = 0) what rounding and the epsilon leave of g_v
-        # must not be blown up to the length of a gradient.
+        # Without curvature (or with rho = 0) g_v consists of rounding errors and the
+        # epsilon, which must not be scaled up to the length of a gradient.
         length, rounding = norm(g_v), 100 * jnp.finfo(c.dtype).eps
         share = 2 * eps / jnp.where(square > 0, square + eps, 1)
         known = length > step.mean((rounding + share) * norm(g_s))
@@ -78,7 +77,7 @@ def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
 
     def stale(g: Any, state: Any, step: Step) -> tuple[Any, Any]:
         length = norm(g)
-        # One that is not finite lets its gradient through as it is.
+        # If the norm is not finite, the gradient passes through unchanged.
         weight = at(alpha, step.count) * jnp.where(jnp.isfinite(length), length, 0)
         reused = lambda x, v: x.astype(v.dtype) + weight.astype(v.dtype) * v
         return jax.tree.map(reused, g, state.normal), state
@@ -120,9 +119,9 @@ def looksam(
       >>> tx = optax.chain(optax_sam.looksam(rho=0.05, k=5, alpha=0.3), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. They published none: their repository holds a README. The formulas are the
-         paper's, with norms over all leaves together; several ports take them leaf by
-         leaf.
+      1. They published no code: their repository holds a README. The formulas are the
+         paper's, with norms over all leaves together; several ports use a norm for
+         each leaf.
       2. A normal part that consists only of rounding errors is not reused; a port
          divides by its norm.
 

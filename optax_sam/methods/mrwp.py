@@ -1,4 +1,4 @@
-"""mRWP: mixed with a gradient at random weights (Li et al., arXiv 2211.11489)."""
+"""mRWP: mixes in a gradient at random weights (Li et al., arXiv 2211.11489)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def mrwp(
     second one. ``alpha=1`` is RWP. :func:`optax_sam.ascent.filter_noise` computes RWP
     and LPF-SGD for 1 gradient.
 
-    Cost: 2 gradients per perturbed step, which can run in parallel with the memory of
-    two, and a normal number per weight; 1 on others; a few scalars and a key of state.
+    Cost: 2 gradients and a normal number per weight on a perturbed step, 1 gradient on
+    others; a few scalars and a key of state. The two gradients can run in parallel,
+    with the memory of two.
 
     Args:
       alpha: share of the gradient at the perturbed weights, at least 0, or a schedule;

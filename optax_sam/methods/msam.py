@@ -23,8 +23,8 @@ class MSAMState(NamedTuple):
 
     Attributes:
       count: number of steps taken, () int32; drives the schedule of ``rho``.
-      scale: ``c``, by which the momentum was multiplied for the perturbation that the
-        parameters carry now, () float; negative for a momentum of steps.
+      scale: the factor ``c`` of the momentum in the present perturbation, () float;
+        negative for a momentum of steps.
       inner: state of the inner optimizer, with the momentum.
     """
 
@@ -33,9 +33,9 @@ class MSAMState(NamedTuple):
     inner: Any
 
     def metrics(self) -> dict[str, jax.Array]:
-        """What a logger may want: the ``perturbation_scale``, zero where there is none.
+        """The ``perturbation_scale`` to log; zero if there is no perturbation.
 
-        The norm of the momentum is ``rho`` divided by it.
+        The norm of the momentum is ``rho`` divided by this scale.
         """
         return {"perturbation_scale": jnp.abs(self.scale)}
 
@@ -170,7 +170,8 @@ def msam(
         _check_not_masked(params)
         state = inner.init(params)
         if all(map(checks.is_perturbable, jax.tree.leaves(params))):
-            # Others update refuses. One that needs an extra argument is asked then.
+            # update refuses the other placeholders. An optimizer that needs an extra
+            # argument runs there.
             which_way(params, None)
         return MSAMState(jnp.zeros((), jnp.int32), jnp.zeros((), float), state)
 
@@ -192,13 +193,13 @@ def msam(
         w = optax.tree.cast_like(optax.tree.add(params, before), params)
         u, inner_state = inner.update(g, state.inner, w, **extra)
         v = momentum.take(inner_state, where, params)
-        # Against a momentum of gradients, along one of steps.
+        # The perturbation is against a momentum of gradients, and along one of steps.
         sign = which_way(params, extra)
-        assert sign is not None  # which only missing extra arguments leave open
+        assert sign is not None  # only missing extra arguments would leave it open
         radius = sign * at(rho, state.count)
         scale = rescale(jnp.ones((), float), norm(v), radius)
         after = scaled(v, scale)
-        # Not through w: a step that is small beside the weights would lose digits.
+        # Not computed from the sum w: a step much smaller than w would lose digits.
         moved = jax.tree.map(
             lambda u, x, y, like: (u + (x - y)).astype(like.dtype),
             *(u, before, after, params),
@@ -212,7 +213,7 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
     r"""The parameters without MSAM's perturbation: :math:`w = \tilde w + c\, v`.
 
     Args:
-      opt_state: state of an optimizer with one :func:`msam`, wherever it stands.
+      opt_state: state of an optimizer with one :func:`msam` anywhere in it.
       params: the parameters that this optimizer trains, of the same step.
 
     Returns:
@@ -237,14 +238,14 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
     state = the_state(MSAMState, "msam", opt_state, _EXAMPLE)
     live, structure = jax.tree.flatten(params)
     live = [jnp.asarray(x) for x in live]
-    # NNX keeps a momentum in other kinds of variables and mappings than parameters.
+    # NNX keeps momenta and parameters in different kinds of variables and mappings.
     inner = with_dicts(state.inner)
     try:
         where = momentum.locate(inner, with_dicts(without_variables(params)))
     except ValueError as error:
         raise ValueError(
             "msam_eval_params got parameters of another structure or of other shapes"
-            " than the momentum in the state; pass those that this optimizer trains."
+            " than the momentum in the state; pass the ones that this optimizer trains."
         ) from error
     kept = jax.tree.leaves(inner)
     offset = scaled([kept[i] for i in where], state.scale)

@@ -21,7 +21,7 @@ class SmoothedState(NamedTuple):
     """State of :func:`smoothed`.
 
     Attributes:
-      key: raw key data, (2,) uint32; the noise of a step is a function of both.
+      key: raw key data, (2,) uint32; the noise is a function of it and the step.
     """
 
     key: jax.Array

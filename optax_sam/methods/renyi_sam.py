@@ -85,10 +85,10 @@ def renyi(
         length = jnp.sqrt(square)
 
         def powers(x: jax.Array, role: Role | None) -> jax.Array:
-            # Divided before the power is taken, which float32 could not hold; and with
-            # a logarithm, since XLA's power takes six times as long on a CPU.
+            # Divided before the power, because float32 could not hold the power. By a
+            # logarithm, because XLA's power takes six times as long on a CPU.
             sizes = by_layer(norm, role)(x) if role else jnp.abs(wide(x))
-            # Nothing has the logarithm of zero, and no derivative of it either.
+            # Avoids the logarithm of zero, and its derivative.
             share = jnp.where(sizes > 0, sizes / length, 1)
             return jnp.sum(jnp.where(sizes > 0, jnp.exp(2 * a * jnp.log(share)), 0))
 
@@ -98,8 +98,8 @@ def renyi(
             like = g if params is None else params
             layers = jax.tree.leaves(resolve_roles(roles, like))
         s = sum(map(powers, leaves, layers)) + _EPS / length ** (2 * a)
-        # Shares to a power above 1 add up to 1 at most; with the epsilon those of a
-        # small gradient would to anything.
+        # Shares to a power above 1 add up to 1 at most. With the epsilon, the sum would
+        # have no bound for a small gradient.
         s = jnp.where(a > 1, jnp.minimum(s, 1), s)
         c = at(rho, step.count) * s / square
         if max_offset_norm is not None:

@@ -57,7 +57,7 @@ def sampa(
     interpolation: optax.ScalarOrSchedule = 0.2,
     predict: Literal["optimizer", "gradient"] = "optimizer",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SAMPa: perturbs along the last step's gradient, so that two run in parallel.
+    r"""SAMPa: perturbs along the last step's gradient; both gradients run in parallel.
 
     With the gradient :math:`g_y` of the last step, on its batch :math:`B'`:
 
@@ -214,8 +214,8 @@ def sampa(
 
         p, g_y = (optax.tree.cast_like(gradients(x), state.gradient) for x in both)
         lam = at(interpolation, count)
-        # Judged in the dtype that is handed on: float16 may not hold what a function
-        # returned for a float32 point.
+        # Judged in the dtype that the inner optimizer gets: float16 may not hold what a
+        # function returned for a float32 point.
         length = lambda x: norm(optax.tree.cast_like(x, w))
         perturbed_norm = length(p)
         accepted = jnp.isfinite(perturbed_norm)

@@ -1,4 +1,4 @@
-"""VaSSO: an average of the gradients as direction (Li and Giannakis, 2309.15639)."""
+"""VaSSO: perturbs along an average gradient (Li and Giannakis, arXiv 2309.15639)."""
 
 from __future__ import annotations
 

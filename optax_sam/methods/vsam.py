@@ -20,7 +20,7 @@ from optax_sam.trees import add, cache, norm
 
 
 class VarianceControlledState(NamedTuple):
-    """State of :func:`variance_controlled`; the letters are those of its equations.
+    """State of :func:`variance_controlled`, with the letters of its equations.
 
     Attributes:
       ascends: whether the next step is perturbed, () bool.
@@ -76,7 +76,7 @@ class VarianceControlledState(NamedTuple):
         return self._replace(ascends=(self.warmup_left > 0) | take)
 
     def plan(self) -> tuple[jax.Array, jax.Array]:
-        """The decisions up to the next window, and how many they are."""
+        """The decisions up to the next window, and their number."""
         window = self.psf_norms.shape[-1]
 
         def next_step(
@@ -208,8 +208,8 @@ def variance_controlled(
             ascends=jnp.array(False),
             count=jnp.zeros((), jnp.int32),
             warmup_left=jnp.array(warmup_steps, jnp.int32),
-            # The authors' clock starts inside a window whose quota is spent: the
-            # first window after the warm-up takes no sample.
+            # The authors' clock starts inside a window with a spent quota, so the first
+            # window after the warm-up takes no sample.
             position=jnp.ones((), jnp.int32),
             used=jnp.ones((), jnp.int32),
             rate=first_rate(),
@@ -256,7 +256,7 @@ def variance_controlled(
         growth = mean_change(state.ratios) + mean_change(state.variances)
         s = jnp.clip(state.rate * (1 + sensitivity * growth), 1, largest)
         s = jnp.where(state.position == 0, s, state.rate).astype(state.rate.dtype)
-        # The setting of the rule as it is now, also in a state of another setting.
+        # The setting of the current rule, also in a state that has another setting.
         return state._replace(rate=s, catch_up=jnp.array(force_quota)).decided()
 
     call = f"when.variance_controlled(window={window})"

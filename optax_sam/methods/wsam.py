@@ -123,7 +123,7 @@ def wsam(
         states.check_not_masked("wsam", updates, params, advice=_OUTSIDE)
         states.check_state("wsam", WSAMState, state)
         g = gradients(updates)
-        # Where there is no ascent, or none to use, this is g and the term is zero.
+        # On unperturbed and rejected steps this is g, and the term is zero.
         g_s, ascended = engine.update(g, state.ascent, params, **extra)
         if axis_name is not None:
             g = jax.lax.pmean(g, axis_name)

@@ -90,8 +90,8 @@ def trajectory_loss(
                 f"where must hold a bool for each example, {z.shape[:-1]} for logits"
                 f" {z.shape}; got {known.dtype} {known.shape}."
             )
-        # Equal rows have no divergence; masking it instead would let the NaN of a
-        # garbage past into the gradient.
+        # Equal rows have no divergence. A mask on the divergence would let a NaN from
+        # an invalid past into the gradient.
         z, past = (jnp.where(known[..., None], x, 0) for x in (z, past))
     tau = jnp.asarray(temperature, dtype)
     divergence = optax.losses.kl_divergence_with_log_targets(

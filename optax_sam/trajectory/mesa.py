@@ -49,9 +49,9 @@ def mesa(
     Apply the model in evaluation mode at :math:`v`. BatchNorm's statistics are not
     parameters, so average them beside the optimizer, in the same step:
     ``optax.incremental_update(batch_stats, averaged_stats, 1 - decay)``. Start from
-    statistics that forward passes estimated at the first weights. The average would
-    remember their initial zeros and ones for thousands of steps. The authors leave out
-    the term in the first epochs, up to about the fifth:
+    statistics that forward passes estimated at the first weights. Otherwise the average
+    keeps a share of the initial zeros and ones for thousands of steps. The authors
+    leave out the term in the first epochs, up to about the fifth:
     ``coefficient=jnp.where(epoch > 5, 0.8, 0.0)``.
 
     Cost: 1 gradient and 1 forward pass per step; one pytree like the parameters.

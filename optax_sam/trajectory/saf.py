@@ -27,7 +27,7 @@ class SAFState(NamedTuple):
 
     Attributes:
       logits: the last logits of every example, (num_examples, delay, num_classes);
-        the slot ``visits % delay`` holds the oldest and is the next to be written.
+        the slot ``visits % delay`` holds the oldest and is written next.
       visits: how often an example was recorded, (num_examples,) int32.
       start: visits after which the past is used, () int32.
       end: visits from which on the past is not used, () int32.
@@ -162,7 +162,7 @@ def saf(
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}.")
 
     def bounds() -> dict[str, jax.Array]:
-        """What the loss reads of the settings: those of the method as it is now."""
+        """The current settings of the method that the loss reads from the state."""
         return {
             "start": jnp.full((), min(start, _NEVER), jnp.int32),
             "end": jnp.full((), _NEVER if end is None else min(end, _NEVER), jnp.int32),
@@ -195,13 +195,13 @@ def saf(
             rows = _of_all_devices(rows, axis_name)
             examples = _of_all_devices(examples, axis_name)
         valid = (examples < num_examples) & jnp.all(jnp.isfinite(rows), axis=-1)
-        # Of a repeated example the last row is written: a scatter with equal targets
-        # has no order, and replicas must not differ. Dropped rows sort to the end.
+        # If an example is repeated, only its last row is written: a scatter with equal
+        # targets has no order, and replicas must not differ. Dropped rows sort last.
         examples = jnp.where(valid, examples, num_examples)
         order = jnp.argsort(examples, stable=True)
         rows, examples = rows[order], examples[order]
         is_last = examples != jnp.append(examples[1:], num_examples)
-        # Beyond the table, and distinct, so that the scatter may count on that.
+        # Indices beyond the table, all different, because the scatter assumes that.
         nowhere = num_examples + jnp.arange(len(examples), dtype=jnp.int32)
         examples = jnp.where(is_last, examples, nowhere)
         slots = state.visits.at[examples].get(mode="fill", fill_value=0) % delay
@@ -265,7 +265,7 @@ def _in_range(indices: ArrayLike, num_examples: int) -> jax.Array:
             "saf: indices must be integers that name the examples in the data set; got"
             f" {array.dtype} {array.shape}. Write {_CALL}."
         )
-    # The largest index may be beyond what a narrow dtype holds.
+    # The largest index may not fit into a narrow dtype.
     largest = min(num_examples - 1, int(jnp.iinfo(array.dtype).max))
     inside = (array >= 0) & (array <= largest)
     return jnp.where(inside, array.astype(jnp.int32), num_examples)
@@ -302,9 +302,9 @@ def _check_rows(logits: Any, indices: Any, num_examples: int, num_classes: int) 
 
 
 def _of_all_devices(x: jax.Array, axis_name: Any) -> jax.Array:
-    """The rows of all devices, one device's after the other's.
+    """The rows of all devices, one device after another.
 
-    By a sum, since JAX then knows that all devices hold the same.
+    It uses a sum, because JAX then knows that all devices hold the same rows.
     """
     places = jnp.zeros((jax.lax.axis_size(axis_name), *x.shape), x.dtype)
     placed = places.at[jax.lax.axis_index(axis_name)].set(x)

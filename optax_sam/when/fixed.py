@@ -81,7 +81,7 @@ def every_k(k: int, phase: int = 0) -> When:
 
     def advance(state: EveryKState, ascended: jax.Array) -> EveryKState:
         position = (state.position + 1) % k
-        # The period of the rule as it is now, also in a state of another period.
+        # The period of the current rule, also in a state that has another period.
         return EveryKState(position == 0, position, jnp.array(k, jnp.int32))
 
     return When(init, advance=advance, call=f"when.every_k({k}, phase={phase})")
@@ -93,7 +93,8 @@ class BernoulliState(NamedTuple):
     Attributes:
       ascends: whether the next step is perturbed, () bool.
       count: number of steps taken, () int32.
-      key: raw key data, (2,) uint32; the draw of a step is a function of both.
+      key: raw key data, (2,) uint32; the draw of a step is a function of it and
+        ``count``.
       probability: the next step's probability, () float.
       known: for how many steps that probability is known to hold, () int32.
     """
@@ -143,7 +144,7 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
     p = check_schedule("p", p, 0.0, 1.0)
     check_key(key)
 
-    # What is read ahead belongs to the rule as it is now, also in another one's state.
+    # Decisions read ahead follow the current rule, also in the state of another rule.
     known = 1 if callable(p) else LOOKAHEAD
 
     def decide(state: BernoulliState) -> BernoulliState:

@@ -15,7 +15,7 @@ from optax_sam.trees import norm
 
 
 class NormTrendState(NamedTuple):
-    """State of :func:`norm_above_trend`; the letters are those of its equations.
+    """State of :func:`norm_above_trend`, with the letters of its equations.
 
     Attributes:
       mean: ``mu``, the running mean of the squared norm, () float.
@@ -87,8 +87,8 @@ def norm_above_trend(
       threshold: ``c_t`` in standard deviations, or a schedule of the step. The paper
         lets it fall linearly from 1 to -1 (AE-SAM) or from 2 to 0 (AE-LookSAM).
         Infinity never perturbs, and minus infinity always does.
-      lag: 0 or 1: the norm of this step decides, or the norm of the step before (the
-        first step is then perturbed).
+      lag: with 0, the norm of this step decides. With 1, the norm of the step before
+        decides, and the first step is perturbed.
 
     Returns:
       A rule for ``when=``.

@@ -16,7 +16,7 @@ class AfterState(NamedTuple):
 
     Attributes:
       left: unperturbed steps to come, () int32.
-      rule: state of the rule that follows; its clock does not run before.
+      rule: state of the rule that follows. Its clock starts at its first step.
     """
 
     left: jax.Array
@@ -36,7 +36,7 @@ class AfterState(NamedTuple):
         return decisions, jnp.minimum(known + self.left, len(decisions))
 
     def metrics(self) -> dict[str, jax.Array]:
-        """Scalars to log: those of the rule."""
+        """The scalars of the rule, to log."""
         return metrics_of(self.rule)
 
 
