@@ -89,8 +89,8 @@ def spectral_panels(
     """Draws several densities of eigenvalues, one above the other on equal axes.
 
     Use it for matrices of one network, such as its Hessian and its Gauss-Newton matrix.
-    The second leaves out the curvature of the model. Eigenvalues that it lacks, left of
-    the thin line at zero, come from that curvature.
+    The Gauss-Newton matrix leaves out the curvature of the model. It has no eigenvalues
+    left of the thin line at zero; the Hessian's come from that curvature.
 
     Args:
       results: what :func:`optax_sam.sharpness.spectral_density` returned, by name.
@@ -225,8 +225,8 @@ def sharpness_history(
     edges = {} if sam_edge is None else by_name("sam_edge", sam_edge, x.shape)
     if unknown := sorted(edges.keys() - named.keys()):
         raise ValueError(
-            f"sam_edge has {', '.join(map(repr, unknown))}, which lambda_max has not;"
-            f" its names are {', '.join(map(repr, named))}. Give both the same ones."
+            f"sam_edge has {', '.join(map(repr, unknown))}, which lambda_max lacks; its"
+            f" names are {', '.join(map(repr, named))}. Use the same names in both."
         )
     finite("lambda_max", named.values())
     drawn = finite("lambda_max", [*named.values(), *edges.values()])
@@ -255,7 +255,7 @@ def sharpness_history(
         label = r"$2 (1 + \beta) / \eta$" if momentum else r"$2 / \eta$"
         if np.isfinite(edge).any():
             ax.plot(x, edge, "--", color=GREY, lw=1.4, label=label)
-            # A decaying rate sends the line away; what it is compared with stays.
+            # With a decaying rate the line leaves the axes; the eigenvalues stay.
             ax.set_ylim(top=2 * max(drawn.max(), np.nanmin(edge)))
     label_axes(ax, "Step", rf"$\lambda_{{\max}}$ ({unit} per squared weight)")
     add_legend(ax)

@@ -60,8 +60,8 @@ def sampling_rate(
     if absent := [name for name in needed if any(name not in one for one in each)]:
         raise ValueError(
             f"records have no {', '.join(absent)}; pass what"
-            " optax_sam.metrics(opt_state) gave for vsam (with several methods, those"
-            " of one, without its path)."
+            " optax_sam.metrics(opt_state) gave for vsam (with several methods, only"
+            " the metrics of vsam, without the path in their names)."
         )
     columns = [np.ravel([np.asarray(one[name]) for one in each]) for name in needed]
     samples, psf, ascended = (

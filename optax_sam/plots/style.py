@@ -71,7 +71,7 @@ def finite(name: str, series: Any) -> np.ndarray:
     if not values.size:
         raise ValueError(
             f"{name} has no finite value, so there is nothing to draw. Did the training"
-            " run diverge? Around finite weights, look at a smaller part."
+            " run diverge? If the weights are finite, look at a smaller region."
         )
     return values
 
@@ -88,7 +88,7 @@ def styled(named: Mapping[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
     free = [colour for colour in PALETTE if colour not in taken] or list(PALETTE)
     unnamed = [name for name in named if name not in METHODS]
     colours = METHODS | {name: free[i % len(free)] for i, name in enumerate(unnamed)}
-    # Black where paper is white: what the style in use writes with.
+    # The text colour of the current style, such as black on white.
     shown = lambda colour: rcParams["text.color"] if colour == BLACK else colour
     # With an even number of colours the dashes skip one after each round.
     skip = 1 - len(free) % 2
@@ -118,7 +118,7 @@ def label_axes(ax: Any, x: str, y: str, color: str | None = None) -> None:
         ax.set_xlabel(x, fontsize=SMALL + 1)
     ax.set_ylabel(y, fontsize=SMALL + 1)
     ax.tick_params(labelsize=SMALL)
-    if color:  # else what the style in use has, which may be white on black
+    if color:  # else the colour of the current style, which may be white on black
         ax.yaxis.label.set_color(color)
         ax.tick_params(axis="y", colors=color)
     ax.spines[["top", "right"]].set_visible(False)

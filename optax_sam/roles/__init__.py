@@ -52,17 +52,17 @@ def roles(
       a kernel. A ``scale`` whose module has no kernel is a gain. A ``weight`` of the
       shape of its bias, or in a module called ``norm``, ``bn`` or ``ln``, is a gain.
     - Leaves under other names are kernels if they have two or more axes, else other.
-      In tuples and lists, what follows a kernel and fits its outputs is its bias.
+      In tuples and lists, the leaf after a kernel is its bias if it fits the outputs.
     - Output units are counted where the bias fits the kernel: along several axes in
-      Flax's attention, along the first one in Equinox. Where both ends fit, or there is
-      no bias, it is the last axis, but the first in Equinox, and what the other layers
-      have in common under names that no library fixes.
+      Flax's attention, along the first one in Equinox. If both ends fit, or there is no
+      bias, they are counted along the last axis, in Equinox along the first one. If no
+      library fixes the names, the other layers decide.
     - Layers are stacked (``nn.scan``, ``nnx.vmap``, ``eqx.filter_vmap``, an ensemble)
-      in the largest part of the pytree whose leaves share their first axis, if there
-      is a leaf that only a stack explains, such as a gain of two axes or a bias
-      ``(L, out)`` beside a kernel ``(L, in, out)``, and none that no stack explains.
-      Kernels alone do not tell: three axes may be a convolution's, and are taken for
-      one kernel. Only leading axes are read as stacks.
+      in the largest part of the pytree whose leaves share their first axis. This part
+      must have a leaf that only a stack explains, such as a gain of two axes or a bias
+      ``(L, out)`` beside a kernel ``(L, in, out)``, and no leaf that contradicts a
+      stack. Kernels alone are not enough: a leaf with three axes may be a convolution,
+      and is taken as one kernel. Only leading axes are read as stacks.
 
     Args:
       params: the parameters, or anything of their structure and shapes.
@@ -79,7 +79,7 @@ def roles(
 
     Raises:
       ValueError: if there is nothing at a path, a leaf has fewer axes than are
-        stacked, or a value is none of those allowed.
+        stacked, or a value is not allowed.
 
     Examples:
       >>> import jax.numpy as jnp, optax_sam

@@ -22,7 +22,7 @@ _TABLE = re.compile(r"embed|(?:^|_)emb(?:_|\d|$)|^w[tp]e$|token|^cls$")
 
 
 def override(leaves: list[Leaf], stacked: Any, kinds: Any) -> None:
-    """Writes down what the user has said."""
+    """Stores the choices of the user."""
 
     def apply(argument: str, given: Any, write: Callable[[Leaf, Any], None]) -> None:
         # Outer subtrees first, so that the innermost one counts.
@@ -61,13 +61,13 @@ def override(leaves: list[Leaf], stacked: Any, kinds: Any) -> None:
 
 
 def name_kinds(leaves: list[Leaf]) -> None:
-    """The kind of every leaf whose name or whose neighbours tell it."""
+    """Finds the kinds of leaves that names or neighbours show."""
     modules: dict[Any, list[Leaf]] = {}
     for leaf in leaves:
         modules.setdefault(leaf.module, []).append(leaf)
     for module in modules.values():
         others = lambda leaf, module=module: [x for x in module if x is not leaf]
-        for leaf in module:  # kernels and embeddings first, of which the rest depends
+        for leaf in module:  # kernels and embeddings first: the rest depends on them
             if leaf.kind is None:
                 leaf.kind = _weight_kind(leaf, others(leaf))
         for kinds in (_gain_kind, _summand_kind):
@@ -78,7 +78,7 @@ def name_kinds(leaves: list[Leaf]) -> None:
 
 
 def beside(leaf: Leaf, others: list[Leaf], *kinds: str) -> list[Leaf]:
-    """Those of some kinds with its prefix and number if there are any, else all."""
+    """The others of some kinds, with the leaf's prefix and number if there are any."""
     found = [x for x in others if x.kind in kinds]
     return [x for x in found if x.stem == leaf.stem] or found
 
@@ -164,8 +164,8 @@ def _name_positions(leaves: list[Leaf]) -> None:
 def fitting(kernel: Leaf, bias: Leaf) -> dict[int, list[tuple[str, Shape]]]:
     """For each number of stacked axes, the outputs of the kernel that the bias fits.
 
-    With it stands how: ``"exact"``, one axis; ``"several"``, as of heads; ``"units"``,
-    with axes of length one, as Haiku's and Equinox's convolutions have them.
+    The text says how it fits: ``"exact"``, one axis; ``"several"``, such as heads;
+    ``"units"``, with axes of length one, as in Haiku's and Equinox's convolutions.
     """
     rank = equinox_rank(kernel.owner)
     found = {}
@@ -175,8 +175,8 @@ def fitting(kernel: Leaf, bias: Leaf) -> dict[int, list[tuple[str, Shape]]]:
         if rank is None or len(kernel.shape) - n == rank:
             fits = _outputs(kernel.shape[n:], bias.shape[n:])
             found[n] = [(form, tuple(x + n for x in axes)) for form, axes in fits]
-    # What is seldom counts where nothing else fits: stacked kernels of one axis, each
-    # with a number for its bias, and outputs that do not come last in Flax.
+    # Rare readings count only if nothing else fits: stacked kernels of one axis, each
+    # with a number as its bias, and outputs that do not come last in Flax.
     seldom: list[Callable[[int, Shape], bool]] = [lambda n, axes: axes == ()]
     if kernel.exact == "kernel":
         seldom.append(lambda n, axes: axes == (n,))

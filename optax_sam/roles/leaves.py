@@ -1,4 +1,4 @@
-"""A leaf of the parameters: its path, its names, its shape, and its role at last."""
+"""A leaf of the parameters: its path, its names, its shape, and finally its role."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Role:
       output: the axes of a kernel or an embedding that count its output units, from
         the first axis of the leaf on and without the stacked ones; empty for all
         other leaves, each of which is one unit.
-      unsure: what names and shapes leave open, so that a default was taken: some of
-        ``"kind"``, ``"stack"`` and ``"output"``. Two roles
-        that differ in nothing else are equal.
+      unsure: the fields that names and shapes leave open, so that a default was taken:
+        some of ``"kind"``, ``"stack"`` and ``"output"``. The comparison of two roles
+        ignores it.
     """
 
     kind: Kind
@@ -63,7 +63,7 @@ class Role:
         return tuple(range(self.stack, ndim))
 
     def within_unit(self, ndim: int) -> tuple[int, ...]:
-        """Those of one output unit, or of one layer where there are no units."""
+        """The axes of one output unit, or of one layer if there are no units."""
         return tuple(x for x in self.within_layer(ndim) if x not in self.output)
 
 
@@ -73,7 +73,7 @@ def path_names(path: Any) -> list[Any]:
     names = [next((getattr(k, x) for x in kinds if hasattr(k, x)), k) for k in path]
     # Tuples are keys of flat dicts, as flax.traverse_util.flatten_dict makes them.
     names = [x for k in names for x in (k if isinstance(k, tuple) else (k,))]
-    # The last one of an NNX variable, an attribute, belongs to its array.
+    # The last key of an NNX variable, an attribute, belongs to its array.
     of_array = path and getattr(path[-1], "name", None) in ("value", "raw_value")
     return names[:-1] if of_array else names
 
@@ -90,7 +90,7 @@ def pairs(tree: Any) -> list[tuple[str, Any]]:
 
 
 def split(names: list[Any]) -> Iterator[Any]:
-    """The names, with those of flat dicts, which are whole paths, taken apart."""
+    """The names; names in flat dicts are whole paths, and are split."""
     for name in names:
         if isinstance(name, str):
             yield from (x for x in re.split(r"[/.]", name) if x)
@@ -99,7 +99,7 @@ def split(names: list[Any]) -> Iterator[Any]:
 
 
 def shape_of(leaf: Any) -> Shape:
-    """Its shape; () for what is no array, such as a function in a module."""
+    """Its shape; () for a leaf that is not an array, such as a function in a module."""
     return tuple(leaf.shape) if hasattr(leaf, "shape") else np.shape(leaf)
 
 
@@ -123,7 +123,7 @@ class Leaf:
         self.exact = named.get(self.part) or ""  # w or weight, b or bias
         self.stem = (named.get("before"), named.get("after") or named.get("number"))
         self.word = word
-        # A layer at a position of a list is called as the list.
+        # A layer at a position of a list has the name of the list.
         called = [x for x in self.module if isinstance(x, str)]
         self.layer = called[-1].lower() if called else ""
         self.called = [self.layer, type(self.owner).__name__.lower()]
@@ -136,7 +136,7 @@ class Leaf:
         return bool(self.path) and not isinstance(self.name, str)
 
     def role(self) -> Role:
-        """The role, where no name tells by the number of axes."""
+        """The role; if no name shows it, by the number of axes."""
         kind = self.kind
         if kind is None:  # no name that tells
             kind = "kernel" if len(self.shape) - self.stack >= 2 else "other"

@@ -15,7 +15,7 @@ from optax_sam.roles.leaves import (
 _HEADS = re.compile(r"q|k|v|kv|qkv|query|key|value")
 
 
-# What Linen calls a module that nn.scan or nn.vmap makes, once for each of them.
+# Linen puts this before the name of a module, once for each nn.scan or nn.vmap.
 _LIFTED = re.compile(r"Scan(?=[A-Z])|Vmap(?=[A-Z])")
 
 
@@ -28,7 +28,7 @@ class Group:
         self.kernels = [x for x in leaves if x.kind == "kernel"]
         self.biases = [x for x in leaves if x.kind == "bias"]
         self.is_heads = bool(_HEADS.fullmatch(leaves[0].layer))
-        self.attention: int | None = None  # axes of its kernels, where they tell
+        self.attention: int | None = None  # axes of its kernels, if they are known
         self.options: set[int] = set()  # possible numbers of stacked axes
         self.preferred = 0
         self.stack = 0
@@ -52,7 +52,7 @@ class Group:
         self.options = set.intersection(*choices) or choices[0]
         self.preferred = min(self.options)
         for kernel in self.kernels:
-            # A stack with a bias of one axis before heads or axes of length one.
+            # A stack with a bias of one axis goes before heads or axes of length one.
             order = ["exact", "several", "units"]
             if self.is_heads:
                 order = ["several", "exact", "units"]
@@ -92,7 +92,7 @@ class Group:
         return anything
 
     def pair_of_lora(self, leaf: Leaf) -> set[int]:
-        """Where ``(in, r)`` and ``(r, out)`` share ``r``."""
+        """The numbers of stacked axes with which both matrices of LoRA share ``r``."""
         a, b = (
             next((x for x in self.kernels if x.word.endswith(f"lora_{end}")), None)
             for end in "ab"
@@ -139,13 +139,13 @@ class Group:
 
 
 def groups_of(leaves: list[Leaf]) -> list[Group]:
-    """Leaves of one module, and of one prefix or number if there are such."""
+    """Leaves of one module, and of one prefix or number if there are any."""
     found: dict[Any, list[Leaf]] = {}
     for i, leaf in enumerate(leaves):
         layer = leaf.kind in ("kernel", "bias", "gain", "offset")
         key = (leaf.module, leaf.stem) if layer else (leaf.module, i)
         found.setdefault(key, []).append(leaf)
-    # A kernel and a bias with different ones, as weight_ih and bias, belong together.
+    # weight_ih and bias have different prefixes, but belong together.
     merged: dict[Any, list[Leaf]] = {}
     for (module, stem), group in found.items():
         kinds = {x.kind for x in group}
@@ -158,7 +158,7 @@ def groups_of(leaves: list[Leaf]) -> list[Group]:
 
 
 def read_attention(groups: list[Group]) -> None:
-    """Kernels with axes for heads, which their names and shapes tell without biases."""
+    """Finds kernels with axes for heads by names and shapes, without biases."""
     kernels = {
         (*group.module[:-1], group.module[-1].lower()): group
         for group in groups

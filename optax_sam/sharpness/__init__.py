@@ -77,7 +77,7 @@ hessian_trace = of_hessian(trace)
 hessian_diagonal = of_hessian(diagonal)
 hessian_frobenius_norm = of_hessian(frobenius_norm)
 
-# Names of before, when each estimator had a twin that took an operator.
+# Older names, from when each estimator had a second function for operators.
 hessian_operator = hessian
 eigenvalues_of, trace_of, diagonal_of = eigenvalues, trace, diagonal
 frobenius_norm_of, spectral_density_of = frobenius_norm, spectral_density

@@ -246,7 +246,7 @@ def auto_pgd(
         eta=2 * radius,
         rises=jnp.zeros((), jnp.int32),
     )
-    # One turn more than steps, because each turn begins with the value of a point.
+    # One more turn than steps, because each turn begins with the value of a point.
     end = repeat(on_host, num_steps + 1, climb, vary(start, axis_name))
     return end.best
 

@@ -109,7 +109,7 @@ class Streamed:
             found.append(jax.block_until_ready(f(batch)))
             counts.append(count)
         if not found:
-            accumulate(f, [])  # which says so
+            accumulate(f, [])  # raises the error for no batch
         self._share = jnp.asarray(counts, jnp.result_type(float)) / np.sum(counts)
         return jax.tree.map(lambda *x: jnp.stack(x), *found)
 
@@ -192,7 +192,7 @@ def stack_batches(data: Any, batch_size: int) -> Any:
 
     Every measure is a mean over batches, and some measures (worst cases, one SAM step)
     depend on the batch size ``m``. So compare numbers only if they have the same ``m``
-    and the same data. A shorter last batch would change both in silence; it is refused.
+    and the same data. A shorter last batch would silently change both; it is refused.
 
     Args:
       data: a pytree of arrays ``(N, ...)``: the examples, in the order to be used.
@@ -258,7 +258,7 @@ def _number_of_batches(batches: Any, weights: Any) -> int:
     if len(examples) > 1 and weights is None:
         ((number,),) = lengths
         raise ValueError(
-            "These batches look like one that was not stacked: leaves should begin with"
+            "These look like one batch that was not stacked: leaves should begin with"
             " (B, m), B batches of m examples, and these have shapes"
             f" {[jnp.shape(x) for _, x in leaves]}. For one batch give [batch], a list"
             " of one; to split it, optax_sam.sharpness.stack_batches(batch, m). If"

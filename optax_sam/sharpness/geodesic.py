@@ -62,14 +62,14 @@ def geodesic_sharpness(
     as for the other leaves. In ``mix`` it is :math:`2 b^2 \|G H'\|_F^2`, in units of
     the product, so large products move relatively less than the leaves with which they
     share the radius. We do not know the radii of the paper. For adaptive sharpness of
-    vision transformers, 0.5 to 4 has been used. In the paper it depended on the task
-    whether larger values go with a larger or a smaller generalization gap.
+    vision transformers, 0.5 to 4 has been used. In the paper, larger values went with a
+    larger generalization gap on some tasks and with a smaller one on others.
 
-    A product whose rank is below :math:`h`, to rounding, keeps that rank, as zero
-    weights stay zero. A LoRA pair with a factor of zeros does not move at all. ``mix``
-    moves small singular values far; ``eps`` damps this. Beyond
-    :func:`worst_case_sharpness` each step costs two QR decompositions of each pair and
-    a few products of its size.
+    If the rank of a product is below :math:`h`, up to rounding, the product keeps this
+    rank, as zero weights stay zero. A LoRA pair with a factor of zeros does not move at
+    all. ``mix`` moves small singular values far; ``eps`` damps this. In addition to the
+    cost of :func:`worst_case_sharpness`, each step costs two QR decompositions of each
+    pair and a few products of its size.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
@@ -107,7 +107,8 @@ def geodesic_sharpness(
         the metric is unknown, ``eps`` is negative, or as :func:`hvp` does.
 
     Examples:
-      A product of two numbers, at 3 where 2.9 is asked for, however it is factored:
+      The product of two numbers is 3, and its target is 2.9. The result does not depend
+      on the factors:
 
       >>> import jax.numpy as jnp
       >>> from optax_sam import sharpness
@@ -122,8 +123,8 @@ def geodesic_sharpness(
       0.2984
 
     Differs from the paper in: the Sylvester equation of ``inv`` is
-    :math:`A X + X A = B`, without which vectors are not horizontal; ``eps`` is relative
-    and keeps the invariance. No code of the authors' is known.
+    :math:`A X + X A = B`, because otherwise vectors are not horizontal; ``eps`` is
+    relative, which keeps the invariance. We know of no code by the authors.
 
     References:
       da Silva, Dangel, Oore, `Hide & Seek: Transformer Symmetries Obscure Sharpness &

@@ -258,7 +258,7 @@ class _Layers(NamedTuple):
             return shape[at], shape[at + 1], shape
         if len(shape) != stack + 2:
             raise ValueError(
-                f"{path} has shape {shape}, and Flax's would be"
+                f"{path} has shape {shape}, and Flax's shape would be"
                 f" {'(d, heads, k)' if before else '(heads, k, f)'}. Describe it by"
                 " sharpness.gl_pair, with GLBlock(path, rank_axis, head_axis, shape)."
             )
@@ -303,7 +303,7 @@ class _Layers(NamedTuple):
 
 
 def lora_gl_pairs(params: Any) -> list[GLPair]:
-    """The pairs of all LoRA layers, ``x @ lora_a @ lora_b``, stacked ones one by one.
+    """The pairs of all LoRA layers, ``x @ lora_a @ lora_b``, also of stacked layers.
 
     Args:
       params: the parameters, with leaves called ``lora_a`` ``(in, r)`` and ``lora_b``

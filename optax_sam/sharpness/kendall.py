@@ -52,8 +52,8 @@ def kendall_tau(s: ArrayLike, t: ArrayLike, *, variant: Variant = "a") -> float:
     Of the :math:`N = M(M-1)/2` pairs, :math:`C` are concordant and :math:`D`
     discordant; :math:`T_s` pairs are tied in ``s`` and :math:`T_t` in ``t``. The two
     variants differ if there are ties, which are common among small test errors. So
-    report the variant with the number, and whether the gap is one of errors or of
-    losses. It runs on the host and takes :math:`M^2` memory.
+    report the variant with the number, and say whether the gap compares errors or
+    losses. The function runs on the host and takes :math:`M^2` memory.
 
     Args:
       s: the measure of each model, ``(M,)``, finite.

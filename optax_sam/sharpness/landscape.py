@@ -38,7 +38,7 @@ def loss_line(
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,
         so dropout off and BatchNorm with its running averages. These averages belong to
-        ``w``. Far from it they are wrong, and the curve shows this, unless you estimate
+        ``w``. Far from ``w`` they are wrong and change the curve, unless you estimate
         them again there.
       params: the weights ``w``.
       batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples; or a
@@ -160,8 +160,8 @@ def interpolate_loss(
     .. math:: L\big((1 - \alpha)\, w + \alpha\, w'\big)
 
     It costs a forward pass over the batches for each point. Between the two networks,
-    the running averages of BatchNorm do not fit. Estimate them again at each point, or
-    a barrier may come from them.
+    the running averages of BatchNorm do not fit. Estimate them again at each point;
+    otherwise they may cause a barrier.
 
     Args:
       loss_fn: as in :func:`loss_line`.
@@ -195,7 +195,7 @@ def interpolate_loss(
     options: Any = dict(mask=mask, weights=weights, axis_name=axis_name)
     o = objective(loss_fn, params, batches, **options)
     end, a = _like("other", other, o), step_vector("alphas", alphas)
-    # As two shares: a step from one end would miss the other by the rounding.
+    # As two shares: with a step from one end, rounding would miss the other end.
     start = dataclasses.replace(o, w=jax.tree.map(jnp.zeros_like, o.w))
     return losses_at(start, (o.w, end), jnp.stack([1 - a, a], -1))
 

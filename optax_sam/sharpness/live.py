@@ -1,4 +1,4 @@
-"""Sharpness from the two gradients of one SAM step, at no further gradient."""
+"""Sharpness from the two gradients of one SAM step, without a further gradient."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def sam_stability_edge(
         if not jnp.ndim(value):
             schedules.check_number(name, value, 0.0)
     g, rho, eta = (jnp.asarray(x, jnp.result_type(float, x)) for x in given.values())
-    # At g = 0 infinite, which makes the edge 0; without an ascent nothing is added.
+    # Infinite at g = 0, which makes the edge 0. Nothing is added if rho or eta is 0.
     added = jnp.where(rho * eta > 0, 8 * rho * eta / g, 0)
     return 4 / (eta + jnp.sqrt(eta**2 + added))
 
@@ -207,7 +207,7 @@ def _applied(params: Any, e: Any) -> tuple[Any, jax.Array]:
     def rounded(w: ArrayLike, e: jax.Array) -> jax.Array:
         w = jnp.asarray(w)
         precision = jnp.finfo(w.dtype)
-        # Not by a cast there and back, which XLA may leave out.
+        # Not by casting there and back, because XLA may leave out such casts.
         reached = jax.lax.reduce_precision(wide(w) + e, precision.nexp, precision.nmant)
         return reached - wide(w)
 

@@ -84,8 +84,8 @@ def locate(gl_pairs: Sequence[GLPair], params: Any, w: Any) -> list[Located]:
             if (before & places.ravel()).any():
                 raise ValueError(
                     f"{block.path} is in gl_pairs twice. An entry can be in one pair"
-                    " only, for its symmetries would not be those of each pair alone;"
-                    " leave one out, or name a part of the leaf: GLBlock(part=)."
+                    " only, because a second pair takes symmetries away from the first."
+                    " Leave one pair out, or name a part of the leaf: GLBlock(part=)."
                 )
             before |= places.ravel()
         inside = [x for x in paths if x in chosen]
@@ -93,8 +93,8 @@ def locate(gl_pairs: Sequence[GLPair], params: Any, w: Any) -> list[Located]:
             absent = [x for x in paths if x not in chosen]
             raise ValueError(
                 f"The mask cuts a pair: it selects {inside[0]} but not {absent[0]}."
-                " Select all leaves of a pair or none, or take the pair out of"
-                " gl_pairs, whose leaves then count one by one."
+                " Select all leaves of a pair or none. Or take the pair out of"
+                " gl_pairs: its leaves then count one by one."
             )
         fitted = _fit(pair)
         located += [fitted] * bool(inside)
@@ -114,7 +114,7 @@ def _find(block: GLBlock, shapes: dict[str, tuple[int, ...]]) -> GLBlock:
     except ValueError:
         raise ValueError(
             f"{block.path} has shape {own}, and cannot be read as {block.shape}. Give a"
-            " shape of as many numbers: GLBlock(path, rank_axis, head_axis, shape)."
+            " shape of the same size: GLBlock(path, rank_axis, head_axis, shape)."
         ) from None
     axes = [block.rank_axis, *_heads(block)]
     inside = all(-len(as_read) <= x < len(as_read) for x in axes)
@@ -122,15 +122,15 @@ def _find(block: GLBlock, shapes: dict[str, tuple[int, ...]]) -> GLBlock:
         raise ValueError(
             f"{block.path} has shape {as_read}, where rank_axis={block.rank_axis} and"
             f" head_axis={block.head_axis} must be two different axes. Give"
-            " GLBlock(path, rank_axis, head_axis), or with shape=(n, h) the shape in"
-            " which to read a leaf that has fewer."
+            " GLBlock(path, rank_axis, head_axis). For a leaf with fewer axes, add"
+            " shape=(n, h), the shape in which to read it."
         )
     if not _heads(block) and block.shape is None and len(own) == 2:
         module = block.path.split("/")[-2:][0]
         if module in ATTENTION:
             raise ValueError(
                 f"{block.path} has shape {own} and the name of an attention layer's"
-                " matrix, whose heads are pairs of their own. Say how many: "
+                " matrix, in which each head is a separate pair. Say how many: "
                 "attention_gl_pairs(params, path, num_heads=8), or GLBlock(path,"
                 " rank_axis, head_axis, shape=(d, heads, k)). For a single head give"
                 f" shape={own}."
@@ -139,7 +139,7 @@ def _find(block: GLBlock, shapes: dict[str, tuple[int, ...]]) -> GLBlock:
 
 
 def _fit(pair: GLPair) -> Located:
-    """The pair with the number of pairs that it stands for."""
+    """The pair, with the number of pairs that it describes."""
 
     def sizes(block: GLBlock) -> tuple[int, int]:
         shape = _shape(block)
@@ -169,20 +169,20 @@ def _fit(pair: GLPair) -> Located:
         rows = sum(map(_size, side)) // (number * h)
         if rows < h:
             raise ValueError(
-                f"{name} has {rows} rows and {h} columns; a factor cannot have more"
-                f" columns than rows, for then they depend on each other: {described}."
+                f"{name} has {rows} rows and {h} columns. A factor cannot have more"
+                f" columns than rows, because they would be dependent: {described}."
                 " Check rank_axis, or leave this pair out."
             )
     return Located(*pair, number)
 
 
 def _whole(block: GLBlock) -> tuple[int, ...]:
-    assert block.shape is not None  # as locate has left it
+    assert block.shape is not None  # locate has set it
     return block.shape
 
 
 def _place(block: GLBlock) -> tuple[slice, ...]:
-    """Which entries of the leaf, as it is read, are the block."""
+    """The entries of the block in the leaf, in the shape in which the leaf is read."""
     places = [slice(None)] * len(_whole(block))
     if block.part is not None:
         axis, start, stop = block.part

@@ -15,13 +15,13 @@ _COMBINE = {"add", "sub", "mul", "div"}
 _checked: weakref.WeakSet[Any] = weakref.WeakSet()
 
 RANDOM = (
-    "loss_fn draws random numbers: is dropout on? A measure is then of another function"
-    " than the one that is evaluated, or of a new one in every product. Call the model"
+    "loss_fn draws random numbers: is dropout on? The measure then describes another"
+    " function than the evaluated one, or another one in every product. Call the model"
     " in evaluation mode: train=False or deterministic=True in Linen, model.eval() in"
     " NNX, eqx.nn.inference_mode(model) in Equinox."
 )
 MIXED = (
-    "loss_fn takes statistics over the examples of a batch and applies them to each:"
+    "loss_fn computes statistics over the examples of a batch and applies them to each:"
     " is BatchNorm in training mode? The loss of an example then depends on its batch,"
     " and the mean over batches is another function. Call the model with its running"
     " averages: train=False or use_running_average=True in Linen, model.eval() in NNX,"
@@ -40,7 +40,7 @@ def check_loss(loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> N
         _checked.add(loss_fn)
         jaxpr = jax.make_jaxpr(loss_fn)(*map(_shapes, (params, batch))).jaxpr
     except Exception:
-        return  # the measure itself is about to say what is wrong
+        return  # the measure itself will raise an error
     if any(eqn.primitive.name in _DRAWS for eqn in _all(jaxpr)):
         warnings.warn(RANDOM, stacklevel=2)
     sizes: Any = {jnp.shape(x)[:1] or (0,) for x in jax.tree.leaves(batch)}
@@ -52,12 +52,13 @@ def check_loss(loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> N
             warnings.warn(MIXED, stacklevel=2)
 
 
-# What depends on no example, on each example for itself, on a statistic of them.
+# Values that depend on no example, on a statistic over the examples, or on one example
+# each; and values that mix the last two.
 _NONE, _STATISTIC, _EXAMPLES, _MIXED = range(4)
 
 
 def _propagated(jaxpr: Any, kinds: list[int], size: int) -> list[int]:
-    """The kinds of the outputs, given those of the inputs; or that it mixes."""
+    """The kinds of the outputs for given kinds of the inputs; or only "mixed"."""
     known = dict(zip(jaxpr.invars, kinds, strict=True))
     of = lambda x: _NONE if hasattr(x, "val") else known.get(x, _NONE)
     for eqn in jaxpr.eqns:
@@ -72,7 +73,7 @@ def _propagated(jaxpr: Any, kinds: list[int], size: int) -> list[int]:
             shape: Any = getattr(eqn.invars[0].aval, "shape", ()) if given else ()
             pools = 0 in eqn.params.get("axes", ()) and "reduce" in eqn.primitive.name
             if pools and given[0] == _EXAMPLES and shape[0] % size == 0:
-                # A scalar, as a loss or a number of tokens, is no statistic.
+                # A scalar, such as a loss or a number of tokens, is no statistic.
                 outs = [_STATISTIC if eqn.outvars[0].aval.shape else _NONE]
         if _MIXED in outs:
             return [_MIXED]

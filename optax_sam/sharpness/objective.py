@@ -102,7 +102,7 @@ class Objective:
         return tree if self.axis_name is None else jax.lax.psum(tree, self.axis_name)
 
 
-# Without the data, of which a compiled program has a batch at a time.
+# Without the data, because a compiled program gets one batch at a time.
 jax.tree_util.register_pytree_node(
     Objective,
     lambda o: ((o.params, o.w), (o.loss_fn, o.axis_name)),
@@ -140,13 +140,13 @@ def objective(
         )
     data = data_of(batches, weights, axis_name)
     check_axes(w, data, axis_name)
-    # Parameters that vary, else jax.grad would sum over devices by itself.
+    # The parameters must vary; otherwise jax.grad would sum over devices by itself.
     w = axes.vary(w, axis_name)
     return Objective(loss_fn, params, w, axis_name, data)
 
 
 def check_axes(w: Any, data: Data, axis_name: Any) -> None:
-    """Refuses batches of one device where no axis to average over is given.
+    """Refuses batches that differ between devices if no axis to average over is given.
 
     JAX would sum gradients over the devices, so a measure would be too large by the
     number of devices.

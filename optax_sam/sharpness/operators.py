@@ -236,8 +236,8 @@ def fisher(
        = \mathbb{E}_x\, J_x^\top (\operatorname{diag}(p) - p p^\top) J_x
 
     with :math:`p` the softmax of the logits. It is the :func:`ggn` of the mean
-    cross-entropy. For a regression with squared errors the Fisher matrix is the
-    :func:`ggn` of half of their sum over the outputs.
+    cross-entropy. For a regression with squared errors, the Fisher matrix is the
+    :func:`ggn` of half the sum of the errors over the outputs.
 
     Args:
       model_fn: ``model_fn(params, batch)``, the logits, classes along the last axis;
@@ -429,7 +429,7 @@ def _rev_rev(o: Objective, batch: Any, v: Any) -> Any:
 
 
 def _through(model_fn: ModelFn, curvature: Callable[..., Any]) -> Callable[..., Any]:
-    """The product with ``J' C J``, of the Jacobian of the outputs and ``C``."""
+    """The product with ``J' C J``, where ``J`` is the Jacobian of the outputs."""
 
     def product(o: Objective, batch: Any, v: Any) -> Any:
         check_loss(o.loss_fn, o.params, batch)

@@ -17,7 +17,7 @@ from optax_sam.sharpness.objective import Objective, objective
 from optax_sam.sharpness.probes import normals, standard_error, typed_key
 from optax_sam.trees import inner, wide
 
-_EPS = 1e-3  # of the papers: the noise that is left at a weight of 0
+_EPS = 1e-3  # from the papers: the noise at a weight of 0
 
 
 class PacBayesFlatness(NamedTuple):
@@ -65,12 +65,12 @@ def pac_bayes_flatness(
       u \sim N(0, \sigma^2 I)
 
     or, if it is magnitude-aware, :math:`u_i \sim N(0, \sigma^2 w_i^2 + 10^{-6})`.
-    For a rise of the loss instead of a drop of the accuracy give
-    ``metric_fn=lambda params, batch: -loss_fn(params, batch)``; near a minimum then
-    :math:`\sigma = \sqrt{2\, \text{target} / \operatorname{tr} H}`.
+    For a rise of the loss instead of a drop of the accuracy, give
+    ``metric_fn=lambda params, batch: -loss_fn(params, batch)``. Near a minimum,
+    :math:`\sigma` is then :math:`\sqrt{2\, \text{target} / \operatorname{tr} H}`.
 
-    It is found by bisection from ``sigma_max``, with the same draws at all steps. So
-    the result is reproducible, and its absolute resolution is
+    Bisection from ``sigma_max`` finds :math:`\sigma`, with the same draws at all steps.
+    So the result is reproducible, and its absolute resolution is
     ``sigma_max / 2^(num_steps - 1)``. It costs ``num_steps * num_samples + 1`` passes
     over the data for the metric. Memory does not grow with either number.
 
@@ -100,7 +100,7 @@ def pac_bayes_flatness(
 
     Raises:
       ValueError: if ``metric_fn`` returns no scalar, ``target`` or ``sigma_max`` is not
-        above 0, the key is none, or as :func:`hvp` does.
+        above 0, the key is not valid, or as :func:`hvp` does.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -111,9 +111,9 @@ def pac_bayes_flatness(
       >>> print(f"{result.sigma:.1f}")  # 1 / 1.28, where 10 % are beyond
       0.8
 
-    Differs from the authors' code in: ``sigma`` is the standard deviation (there its
-    root, as a variance is passed on where a deviation is meant), all steps use the same
-    draws, and all of them are taken.
+    Differs from the authors' code in: ``sigma`` is the standard deviation (there it is
+    the root of it, because a variance is passed as a deviation), all steps use the same
+    draws, and no step is skipped.
 
     References:
       Jiang et al., `Fantastic Generalization Measures and Where to Find Them
@@ -159,7 +159,7 @@ def pac_bayes_flatness(
         low, high, best, some = state
         new = attempt(jnp.where(k == 0, high, (low + high) / 2))
         borne = new.drop <= target
-        take = borne | ~some  # while none is borne, the smallest
+        take = borne | ~some  # the smallest while no noise is tolerated
         best = jax.tree.map(lambda x, y: jnp.where(take, x, y), new, best)
         low, high = jnp.where(borne, new.sigma, low), jnp.where(borne, high, new.sigma)
         return low, high, best, some | borne
@@ -229,9 +229,9 @@ def pac_bayes_bound(
         raise ValueError(f'reference must be "init" or "orig"; got {reference!r}.')
     if initial is None and (magnitude_aware or reference == "init"):
         raise ValueError(
-            "initial is missing, the weights before training; only"
-            ' reference="orig" with magnitude_aware=False goes without it. Keep a copy'
-            " before training, and pass initial=that."
+            "initial is missing, the weights before training. Only"
+            ' reference="orig" with magnitude_aware=False works without it. Keep a copy'
+            " before training, and pass it as initial=."
         )
     w = jax.tree.map(lambda x: wide(jnp.asarray(x)), params)
     moved = w if initial is None else jax.tree.map(lambda x, y: x - y, w, initial)

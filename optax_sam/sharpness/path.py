@@ -114,7 +114,7 @@ def project_path(
         D = np.stack([flat(f"directions[{i}]", d) for i, d in enumerate(directions)])
     products = D @ D.T
     squared = np.linalg.det(products) / max(np.prod(np.diag(products)), 1e-300)
-    if len(D) != 2 or not squared > 1e-10:  # of the sine of the angle
+    if len(D) != 2 or not squared > 1e-10:  # the squared sine of the angle
         raise ValueError(
             "directions must be a pair of pytrees like params that are neither zero nor"
             " parallel."
@@ -143,6 +143,6 @@ def _principal_components(spread: np.ndarray) -> np.ndarray:
             " look at it with optax_sam.sharpness.interpolate_loss."
         )
     components = (vectors[:, :-3:-1] / np.sqrt(values[:-3:-1])).T @ spread
-    # Of both signs the one along which training went.
+    # The sign with which the training run moved forward.
     forward = components @ (spread[-1] - spread[0])
     return np.where(forward < 0, -1, 1)[:, None] * components

@@ -99,8 +99,8 @@ def average_sharpness(
       The mean with its standard error, as an :class:`AverageSharpness`.
 
     Raises:
-      ValueError: if ``rho`` is not above 0, ``norm`` is unknown, the key is none, or
-        as :func:`hvp` does.
+      ValueError: if ``rho`` is not above 0, ``norm`` is unknown, the key is not valid,
+        or as :func:`hvp` does.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -177,8 +177,8 @@ def sam_sharpness(
     with :math:`g_S` the gradient of the same batch, and :math:`T = 1` as in SAM, or
     :math:`T = |w|` if it is adaptive. It is a lower bound of the worst case. The bound
     is close if the gradient is large, and poor near a minimum, where the gradient says
-    little about the curvature. If ``T g`` is 0, the rise is 0.
-    It costs one gradient and one value for each batch.
+    little about the curvature. If ``T g`` is 0, the rise is 0. It costs one gradient
+    and one value for each batch.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic,

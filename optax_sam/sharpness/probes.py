@@ -71,7 +71,7 @@ def random_vector(
     key: ArrayLike, operator: Operator, sampler: Any = jax.random.normal
 ) -> jax.Array:
     """A vector ``(n,)`` of independent draws."""
-    # One draw for all leaves: one per leaf compiles as long as a small model each.
+    # One draw for all leaves: each draw takes as long to compile as a small model.
     dtype = widest(*jax.tree.leaves(operator.like))
     return sampler(typed_key(key), (operator.size,), dtype)
 
@@ -220,7 +220,7 @@ def frobenius_norm(
     return Estimate(norm, squared.stderr / jnp.where(norm > 0, 2 * norm, 1))
 
 
-_MOST_BYTES = 2**31  # of the vectors that a sketch keeps, unless it is asked for
+_MOST_BYTES = 2**31  # the limit for the vectors of a sketch, unless it is asked for
 
 
 def _is_plain(
@@ -316,7 +316,7 @@ def _xtrace(x: _Sketch) -> jax.Array:
     X = W - x.S * s_w
     low_rank = jnp.trace(H) - dots(x.S, H @ x.S)
     residual = s_w * s_r - dots(T, X) + dots(X, H @ X)
-    # The part of a normal probe that is left has a random length; its mean is known.
+    # The rest of a normal probe has a random length, whose mean is known.
     length = dots(x.Omega, x.Omega) - dots(X, X)
     estimates = low_rank + residual * (n - N + 1) / length
     return jnp.where(x.spanned, jnp.trace(H), estimates)

@@ -38,7 +38,7 @@ class CountedLoss:
         return self._count
 
     def _tick(self) -> None:
-        with self._lock:  # devices call from threads of their own
+        with self._lock:  # each device calls from another thread
             self._count += 1
             self._show(self._count)
 

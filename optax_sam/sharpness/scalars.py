@@ -18,9 +18,9 @@ def to_scalars(
     """Converts a result of any measure to a flat dict of floats, for any logger.
 
     Names are paths: fields, keys, positions, and indices of arrays, with ``/`` between
-    them. Flags become 0 or 1. ``None`` and all that is no number (strings, functions,
-    keys) is left out. A field of a result, or an entry of a dict, is left out as a
-    whole if some array in it has more than ``max_size`` numbers. This drops
+    them. Flags become 0 or 1. ``None`` and values that are not numbers (strings,
+    functions, keys) are left out. A field of a result, or an entry of a dict, is left
+    out as a whole if some array in it has more than ``max_size`` numbers. This drops
     eigenvectors, perturbations, grids and pytrees like the parameters, including their
     small biases. It keeps results with a few numbers for each layer.
 
@@ -29,7 +29,7 @@ def to_scalars(
         these.
       prefix: the start of all names. For a single number it is the name, without a
         last ``/``.
-      max_size: the most numbers that an array may have, at least 1.
+      max_size: the largest size of an array, at least 1.
 
     Returns:
       Names and Python floats. It waits for the device, once; do not ``jit`` it.

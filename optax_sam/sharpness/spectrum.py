@@ -36,14 +36,14 @@ class SpectralSumResult(NamedTuple):
 
 
 class SpectralDensity(NamedTuple):
-    """The density of the eigenvalues, its integral one.
+    """The density of the eigenvalues; its integral is one.
 
     Attributes:
       grid: ``(G,)`` eigenvalues, loss per squared parameter.
       density: ``(G,)``, the mean over probes.
       stderr: ``(G,)``, the standard error at each point; ``nan`` with one probe.
       nodes: ``(N, M)``, the Ritz values of each probe.
-      weights: ``(N, M)``, their weights, one in sum; 0 where a node is padding.
+      weights: ``(N, M)``, their weights, which sum to one; 0 where a node is padding.
       sigma: the width of the normal density that each node is smoothed with.
     """
 
@@ -56,13 +56,13 @@ class SpectralDensity(NamedTuple):
 
 
 class Quadrature(NamedTuple):
-    """A spectrum as points with weights: a sum over it is a sum over them.
+    """A spectrum as points with weights, so that a sum over it is a sum over points.
 
     Attributes:
-      deflated: ``(E,)`` eigenvalues that were found, 0 in free places.
-      is_deflated: ``(E,)``, which places are taken.
-      nodes: ``(N, P)``, those that stand for the rest, for each probe.
-      weights: ``(N, P)``, how many eigenvalues each of them stands for.
+      deflated: ``(E,)`` eigenvalues that were found, 0 in empty places.
+      is_deflated: ``(E,)``, which places are filled.
+      nodes: ``(N, P)``, for each probe the points that represent other eigenvalues.
+      weights: ``(N, P)``, how many eigenvalues each point represents.
       coarse_nodes: ``(N, Q)``, the same after half of the Lanczos steps.
       coarse_weights: ``(N, Q)``.
     """
@@ -75,7 +75,7 @@ class Quadrature(NamedTuple):
     coarse_weights: jax.Array
 
     def sums(self, fn: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The sum of ``fn`` as each probe has it, ``(2, N)``: after all steps, half."""
+        """The sum of ``fn`` by probe, ``(2, N)``, after all and half of the steps."""
         # Selected, since fn may be infinite at padding.
         exact = jnp.where(self.is_deflated, fn(self.deflated), 0).sum()
         pairs = (self.nodes, self.weights), (self.coarse_nodes, self.coarse_weights)
@@ -93,14 +93,15 @@ def jackknife(
 ) -> list[jax.Array]:
     r"""A function of means over probes, and its standard error.
 
-    The error has two parts. One is the spread of the probes, from leaving out one at a
-    time, widened as Student's distribution is for so few. The other is a part of what
-    the second half of the Lanczos steps has changed, for the bias of the quadrature.
+    The error has two parts. One is the spread of the probes, found by leaving out one
+    at a time, and widened by Student's distribution because they are few. The other is
+    for the bias of the quadrature: a part of the change in the second half of the
+    Lanczos steps.
 
     Args:
-      f: a function of as many means.
+      f: a function of the means, with one argument for each of ``sums``.
       *sums: each ``(2, N)``, as :meth:`Quadrature.sums` gives them.
-      left: that part, what further steps would change.
+      left: the part of that change by which further steps would change the result.
     """
     N = sums[0].shape[1]
     fine, coarse = (f(*(x.mean(1)[i] for x in sums)) for i in (0, 1))
@@ -127,11 +128,12 @@ def spectral_sum(
     .. math:: \operatorname{tr} f(H) \approx \sum_{i \text{ found}} f(\lambda_i)
        + \frac{1}{N} \sum_{p=1}^{N} \sum_j \omega_j^{(p)} f(\theta_j^{(p)})
 
-    The outliers, which cause nearly all of the noise, are found by Lanczos and taken
-    out (deflated); Lanczos quadrature from random vectors sums over the rest. Smooth
-    functions and powers above one come out well (0.4 % for ``abs(x)**1.5`` on a small
-    network). A function with a kink at zero, where most eigenvalues lie, does not:
-    ``abs(x)**0.5`` has 7 %, of either sign, and more probes do not help.
+    Outliers cause nearly all of the noise. Lanczos finds them and takes them out
+    (deflation). Lanczos quadrature from random vectors sums over the rest. The error is
+    small for smooth functions and powers above one (0.4 % for ``abs(x)**1.5`` on a
+    small network). It is larger for a function with a kink at zero, where most
+    eigenvalues lie: 7 % for ``abs(x)**0.5``, of either sign, and more probes do not
+    help.
 
     Cost: ``num_top_matvecs + num_probes * num_lanczos`` products;
     memory: ``num_eigs`` vectors, one for each of the Lanczos steps (two with old
@@ -142,7 +144,7 @@ def spectral_sum(
         ``f(x) = x`` use :func:`hessian_trace`.
       operator: as in :func:`trace`.
       key: for the probes: an int or a key.
-      num_eigs: at most so many eigenvalues are taken out.
+      num_eigs: the largest number of eigenvalues to take out.
       num_top_matvecs: Lanczos steps to find them.
       num_lanczos: Lanczos steps for each probe.
       num_probes: random vectors, at least 2.
@@ -180,7 +182,7 @@ def spectral_sum(
 def spectral_sum_of(
     fn: Callable[[jax.Array], jax.Array], quadrature: Quadrature
 ) -> SpectralSumResult:
-    """``quadrature.sum(fn)``, under its name of before."""
+    """``quadrature.sum(fn)``, under an older name."""
     return quadrature.sum(fn)
 
 
@@ -194,12 +196,12 @@ def deflated_quadrature(
     num_lanczos: int = 100,
     num_probes: int = 6,
 ) -> Quadrature:
-    r"""The spectrum of an operator: outliers found, the rest by quadrature.
+    r"""The spectrum of an operator: the outliers, and the rest by quadrature.
 
-    With ``V`` the ``E`` eigenvectors found and :math:`P = I - V V^\top`, Lanczos runs
-    on :math:`P H P` from :math:`P z`, which has no part in the directions of ``V``.
-    Weights are scaled to the ``n - E`` directions left, which normal probes allow
-    without bias, so that ``c I`` comes out exactly.
+    Let ``V`` be the ``E`` eigenvectors that were found, and :math:`P = I - V V^\top`.
+    Lanczos runs on :math:`P H P` from :math:`P z`, which has no part in the directions
+    of ``V``. Weights are scaled to the ``n - E`` other directions, so that the result
+    for ``c I`` is exact. With normal probes this causes no bias.
     """
     schedules.check_integer("num_eigs", num_eigs, 1)
     schedules.check_integer("num_top_matvecs", num_top_matvecs, 1)
@@ -253,10 +255,10 @@ def spectral_density(
     .. math:: p(t) = \frac{1}{N} \sum_{p=1}^{N} \sum_j \omega_j^{(p)}\,
        \mathcal{N}(t;\ \theta_j^{(p)}, \sigma^2)
 
-    by Lanczos quadrature from ``N`` random vectors: nodes are Ritz values, weights the
-    squared *first* components of their eigenvectors. More Lanczos steps resolve more,
-    more probes only tell how sure it is; ``num_lanczos=50, num_probes=1`` is a quick
-    look.
+    It uses Lanczos quadrature from ``N`` random vectors. The nodes are Ritz values, and
+    the weights are the squared *first* components of their eigenvectors. More Lanczos
+    steps resolve more. More probes only show how certain the density is.
+    ``num_lanczos=50, num_probes=1`` is enough for a quick look.
 
     Cost: ``num_lanczos * num_probes`` products; memory: ``num_lanczos`` vectors (twice
     as many with old versions of JAX), and a few.
@@ -303,7 +305,7 @@ def spectral_density(
     low = jnp.where(live, nodes, jnp.inf).min()
     high = jnp.where(live, nodes, -jnp.inf).max()
     if sigma is None:
-        # c I has no range, and its eigenvalue a rounding error.
+        # The spectrum of c I has no width, and its eigenvalue has a rounding error.
         largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
         least = jnp.where(largest > 0, 100 * jnp.finfo(nodes.dtype).eps * largest, 1e-3)
         sigma = jnp.maximum(0.003 * (high - low), least)

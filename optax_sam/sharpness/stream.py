@@ -88,8 +88,8 @@ def count_examples(batch: Any) -> int:
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(
             "The arrays of a batch must have the same number of examples along their"
-            f" first axis; these have {sorted(lengths)}. Otherwise say with"
-            " weight=lambda batch: ... how many examples it counts for."
+            f" first axis; these have {sorted(lengths)}. Otherwise give the number of"
+            " examples that count: weight=lambda batch: ...."
         )
     return lengths.pop()[0]
 

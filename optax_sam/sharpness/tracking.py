@@ -133,7 +133,8 @@ class Probe:
                     starts[name] = _next_start(name, result, state.starts[name])
             return values, ProbeState(starts)
 
-        # What the host reads cannot run inside jit; a measure compiles by itself then.
+        # A measure whose batches the host reads cannot run inside jit. It then compiles
+        # its programs itself.
         self._run = run if on_host else jax.jit(run)
 
     def init(self, params: Any) -> ProbeState:
@@ -143,7 +144,7 @@ class Probe:
     def __call__(
         self, step: int, params: Any, state: ProbeState
     ) -> tuple[dict[str, float], ProbeState]:
-        """Measures if it is time to.
+        """Measures if ``step`` is a multiple of ``every``.
 
         Args:
           step: the number of the step, from 0.
@@ -171,12 +172,12 @@ def _next_start(name: str, result: Any, start: Any) -> Any:
             " eigenvalues and eigenvectors, from which the next one starts. Drop the"
             " argument, or give it another name."
         )
-    # Those that there were: parameters that are not finite must not spoil what follows.
+    # Only finite ones: one measurement with NaN must not spoil the later ones.
     found = jnp.isfinite(result.eigenvalues)
 
     def sum_(v: jax.Array, old: jax.Array) -> jax.Array:
         kept = jnp.where(jnp.expand_dims(found, range(1, v.ndim)), v, 0)
-        # All of them: Lanczos finds nothing in directions that its start is not in.
+        # The sum of all, because Lanczos finds nothing in directions without a start.
         return jnp.where(found.any(), kept.sum(0).astype(old.dtype), old)
 
     return jax.tree.map(sum_, result.eigenvectors, start)

@@ -49,17 +49,17 @@ def _weight(at: str, path: Any, node: Any, leaf: Any) -> jax.Array:
     names = [getattr(key, "key", None) for key in path]
     kinds = _kinds(node)
     if _is_variable(node) and not kinds & {"Param", "State"}:
-        raise ValueError(f"{at} is a {min(kinds, key=len)}, no weight. {NNX}")
+        raise ValueError(f"{at} is a {min(kinds, key=len)}, not a weight. {NNX}")
     if "batch_stats" in names:
         raise ValueError(
-            f"{at} is a running statistic of BatchNorm, no weight. {LINEN}"
+            f"{at} is a running statistic of BatchNorm, not a weight. {LINEN}"
         )
     if "State" in kinds or (callable(leaf) and not hasattr(leaf, "dtype")):
-        raise ValueError(f"{at} is a {type(node).__name__}, no weight. {EQUINOX}")
+        raise ValueError(f"{at} is a {type(node).__name__}, not a weight. {EQUINOX}")
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"{at} has dtype {dtype}, and sharpness is about real ones. Leave it out"
+            f"{at} has dtype {dtype}, but a measure needs real floats. Leave it out"
             " with mask=lambda params: jax.tree.map(lambda x: jnp.issubdtype(x.dtype,"
             " jnp.floating), params)."
         )
@@ -76,7 +76,7 @@ def _is_variable(x: Any) -> bool:
 
 
 def _kinds(x: Any) -> set[str]:
-    """The names of the classes of a variable, up to that of all variables."""
+    """The names of the classes of a variable, up to the class of all variables."""
     kind = getattr(x, "type", type(x)) if _is_variable(x) else type(x)
     names = [c.__name__ for c in getattr(kind, "__mro__", ())]
     return set(names[: names.index("Variable")] if "Variable" in names else names[:1])

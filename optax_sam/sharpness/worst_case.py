@@ -114,10 +114,10 @@ def worst_case_sharpness(
       >>> print(f"{result.value:.4f}")  # rho^2 / 2 times 2
       0.0100
 
-    Differs from the authors' code in: the steps and the projection are those of the
-    metric of ``c`` (the published adaptive ones stall some 5 to 8 % below the maximum),
-    the momentum is Auto-PGD's, a random start lies in the ball, and a halved step
-    really goes on from the best point.
+    Differs from the authors' code in: the steps and the projection use the metric of
+    ``c`` (the published adaptive steps stall 5 to 8 % below the maximum), the momentum
+    is Auto-PGD's, a random start lies in the ball, and after a halved step the ascent
+    does continue from the best point.
 
     References:
       Andriushchenko et al., `A Modern Look at the Relationship between Sharpness and

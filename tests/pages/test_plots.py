@@ -363,7 +363,7 @@ NEEDED = "no samples_per_window, psf_norm, ascent_rate; .*vsam"
         (spectrum, {"floor": 0}, "floor"),
         (spectrum, [{}], "no entries"),
         (history, {"momentum": 1.0}, "momentum"),
-        (history, {"sam_edge": {"SAM": STEPS}}, "'SAM', which lambda_max has not"),
+        (history, {"sam_edge": {"SAM": STEPS}}, "'SAM', which lambda_max lacks"),
         (history, {"sam_edge": [1.0]}, "sam_edge must have shape"),
         (history, [[0.1, 0.2]], r"learning_rate must be.*\(4,\)"),
         (sampling, [[record()]], "shape"),
