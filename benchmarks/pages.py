@@ -114,7 +114,7 @@ def cost_row(name: str) -> str:
     skipped = found.gradients_when_skipped
     gradients = f"{found.gradients:.3g}" + (f" or {skipped:.3g}" if skipped else "")
     trees = round(found.state_bytes / found.parameter_bytes)
-    state = "1 tree" if trees == 1 else f"{trees} trees" if trees else "scalars"
+    state = "1 pytree" if trees == 1 else f"{trees} pytrees" if trees else "scalars"
     needs = ", ".join(f"`{x}`" for x in found.needs)
     return f"| `{name}` | {gradients} | {state} | {needs} |"
 

@@ -1,10 +1,9 @@
 """Gradient accumulation: SAM on a batch that would not fit, in 8 micro-batches.
 
-SAM takes two gradients per step. Both are accumulated, each over the whole batch, in
-the function that is handed on as `grad_fn`; the optimizer knows nothing of it, and
-docs/guide/accumulation.md says what `optax.MultiSteps` would do instead. An MLP is
-trained on all digits at once, by SAM on every second step. Needs flax, rich and
-scikit-learn too.
+SAM takes two gradients per step. Both are accumulated over the whole batch, inside
+`grad_fn`. The optimizer does not change. docs/guide/accumulation.md says what
+`optax.MultiSteps` would do instead. An MLP is trained on all digits at once, by SAM on
+every second step. Needs flax, rich and scikit-learn too.
 
     python examples/accumulate.py
 """
@@ -41,7 +40,7 @@ def accumulated(gradients, num_micro):
             return optax.tree.add(total, gradients(params, part)), None
 
         parts = jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[1:]), batch)
-        # Sums in float32, also where parameters and gradients are bfloat16.
+        # Sums in float32, even if parameters and gradients are bfloat16.
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape), params)
         return optax.tree.scale(1 / num_micro, jax.lax.scan(add, zeros, parts)[0])
 

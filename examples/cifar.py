@@ -1,11 +1,11 @@
 """A trainer for CIFAR-10: vSAM, BatchNorm, checkpoints and TensorBoard.
 
-Trains a small ResNet on crops and mirror images. Each epoch ends with a checkpoint,
-from the last of which the same command goes on. Accuracy, the share of steps that
-ascended, and the sharpness gap, which those steps tell for free, go to TensorBoard.
-Running statistics are those of the clean pass; `dispatch` keeps convolutions out of
-conditionals, in which they are slow on a CPU. Needs flax, orbax-checkpoint, rich,
-scikit-learn and tensorboardX too.
+Trains a small ResNet on crops and mirror images. Each epoch ends with a checkpoint, and
+the same command continues from the last one. Accuracy, the share of perturbed steps and
+the sharpness gap, which a perturbed step gives for free, go to TensorBoard. Running
+statistics come from the pass at `w`. `dispatch` keeps convolutions out of conditionals,
+where they are slow on a CPU. Needs flax, orbax-checkpoint, rich, scikit-learn and
+tensorboardX too.
 
     python examples/cifar.py    # on digits as 32x32x3 images, so that it runs anywhere
     python examples/cifar.py --data cifar-10-batches-py --width 64 --epochs 100
@@ -32,7 +32,7 @@ BATCH_SIZE = 64
 
 
 def train_step(state, x, y, ascend=None):
-    seen = []  # by each pass: the loss, and the statistics that it would keep
+    seen = []  # of each pass: the loss, and the new statistics
 
     def loss_fn(params):
         variables = {"params": params, **state.model_state}
@@ -47,7 +47,7 @@ def train_step(state, x, y, ascend=None):
 
     grads, options = grad_fn(state.params), dict(grad_fn=grad_fn, ascend=ascend)
     state = state.apply_gradients(grads=grads, model_state=seen[0][1], **options)
-    loss, *perturbed = (loss for loss, _ in seen)  # the second where the step ascends
+    loss, *perturbed = (loss for loss, _ in seen)  # the second on perturbed steps
     return state, (loss, *(x - loss for x in perturbed))
 
 

@@ -26,7 +26,7 @@ class ResNet(nn.Module):
 
 
 def load(path):
-    """Images, (n, 32, 32, 3) in 0 to 255, and labels: to train on, and to test on."""
+    """Images, (n, 32, 32, 3) from 0 to 255, and labels, for training and testing."""
     if path is None:
         x, y = load_digits(return_X_y=True)
         x = (x * (255 / 16)).reshape(-1, 8, 8, 1).astype(np.float32)

@@ -1,10 +1,10 @@
 """Digits with 36 % wrong labels (40 % are redrawn from all ten): who learns them?
 
-A small network on scikit-learn's digits, tested on clean labels, within a minute on two
+A small network on scikit-learn's digits, tested on right labels, within a minute on two
 cores. Needs flax, scikit-learn and rich too. Searches of equal length, on held-out
-training images, chose learning rate, weight decay and radius of each row; SGD is tuned
-too, and "SGD 2x" computes as many gradients as SAM. docs/results/accuracy.md has them,
-ten seeds and many more methods; three seeds tell no ranking.
+training images, chose learning rate, weight decay and radius of each row, also of SGD.
+"SGD 2x" computes as many gradients as SAM. Three seeds show no ranking;
+docs/results/accuracy.md has ten seeds and many more methods.
 
     python examples/digits_label_noise.py [--quick]
 """
@@ -28,9 +28,9 @@ from sklearn.model_selection import train_test_split
 import optax_sam
 
 model = nn.Sequential([nn.Dense(256), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)])
-BATCH_SIZE, NOISE = 64, 0.4  # a share of the labels is drawn anew, from all ten
+BATCH_SIZE, NOISE = 64, 0.4  # this share of the labels is redrawn from all ten
 VSAM = optax_sam.vsam(rho=0.5, window=30, initial_rate=0.33, max_rate=0.4)
-# What stands first in the chain, learning rate, and weight decay.
+# The transformation that goes first in the chain, the learning rate, the weight decay.
 ROWS: dict[str, tuple[Any, float, float]] = {
     "SGD": (None, 0.005, 1e-3),
     "SGD 2x": (None, 0.1, 1e-2),
@@ -39,7 +39,7 @@ ROWS: dict[str, tuple[Any, float, float]] = {
     "quarter-batch SAM": (optax_sam.sam(rho=1.0), 0.1, 1e-4),
     "MSAM": (None, 0.05, 2e-4),
 }
-DIVISOR = {"quarter-batch SAM": 4}  # ascends along one example in four
+DIVISOR = {"quarter-batch SAM": 4}  # perturbs along one example in four
 LENGTH = {"SGD 2x": 2}
 
 

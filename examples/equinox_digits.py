@@ -1,7 +1,7 @@
 """Equinox: an MLP on digits with wrong labels, SGD and SAM.
 
 The optimizer sees the model's floats; functions and static leaves stay as they are.
-Both passes draw the same dropout masks, since the keys are a part of the batch. Needs
+Both passes draw the same dropout masks, because the keys are a part of the batch. Needs
 equinox and scikit-learn too.
 
     python examples/equinox_digits.py

@@ -1,8 +1,8 @@
 """The pictures of docs/measures/gallery.md: SGD, SAM and vSAM on noisy digits.
 
-Some labels are wrong. It trains a small network with each, follows the curvature of its
-training loss, looks at the landscape around the end, and draws. It takes about a minute
-on two cores, and needs flax, matplotlib, rich and scikit-learn too.
+Some labels are wrong. The program trains a small network with each method, follows its
+curvature, and draws the landscape around its final weights. It takes about a minute on
+two cores, and needs flax, matplotlib, rich and scikit-learn too.
 
     python examples/gallery.py [--out docs/images]
 """

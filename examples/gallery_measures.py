@@ -1,4 +1,4 @@
-"""What gallery.py measures of each network, each in one compiled program."""
+"""The measures of gallery.py, each in one compiled program."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plane(params: Any, data: Any, pair: Any, alphas: Any, betas: Any) -> jax.Arr
 
 
 def surface(params: Any, data: Any, pair: Any, rows: Any, betas: Any) -> np.ndarray:
-    """The same row by row, all by one compiled program, so that a bar can move."""
+    """The same, row by row in one compiled program, so that a progress bar can move."""
     return np.stack([plane(params, data, pair, a[None], betas)[0] for a in rows])
 
 

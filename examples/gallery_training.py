@@ -1,4 +1,4 @@
-"""What gallery.py measures: a small network on digits, many with wrong labels."""
+"""The networks of gallery.py: small ones, on digits of which many have wrong labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIMIZERS = {
 
 
 def noisy_digits() -> tuple[jax.Array, jax.Array]:
-    """Digits of which 40 % have a label that was drawn again."""
+    """Digits; 40 % of the labels are redrawn."""
     size, rng = NUM_BATCHES * BATCH_SIZE, np.random.default_rng(0)
     images, labels = (x[:size] for x in load_digits(return_X_y=True))
     labels = np.where(rng.random(size) < NOISE, rng.integers(0, 10, size), labels)

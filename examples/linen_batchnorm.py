@@ -1,8 +1,8 @@
 """Flax Linen, BatchNorm and dropout: a CNN on digits with wrong labels, SGD and SAM.
 
-The running statistics are those of the clean pass, the dropout mask is one for both
-passes, and `dispatch` keeps convolutions out of conditionals, in which they are slow on
-a CPU. Needs flax and scikit-learn too.
+The running statistics come from the pass at `w`, and both passes use the same dropout
+mask. `dispatch` keeps convolutions out of conditionals, where they are slow on a CPU.
+Needs flax and scikit-learn too.
 
     python examples/linen_batchnorm.py
 """

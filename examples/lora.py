@@ -1,9 +1,9 @@
 """LoRA with SAM that perturbs the adapters, or the weights with the adapters merged.
 
 A network that knows the digits learns to read them turned by a quarter, from ten images
-of each, through adapters of rank 4. SAM perturbs the adapters or, where the network is
-used, the merged weights; or noise perturbs these, for one gradient evaluation. Other
-seeds choose each radius with held-out images. Needs scikit-learn too.
+of each, through adapters of rank 4. SAM perturbs the adapters or the merged weights. Or
+noise perturbs the merged weights, for one gradient evaluation. Other seeds choose each
+radius with held-out images. Needs scikit-learn too.
 
     python examples/lora.py [--wrong 0.2] [--quick]
 """
@@ -41,18 +41,18 @@ def new_adapters(params, rng):
 
 
 def merge(params, adapters):
-    """The weights with which the network is used."""
+    """The merged weights, with which the network computes."""
     pairs = zip(params, adapters, strict=True)
     return [(w + a @ b, bias) for (w, bias), (a, b) in pairs]
 
 
 def noise(rho):
-    """Flat-LoRA's, as large as a share of the weights of each output."""
+    """The noise of Flat-LoRA: a share of the size of the weights of each output."""
     rule = optax_sam.ascent.filter_noise(rho / 128**0.5)  # so many inputs
     return optax_sam.sharpness_aware(rule)
 
 
-METHODS = {  # what perturbs, and whether the merged weights
+METHODS = {  # the method, and whether it perturbs the merged weights
     "SAM of the adapters": (optax_sam.sam, False),
     "SAM of the merged weights": (optax_sam.sam, True),
     "noise on the merged weights": (noise, True),

@@ -4,9 +4,9 @@ A network is trained on a few of scikit-learn's digits. Then its weights and act
 are quantized to 4 bits, and it is fine-tuned together with the quantizers' step sizes
 (LSQ, in lsq_layers.py). Needs flax, scikit-learn and rich too.
 
-What one should see: four bits cost little, vSAM is half a point above SGD in the mean
-and ahead on most seeds, for a third of a gradient more per step.
-docs/guide/quantization.md has SAM, two bits and full precision too.
+Expected: four bits cost little. vSAM is half a point above SGD in the mean and ahead on
+most seeds, for a third of a gradient more per step. docs/guide/quantization.md has SAM,
+two bits and full precision too.
 
     python examples/lsq_digits.py [--quick]
 """
@@ -53,7 +53,7 @@ def batches_of(images: Any, labels: Any, seed: int, num_epochs: int) -> Any:
 
 
 def make_fit(model: Network, member: Any, rate: float, num_steps: int) -> Any:
-    """Compiles a whole training: a scan of the training step over its batches."""
+    """Compiles a training run: a scan of the training step over its batches."""
     schedule = optax.cosine_decay_schedule(rate, num_steps)
     decay = optax.add_decayed_weights(5e-4, mask=not_steps)
     tx = optax.chain(member, decay, optax.sgd(schedule, momentum=0.9))

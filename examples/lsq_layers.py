@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def initial_step(values: jax.Array, q_p: int, axis: Any = None) -> jax.Array:
-    """LSQ's first step size; ``axis``, those to average over, ``None`` for all."""
+    """LSQ's first step size, averaged over ``axis``; ``None`` means all axes."""
     mean = jnp.abs(values).mean(axis, keepdims=axis is not None)
     return 2 * mean / q_p**0.5
 
@@ -28,8 +28,8 @@ def quantize(
       scale: factor on the gradient of ``step``, which sums over all values.
 
     Returns:
-      The quantized values. For ``values`` their gradient is one within the range, its
-      bounds included, and zero outside; rounding passes gradients straight through.
+      The quantized values. Rounding passes gradients straight through: the gradient
+      of ``values`` is one within the range and at its bounds, and zero outside.
     """
     step = jnp.maximum(step, 1e-8)  # an update, or an offset, could cross zero
     value = jax.lax.stop_gradient(step)
@@ -44,7 +44,7 @@ def quantize(
 class QuantizedDense(nn.Module):
     """A dense layer on a grid of ``2**bits`` levels; ``None`` is full precision.
 
-    Its inputs must not be negative: pixels, or what a ReLU returns.
+    Its inputs must not be negative, such as pixels or the outputs of a ReLU.
     """
 
     features: int
@@ -87,7 +87,7 @@ class Network(nn.Module):
 
 
 def not_steps(params: Any) -> Any:
-    """A mask of what SAM perturbs and decay shrinks: all but the step sizes."""
+    """The mask of the leaves to perturb and to decay: all but the step sizes."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not path[-1].key.endswith("_step"), params
     )

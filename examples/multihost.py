@@ -1,8 +1,8 @@
 """vSAM on many hosts: the same program on each of them, on digits.
 
-Each process loads its own rows of each batch, all of them save one checkpoint with
-Orbax and continue from it, and the first prints. docs/guide/hosts.md has the commands
-for TPU pods, SLURM and others. Needs flax, orbax-checkpoint and scikit-learn too.
+Each process loads its own rows of each batch. All processes save one checkpoint with
+Orbax and continue from it, and the first one prints. docs/guide/hosts.md has the
+commands for TPU pods, SLURM and others. Needs flax, orbax-checkpoint and scikit-learn.
 
     python examples/multihost.py                    # one process
     python examples/multihost.py --num-processes 2  # two on this machine, to try it
@@ -54,7 +54,7 @@ def accuracy(params, x, y):
 
 def train(epochs, out):
     multihost_utils.assert_equal(epochs, "Processes were started with other arguments.")
-    # On many hosts the data set would be read here, as far as the rows below need it.
+    # On many hosts, read only the part of the data set that the rows below need.
     images, labels = load_digits(return_X_y=True)
     x, test_x, y, test_y = train_test_split(
         (images / 16).astype(np.float32), labels.astype(np.int32), random_state=0
@@ -82,7 +82,7 @@ def train(epochs, out):
             params, opt_state = manager.restore(first, args=like)
 
     for epoch in range(first + 1, epochs + 1):
-        # The order is one for all processes, and of the rows each loads its part.
+        # All processes use one order, and each loads its part of the rows.
         order = np.random.default_rng(epoch).permutation(len(x))
         batches = order[: len(x) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE)
         for rows in batches:
@@ -90,7 +90,7 @@ def train(epochs, out):
             batch = (load(by_row, array[own]) for array in (x, y))
             params, opt_state, loss = step(params, opt_state, *batch)
 
-        # Everyone computes what one prints: these are programs of all devices.
+        # All processes compute what one prints, because the programs use all devices.
         tested = accuracy(params, test_x, test_y)
         ascents = optax_sam.metrics(opt_state)["ascents"]
         if jax.process_index() == 0:

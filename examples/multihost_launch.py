@@ -18,7 +18,7 @@ def launch(count):
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     processes = [subprocess.Popen([*command, str(i)], env=env) for i in range(count)]
     try:
-        # The first failure ends the others, which would wait for it.
+        # The first failure ends the others, because they would wait for it.
         while None in (codes := [p.poll() for p in processes]) and not any(codes):
             time.sleep(0.1)
     finally:

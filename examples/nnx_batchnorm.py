@@ -1,7 +1,7 @@
 """Flax NNX, BatchNorm and dropout: an MLP on digits with wrong labels, SGD and SAM.
 
-The model's statistics and random streams advance once per step; the perturbed pass runs
-on a copy from before the clean one and draws the same dropout mask. Needs flax and
+The model's statistics and random streams advance once per step. The perturbed pass runs
+on a copy from before the pass at `w`, and draws the same dropout mask. Needs flax and
 scikit-learn too.
 
     python examples/nnx_batchnorm.py
@@ -65,7 +65,7 @@ def main() -> None:
     members = {"SGD": optax.identity(), "SAM": optax_sam.sam(rho=0.2)}
     for name, member in members.items():
         model = MLP(nnx.Rngs(0))
-        # An optimizer that knows no grad_fn needs to be told to ignore it.
+        # An optimizer without SAM must be told to ignore grad_fn.
         tx = optax.with_extra_args_support(
             optax.chain(member, optax.sgd(0.05, momentum=0.9))
         )

@@ -1,8 +1,8 @@
 """Plain functions, no framework: an MLP on digits with wrong labels, AdamW and vSAM.
 
-What people put behind a method stands there: clipping, AdamW and its schedule. The step
-is dispatched: two programs, one with the second gradient and one without, of which the
-host runs the right one. Needs scikit-learn too.
+Clipping, AdamW and its schedule go after the method in the chain. `dispatch` compiles
+two programs, with and without the perturbed gradient, and the host runs the right one.
+Needs scikit-learn too.
 
     python examples/plain_functions.py
 """

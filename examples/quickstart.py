@@ -9,7 +9,7 @@ makes a notebook of it. Needs scikit-learn too.
 # %% [markdown]
 # # SAM in five minutes
 # Handwritten digits of 8 by 8 pixels. 40 % of the training labels are drawn again from
-# all ten classes. A network that learns them by heart is wrong about new digits.
+# all ten classes. A network that memorizes them is wrong about new digits.
 
 # %%
 import jax
@@ -54,7 +54,7 @@ def loss_fn(params, x, y):
 
 # %% [markdown]
 # ## The training step
-# One line is SAM's: `grad_fn` computes the gradient of the same batch at other
+# SAM needs one line: `grad_fn` computes the gradient of the same batch at other
 # parameters. An optimizer without SAM ignores it.
 
 
@@ -101,7 +101,7 @@ params, opt_state = train(tx)
 print(f"SAM {accuracy(params):.1f} % test accuracy")
 
 # %% [markdown]
-# Is SAM at work? The perturbed gradient is the longer one.
+# If SAM works, the perturbed gradient is longer than the gradient at `w`.
 
 # %%
 for name in ("gradient_norm", "ascended_norm"):

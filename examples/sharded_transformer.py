@@ -2,8 +2,8 @@
 
 A language model of bytes reads the source of optax_sam. Its weights lie on a mesh of
 2 x 4 devices: heads and hidden units are split over "model", the other dimension of
-each matrix and the batch over "data". The step is that of one device, and only where
-arrays lie says otherwise. A CPU plays the devices. Needs flax and rich too.
+each matrix and the batch over "data". The step is the same as on one device; only the
+shardings of the arrays differ. A CPU simulates the devices. Needs flax and rich too.
 
     python examples/sharded_transformer.py
 """
@@ -26,7 +26,7 @@ jax.config.update("jax_enable_x64", True)  # so that rounding hides no differenc
 
 STEPS, BATCH, LENGTH, WIDTH, HEADS, VOCABULARY = 60, 16, 32, 32, 4, 128
 INWARD = "query", "key", "value", "up", "logits"
-SPECS = {  # by the end of a weight's path; what is not named is on every device
+SPECS = {  # by the end of a weight's path; all other leaves are on every device
     **{f"{name}/kernel": P("data", "model") for name in INWARD},
     **{f"{name}/bias": P("model") for name in INWARD},
     **{f"{name}/kernel": P("model", "data") for name in ("embed", "down")},
@@ -68,7 +68,7 @@ def train_step(params, opt_state, tokens):
 
 
 def train(params, batches, shape):
-    """The parameters, the optimizer's state and the loss in the end."""
+    """The final parameters, optimizer state and loss."""
     devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
     mesh = Mesh(devices, ("data", "model"))
 
@@ -76,7 +76,7 @@ def train(params, batches, shape):
         name = "/".join(key.key for key in path[-2:])
         return NamedSharding(mesh, SPECS.get(name, P()))
 
-    with jax.set_mesh(mesh):  # outside jit, so that vSAM's cache lies as the weights do
+    with jax.set_mesh(mesh):  # outside jit, so vSAM's cache is sharded like the weights
         params = jax.device_put(params, jax.tree.map_with_path(place, params))
         opt_state = tx.init(params)
     placed = jax.tree.map(lambda x: x.sharding, (params, opt_state))

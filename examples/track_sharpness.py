@@ -1,12 +1,12 @@
-"""Watch sharpness while SAM trains an MLP on digits.
+"""Tracks sharpness while SAM trains an MLP on digits.
 
-Each step logs what its two passes tell for free. Every 40 steps the largest eigenvalue
-of the Hessian and its trace are measured on 512 examples that stay the same. All of it
-goes to a CSV file, and with --logdir to TensorBoard too, through clu if that and
-TensorFlow are installed, else tensorboardX. Needs flax and scikit-learn.
+Each step logs the numbers that its two passes give for free. Every 40 steps the largest
+eigenvalue of the Hessian and its trace are measured on 512 fixed examples. All numbers
+go to a CSV file, and with --logdir to TensorBoard too: through clu if clu and
+TensorFlow are installed, else through tensorboardX. Needs flax and scikit-learn.
 
-What one should see: the curvature along SAM's step, which is free, stays below the
-largest eigenvalue; that sinks with SAM's edge of stability, far below 2 / lr.
+Expected: the curvature along SAM's step, which is free, stays below the largest
+eigenvalue. The eigenvalue sinks with SAM's edge of stability, far below 2 / lr.
 
     python examples/track_sharpness.py --csv sharpness.csv --logdir runs/sam
 """
@@ -47,7 +47,7 @@ def loss_fn(params, batch):
 
 @jax.jit
 def train_step(params, opt_state, batch):
-    seen = []  # what both passes saw: the loss, its gradient, and where
+    seen = []  # of each pass: the loss, its gradient, and the point
 
     def grad_fn(point):
         loss, grads = jax.value_and_grad(loss_fn)(point, batch)
@@ -105,7 +105,7 @@ def main() -> None:
             measured, probe_state = probe(step, params, probe_state)
             params, opt_state, logged = train_step(params, opt_state, (x, y))
             row = sharpness.to_scalars(logged, "train/") | measured
-            if table is None:  # the first step has the names of all
+            if table is None:  # the first step has all names
                 table = csv.DictWriter(file, ["step", *row])
                 table.writeheader()
             table.writerow({"step": step} | row)

@@ -1,10 +1,10 @@
 """Tunes rho in one run: a population over radii and seeds, trained by one vmap.
 
-A small network learns digits, 36 % of whose labels are wrong, for each radius and seed.
-Held-out right labels choose the radius; the test images are looked at once, at the end.
-Under vmap a conditional computes both branches: a method that skips, such as vSAM,
-decides as it would alone, but every step pays its second gradient. Tune its radius
-here, and train with it by itself. Needs scikit-learn and rich too.
+A small network learns digits for each radius and seed; 36 % of the labels are wrong.
+Held-out right labels choose the radius, and the test images are used once, at the end.
+Under vmap a conditional computes both branches. So vSAM decides as it would alone, but
+computes a perturbed gradient on every step. Tune its radius here, and train without
+vmap. Needs scikit-learn and rich too.
 
     python examples/tune_rho.py [--method vsam] [--quick]
 """
@@ -40,7 +40,7 @@ def logits(params: Any, images: jax.Array) -> jax.Array:
 
 
 def make_train(method: str, images: Any, labels: Any, num_steps: int) -> Any:
-    """A whole training, as a function of a radius and a seed."""
+    """A whole training run, as a function of a radius and a seed."""
 
     def train(rho: jax.Array, seed: jax.Array) -> Any:
         keys = jax.random.split(jax.random.key(seed), 4)
@@ -50,7 +50,7 @@ def make_train(method: str, images: Any, labels: Any, num_steps: int) -> Any:
         first = jax.random.normal(keys[2], (64, HIDDEN)) / 8
         params = {"a": first, "b": jnp.zeros((HIDDEN, 10))}
         rate = optax.cosine_decay_schedule(0.05, num_steps)
-        # The radius is an array: each member of the population has its own.
+        # The radius is an array: each training run has its own.
         tx = optax.chain(METHODS[method](rho), optax.sgd(rate, momentum=0.9))
 
         def step(state: Any, key: jax.Array) -> tuple[Any, None]:
@@ -73,7 +73,7 @@ def make_train(method: str, images: Any, labels: Any, num_steps: int) -> Any:
 
 
 def main() -> None:
-    """Tunes, and compares with training one after the other."""
+    """Tunes the radius, and times the same runs one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=METHODS, default="sam")
     parser.add_argument("--quick", action="store_true", help="two seeds, 100 steps")
@@ -85,7 +85,7 @@ def main() -> None:
     rows, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0)
     rows, held_out = train_test_split(rows, test_size=0.25, random_state=0)
     train = make_train(options.method, images[rows], labels[rows], num_steps)
-    # Over seeds within, over radii without: one program for all members.
+    # The inner vmap is over seeds, the outer over radii: one program for all runs.
     population = jax.jit(jax.vmap(jax.vmap(train, (None, 0)), (0, None)))
     radii, alone = jnp.array(RADII), jax.jit(train)
 
@@ -111,7 +111,7 @@ def main() -> None:
     console.print(table)
     tested = judge(params, test)[best].mean()
     console.print(f"Chosen: rho {RADII[best]:g}, test accuracy {tested:.1f} %")
-    members = f"{len(RADII) * len(seeds)} trainings, with compiling"
+    members = f"{len(RADII) * len(seeds)} training runs, with compilation"
     console.print(f"{members}: {together:.1f} s, one after the other {apart:.1f} s")
 
 

@@ -1,9 +1,9 @@
 """Fine-tuning a small vision transformer on 50 images, by AdamW and by SAM with AdamW.
 
-Pretrained on the digits 0 to 4, it gets a new head and ten images of each of 5 to 9,
-with a warm-up and a cosine. SAM perturbs the kernels alone (`mask=`). The radius is the
-best of four by other seeds, on images that are neither trained on nor tested. Needs
-flax, rich and scikit-learn too.
+It is pretrained on the digits 0 to 4. Then it gets a new head and ten images of each
+digit from 5 to 9, with a warm-up and a cosine. SAM perturbs the kernels (`mask=`).
+Other seeds chose the radius, the best of four, on images that are neither trained on
+nor tested. Needs flax, rich and scikit-learn too.
 
     python examples/vit_finetune.py [--quick]
 """
@@ -38,12 +38,12 @@ model = ViT()
 
 
 def kernels(params):
-    """Which leaves SAM perturbs, and AdamW decays."""
+    """The leaves that SAM perturbs and AdamW decays."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def make_fit(member, peak, num_steps):
-    """Compiles a whole training: a scan of the training step over its batches."""
+    """Compiles a training run: a scan of the training step over its batches."""
     rate = optax.warmup_cosine_decay_schedule(0, peak, num_steps // 10, num_steps)
     tx = optax.chain(member, optax.adamw(rate, weight_decay=0.01, mask=kernels))
     tx = optax.with_extra_args_support(tx)  # AdamW alone takes no grad_fn

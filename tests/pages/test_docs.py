@@ -34,7 +34,7 @@ def test_defaults_state_and_needs(name):
     actual = {k: p.default for k, p in parameters.items() if k != "key"}
     assert quoted == {k: v for k, v in actual.items() if isinstance(v, plain)}
     _, state, needed = COSTS[f"`{name}`"]
-    assert ("1 tree" in state) == (NAMED[name].trees == 1)
+    assert ("1 pytree" in state) == (NAMED[name].trees == 1)
     tx = optax_sam.saf(5, 2) if name == "saf" else name
     needs = optax_sam.summary(tx, {"norm": harness.tree()}).needs
     assert set(needs) == set(re.findall(r"`(\w+)`", needed))

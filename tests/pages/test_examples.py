@@ -229,7 +229,7 @@ def test_rho_is_tuned_by_held_out_images(tmp_path: Path, method: str) -> None:
     ).groups()
     assert means[float(chosen)] == max(means.values())
     assert float(tested) > 50
-    assert re.search(r"18 trainings, .* s, one after the other [\d.]+ s", output)
+    assert re.search(r"18 training runs, .* s, one after the other [\d.]+ s", output)
 
 
 def test_the_page_on_own_methods_shows_the_example() -> None:
