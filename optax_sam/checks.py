@@ -126,7 +126,7 @@ def check_gradients(method: str, what: str, grads: Any, params: Any) -> None:
         want = {place(path) for path, _ in wanted}
         missing, surplus = sorted(want - have), sorted(have - want)
         raise ValueError(
-            f"{method}: {what} has another structure than the parameters"
+            f"{method}: {what} has a different structure from the parameters"
             + (f"; missing: {', '.join(missing[:3])}" if missing else "")
             + (f"; not in the parameters: {', '.join(surplus[:3])}" if surplus else "")
             + ". Pass the gradients alone, as a pytree like the parameters."
@@ -183,7 +183,7 @@ def _kind(leaf: Any) -> str:
 
 
 def _advice(grads: Any, wanted: Any, expected: Any, incoming: bool) -> str:
-    """Advice if gradients have another structure than the parameters."""
+    """Advice if gradients have a different structure from the parameters."""
     static = [place(path) for path, leaf in wanted if not is_perturbable(leaf)]
     if static:
         return f"The parameters have no gradient at {static[0]}. {_FILTER}"

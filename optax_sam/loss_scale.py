@@ -70,8 +70,8 @@ def update_loss_scale(
     """
     if not hasattr(loss_scale, "value_and_grad"):
         raise ValueError(
-            "update_loss_scale moves an object by its own rule: give it a"
-            " flax.training.dynamic_scale.DynamicScale(). A number stays as it is; got"
+            "update_loss_scale moves the scale by the rule of its object: give it a"
+            " flax.training.dynamic_scale.DynamicScale(). A number has no rule; got"
             f" {loss_scale!r}."
         )
     check_loss_scale(loss_scale)
@@ -108,7 +108,7 @@ def check_loss_scale(loss_scale: Any) -> None:
     if not is_number or isinstance(scale, bool) or jnp.shape(scale) != ():
         raise ValueError(
             "loss_scale must be a number > 0, a scalar array, or an object with such a"
-            " scale, as flax.training.dynamic_scale.DynamicScale; got"
+            " scale, such as flax.training.dynamic_scale.DynamicScale; got"
             f" {loss_scale!r}."
         )
     check_number("loss_scale", scale, 0.0, open_low=True)

@@ -73,7 +73,7 @@ def restrict(
 
     Raises:
       ValueError: (on update) if the mask holds anything but Python bools or has
-        another structure than the parameters, or the rule computes another gradient
+        a different structure from the parameters, or the rule computes another gradient
         at ``w``.
 
     Examples:

@@ -180,8 +180,8 @@ def _gradients(
 ) -> Callable[[Any], Any]:
     if not isinstance(model, nnx.Module):
         raise ValueError(
-            "loss_fn takes the module first, as in loss_fn(model, batch), and so does"
-            f" this; got {type(model).__name__}. With a graphdef and a state, merge"
+            "The first argument must be the module, as in loss_fn(model, batch); got"
+            f" {type(model).__name__}. With a graphdef and a state, merge"
             " them before: model = nnx.merge(graphdef, state)."
         )
     # The arguments too: the pass at the weights also changes an nnx.Rngs among them.

@@ -378,6 +378,6 @@ def _sign_of(
             f"msam perturbs against the momentum ({names}), which the steps must"
             " follow downhill, but the inner optimizer moves the weights up the"
             " gradient. It lacks its learning rate, which must be inside msam, as in"
-            f" {momentum.PLAIN}; or it maximizes: then minimize the negative."
+            f" {momentum.PLAIN}. Or it maximizes: then minimize the negative."
         )
     return next(iter(of))

@@ -116,7 +116,7 @@ def check_state(method: str, kind: type, state: Any, expected: Any = None) -> No
             f" makes {want}. Build the method with the settings that the state was made"
             f" with, or start this part again and keep the others: state ="
             f" state._replace({part}=method.init(params).{part}), where method is this"
-            " transformation and state its own state in the optimizer's."
+            " transformation and state is its part of the optimizer's state."
         )
 
 
@@ -142,7 +142,7 @@ def _difference(have: Any, want: Any, path: str = "") -> tuple[str, str, str] | 
             (f"[{i}]", *pair) for i, pair in enumerate(zip(have, want, strict=True))
         ]
     else:
-        # By leaves: NNX keeps a cached pytree in another structure than parameters.
+        # By leaves: NNX keeps a cached pytree in a different structure from parameters.
         shapes = lambda tree: list(map(jnp.shape, jax.tree.leaves(tree)))
         if shapes(have) == shapes(want):
             return None

@@ -57,7 +57,7 @@ def adaptive(
     eta = check_schedule("eta", eta, 0.0)
     if adapt is not None and roles is not None:
         raise ValueError(
-            "adapt says which leaves are adapted, so that roles would not be read:"
+            "adapt already says which leaves are adapted, so roles has no effect:"
             " write roles= alone, or"
             " adapt=lambda params: jax.tree.map(choose, roles(params))."
         )

@@ -19,7 +19,7 @@ from optax_sam.trees import norm, rescale
 _CALL = (
     "tx.update(grads, opt_state, params,"
     " per_example_loss_fn=lambda params, indices=None: losses), which returns the (B,)"
-    " losses of this step's examples, or those of the given ones"
+    " losses of this step's examples, or of the examples at indices"
 )
 
 
@@ -248,8 +248,8 @@ def _check_selection(losses: jax.Array, chosen: jax.Array) -> None:
     if jnp.shape(losses) != chosen.shape:
         raise ValueError(
             f"esam asked per_example_loss_fn for the losses at {len(chosen)} indices"
-            f" and got an array of shape {jnp.shape(losses)}: it must compute those"
-            " examples alone. Take them from the batch, as in"
+            f" and got an array of shape {jnp.shape(losses)}: compute the losses of"
+            " these examples alone. Take them from the batch, as in"
             " x if indices is None else x[indices]."
         )
 
@@ -261,7 +261,7 @@ def _largest_rises(before: jax.Array, after: jax.Array, gamma: float) -> jax.Arr
             raise ValueError(
                 "esam needs one loss per example, a vector; got losses of shape"
                 f" {jnp.shape(before)} at params and {jnp.shape(after)} at the"
-                f" perturbed ones. Write {_CALL}."
+                f" perturbed parameters. Write {_CALL}."
             )
     position = int(gamma * len(after))
     if position < 1:

@@ -244,8 +244,8 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
         where = momentum.locate(inner, with_dicts(without_variables(params)))
     except ValueError as error:
         raise ValueError(
-            "msam_eval_params got parameters of another structure or of other shapes"
-            " than the momentum in the state; pass the ones that this optimizer trains."
+            "msam_eval_params got parameters that differ from the momentum in the state"
+            " in structure or shapes; pass the parameters that this optimizer trains."
         ) from error
     kept = jax.tree.leaves(inner)
     offset = scaled([kept[i] for i in where], state.scale)

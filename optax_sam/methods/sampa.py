@@ -193,7 +193,7 @@ def sampa(
                 raise checks.MissingArgument(
                     "sampa needs previous_grad_fn, a function of the parameters alone"
                     " that returns the gradients on the batch of the step before (on"
-                    f" the first step, of the same one): {_CALL}.{checks.DROPPED}",
+                    f" the first step, on its own batch): {_CALL}.{checks.DROPPED}",
                     "previous_grad_fn",
                 )
 

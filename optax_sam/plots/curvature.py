@@ -201,8 +201,8 @@ def sharpness_history(
       The axes.
 
     Raises:
-      ValueError: if an argument has another shape than ``steps``, ``momentum`` is out
-        of range, ``sam_edge`` has a name that ``lambda_max`` lacks, or no eigenvalue
+      ValueError: if an argument differs from ``steps`` in shape, ``momentum`` is out of
+        range, ``sam_edge`` has a name that ``lambda_max`` lacks, or no eigenvalue
         is finite.
       ImportError: if there is no matplotlib.
 

@@ -50,7 +50,7 @@ def loss_line(
       The axes.
 
     Raises:
-      ValueError: if the losses have another shape than the steps, or none is finite.
+      ValueError: if the losses do not have the shape of the steps, or none is finite.
       ImportError: if there is no matplotlib.
 
     Examples:

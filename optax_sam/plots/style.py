@@ -58,8 +58,8 @@ def by_name(name: str, values: Any, shape: tuple[int, ...]) -> dict[str, np.ndar
     for key, array in arrays.items():
         if array.shape != shape:
             raise ValueError(
-                f"{name}{f'[{key!r}]' if key else ''} must have shape {shape}, a value"
-                f" for each place where it was taken; got {array.shape}."
+                f"{name}{f'[{key!r}]' if key else ''} must have shape {shape}, with one"
+                f" value for each point; got {array.shape}."
             )
     return arrays
 

@@ -86,7 +86,7 @@ def filter_normalized_direction(
         dtype = jnp.result_type(w)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"{at_path} has dtype {dtype}, and only real ones can move. Leave it"
+                f"{at_path} has dtype {dtype}, but only real floats can move. Leave it"
                 " out with mask=."
             )
         w = wide(jnp.asarray(w))

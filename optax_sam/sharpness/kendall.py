@@ -224,7 +224,7 @@ def _pair(s: ArrayLike, t: ArrayLike) -> tuple[NDArray, NDArray]:
             where = np.argwhere(~np.isfinite(x))[0].tolist()
             raise ValueError(
                 f"{name} is {x[tuple(where)]} at {where}. A model that diverged has no"
-                " rank: leave it out of both, and say so."
+                " rank: leave it out of both, and report that."
             )
     return s.ravel(), t.ravel()
 

@@ -57,7 +57,7 @@ def loss_line(
 
     Raises:
       ValueError: if the loss is no scalar, the batches are empty, ``direction`` has
-        another structure or shape than the parameters, ``alphas`` is no vector, a
+        a different structure or shape from the parameters, ``alphas`` is no vector, a
         chosen leaf is not real, or the mask selects nothing.
 
     Examples:

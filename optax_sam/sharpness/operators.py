@@ -339,7 +339,7 @@ def hvp(loss_fn: LossFn, params: Any, batches: Any, v: Any, **options: Any) -> A
       ``Hv``, a pytree like ``params``, zero in leaves that are left out.
 
     Raises:
-      ValueError: if ``v`` has another structure or shape than the parameters, or as
+      ValueError: if ``v`` differs from the parameters in structure or shape, or as
         :func:`hessian` does.
 
     Examples:

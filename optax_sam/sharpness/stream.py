@@ -77,7 +77,7 @@ def accumulate(
         )
     if not float(total) > 0:
         raise ValueError(
-            f"The weights of all batches must be positive in sum; got {total}."
+            f"The weights of all batches must have a positive sum; got {total}."
         )
     return _scale(1 / total, sum_)
 

@@ -173,7 +173,7 @@ def test_flatten_around_a_member_needs_a_flat_grad_fn():
     flat = lambda v: ravel(g)[0] if v.ndim == 1 else None
     d, _ = tx.update(g, tx.init(params), params, grad_fn=flat)
     harness.assert_equal(d, g)
-    with pytest.raises(ValueError, match="what grad_fn returned has another structure"):
+    with pytest.raises(ValueError, match="grad_fn returned has a different structure"):
         tx.update(g, tx.init(params), params, grad_fn=lambda v: params)
 
 

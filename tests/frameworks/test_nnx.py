@@ -195,7 +195,7 @@ def test_training_under_nnx_pmap():
     [
         (True, lambda w: w, r"must return a pair, \(loss, aux\)"),
         (False, lambda w: (w, {}), r"return \(loss, aux\) and write .*has_aux=True"),
-        (False, lambda w: w, "takes the module first.*nnx.merge"),
+        (False, lambda w: w, "must be the module.*nnx.merge"),
     ],
 )
 def test_it_says_what_to_write(has_aux, returned, message):

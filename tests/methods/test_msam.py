@@ -292,7 +292,7 @@ def test_refused_arguments_and_calls():
         (advice, around.update, params, optax.MaskedState(state), params),
         ("found 0; pass the opt_state", read, params, state),
         ("found 2", read, (state, state), params),
-        ("other shapes than the momentum", read, state, less),
+        ("differ from the momentum in the state", read, state, less),
     ):
         with pytest.raises(ValueError, match=message):
             function(*args)

@@ -174,7 +174,7 @@ REFUSED = {
     "accumulate: no batch.*make a new one for each call": dict(batches=iter(())),
     "accumulate: same number of examples": dict(batches=[(jnp.ones(2), jnp.ones(3))]),
     "accumulate: weight=lambda batch": dict(batches=[1.0]),
-    "accumulate: must be positive in sum": dict(weight=lambda batch: 0),
+    "accumulate: must have a positive sum": dict(weight=lambda batch: 0),
 }
 
 
