@@ -1,1 +1,1 @@
-"""What the methods cost and gain: README.md lists the folders."""
+"""Measures the cost and the gain of the methods; README.md lists the folders."""

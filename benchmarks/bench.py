@@ -1,9 +1,9 @@
-"""Makes every table that a CPU can make anew, one part after the other, and times them.
+"""Makes every table that a CPU can make, one part after another, and times the parts.
 
     python benchmarks/bench.py [--data fashion_mnist_20k.npz] [--parts lsq protocol]
 
-Results go to out/bench, never over the committed ones. The data set is Fashion-MNIST as
-an .npz, see README.md; without it the parts that have it run on digits alone.
+Results go to out/bench, and never replace the committed ones. The data set is
+Fashion-MNIST as an .npz, see README.md. Without it, its parts run on digits alone.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def commands(data: Path | None) -> dict[str, list[str]]:
 
 
 def run(part: str, arguments: list[str]) -> tuple[float, bool]:
-    """Seconds, and whether it went well."""
+    """Runs a part. Returns the seconds, and whether it succeeded."""
     out = OUT / f"{part}.{'jsonl' if part == 'protocol' else 'json'}"
-    out.unlink(missing_ok=True)  # most would go on with what is there
+    out.unlink(missing_ok=True)  # most scripts would add to an existing file
     (script,) = HERE.glob(f"*/{part}.py")
     command = [sys.executable, str(script), *arguments, "--out", str(out)]
     print(f"\n{part}: {' '.join(command[1:])}\n", flush=True)
@@ -53,7 +53,7 @@ def main() -> None:
     if options.data and not options.data.is_file():
         parser.error(f"--data: there is no file {options.data}")
     if not options.data:
-        print("Fashion-MNIST is left out: give it as DATA=fashion_mnist.npz (make)")
+        print("Fashion-MNIST is left out. Give it as DATA=fashion_mnist.npz (make).")
     OUT.mkdir(parents=True, exist_ok=True)
     wanted = commands(options.data)
     times = {part: run(part, wanted[part]) for part in options.parts}

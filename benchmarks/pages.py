@@ -1,12 +1,12 @@
-"""Writes what is known elsewhere into the pages: results, docstrings, parity.
+"""Writes results, docstrings and parity into the pages.
 
-It stands between two comments, the first of which says what it is, and of what:
+The written part is between two comments. The first one names its kind and its source:
 
     <!-- table lsq, 4 bits: written by make tables -->
 
     <!-- end -->
 
-A table comes from committed results; the other kinds are those of ``KINDS``.
+A table comes from committed results; ``KINDS`` has the other kinds.
 
     python benchmarks/pages.py
 """
@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-# Of this tree, whatever is installed.
+# The package in this folder, whatever is installed.
 sys.path[:0] = [str(Path(__file__).parents[1] / x) for x in ("", "docs")]
 
 import docstrings
@@ -44,7 +44,7 @@ from benchmarks.studies import (
 from optax_sam.method import METHODS
 
 PAGES = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "benchmarks/README.md"]
-# Those that quote tables of others are written last.
+# Pages that quote tables of other pages are written last.
 PAGES.sort(key=lambda page: "<!-- results " in page.read_text())
 MARKED = re.compile(
     r"(<!-- (\w+) ?([^:\n]*): written by make tables -->\n).*?(<!-- end -->)", re.DOTALL
@@ -61,7 +61,7 @@ KINDS = {
 
 
 def tables() -> dict[str, str]:
-    """All tables by the name that their pages have for them."""
+    """All tables, by the names that the pages use."""
     read = lambda name: read_json(RESULTS / f"{name}.json")
     steps = read("step_cost_cpu")
     variants = read("overhead_cpu"), read("overhead_glibc_cpu")
@@ -86,12 +86,12 @@ def tables() -> dict[str, str]:
 
 
 def names(text: str) -> list[str]:
-    """The tables of results that a page asks for."""
+    """The names of the tables of results in a page."""
     return [name for _, kind, name, _ in MARKED.findall(text) if kind == "table"]
 
 
 def rendered(text: str, made: dict[str, str]) -> str:
-    """A page with all that it asks for."""
+    """A page with all its written parts."""
     if unknown := sorted({*names(text)} - made.keys()):
         raise SystemExit(
             f"no results have a table {unknown[0]!r}; there are {', '.join(made)}"
@@ -109,7 +109,7 @@ METHODS_PAGE = ROOT / "docs/methods/index.md"
 
 
 def cost_row(name: str) -> str:
-    """What the program of a method says of its cost."""
+    """The row of the cost of a method, counted in its program."""
     found = optax_sam.summary(name, {"w": jax.ShapeDtypeStruct((100, 100), "float32")})
     skipped = found.gradients_when_skipped
     gradients = f"{found.gradients:.3g}" + (f" or {skipped:.3g}" if skipped else "")
@@ -120,7 +120,7 @@ def cost_row(name: str) -> str:
 
 
 def default_row(name: str) -> str:
-    """The defaults of a method that are numbers or words."""
+    """The row of the defaults of a method that are numbers or strings."""
     parameters = inspect.signature(METHODS[name]).parameters.items()
     plain = (bool, int, float, str)
     chosen = [(k, p.default) for k, p in parameters if k != "key"]
@@ -129,7 +129,7 @@ def default_row(name: str) -> str:
 
 
 def with_methods(text: str) -> str:
-    """The page on methods with a row for each one that a table there lacks."""
+    """The page on methods, with a row for each method that a table lacks."""
     rows = {"What a step costs": cost_row, "Hyperparameters": default_row}
     lines = text.split("\n")
     for title, row in rows.items():

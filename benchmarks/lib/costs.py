@@ -1,4 +1,4 @@
-"""What a method costs, in gradients, as :func:`optax_sam.summary` counts it."""
+"""The cost of a method in gradients, as :func:`optax_sam.summary` counts it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import optax
 
 import optax_sam
 
-FORWARD = 1 / 3  # what a forward pass costs of a gradient
-EXAMPLES = 128  # of the batch for which the summary counts, which matters to ESAM
-# They do without a gradient at the parameters, so that a loop that reports the loss
-# there, or wants BatchNorm's statistics, leaves its forward pass.
+FORWARD = 1 / 3  # the cost of a forward pass, in gradients
+EXAMPLES = 128  # the batch size for which the summary counts; it matters for ESAM
+# These methods do not use the gradient at the parameters. A loop that reports the loss
+# there, or needs BatchNorm's statistics, still pays for its forward pass.
 WITHOUT_FIRST = {"random_sam", "sampa"}
 BASE = optax.sgd(0.1, momentum=0.9)
 PARAMS = {"w": jnp.ones((3, 2)), "norm": {"scale": jnp.ones(2)}}
 
 
 class Cost(NamedTuple):
-    """The price of a step.
+    """The cost of a step.
 
     Attributes:
-      gradients: of a step that ascends.
-      skipped: gradients of one that does not; ``None`` if all are alike.
-      forwards: forward passes beyond those of the gradients.
+      gradients: gradients of a perturbed step.
+      skipped: gradients of an unperturbed step; ``None`` if all steps are equal.
+      forwards: forward passes in addition to the gradients.
     """
 
     gradients: float
@@ -34,11 +34,11 @@ class Cost(NamedTuple):
 
     @property
     def whole(self) -> float:
-        """Gradients of a step that ascends, with its forward passes."""
+        """The gradients of a perturbed step, with its forward passes."""
         return self.gradients + FORWARD * self.forwards
 
     def mean(self, rate: Any) -> Any:
-        """Gradients per step, where so many of the steps ascend."""
+        """Gradients per step, for this share of perturbed steps."""
         if self.skipped is None:
             return self.whole + 0 * rate
         return self.skipped + (self.whole - self.skipped) * rate
@@ -48,13 +48,13 @@ class Cost(NamedTuple):
 def cost(
     tx: Any, first: float = 1.0, second: float | None = None, forwards: int = 0
 ) -> Cost:
-    """That of a whole optimizer.
+    """The cost of a step with a whole optimizer.
 
     Args:
       tx: the optimizer.
-      first: the share of the batch that the gradient is of which ``update`` is given.
-      second: likewise of ESAM's second one, see :func:`kept`.
-      forwards: forward passes of the training loop beside those that are counted.
+      first: the share of the batch for the gradient at the parameters.
+      second: the share of the batch for ESAM's perturbed gradient, see :func:`kept`.
+      forwards: further forward passes of the training loop.
     """
     found = optax_sam.summary(tx, PARAMS)
     others = found.gradients - 1 if second is None else second
@@ -63,5 +63,5 @@ def cost(
 
 
 def kept(gamma: float, batch_size: int) -> float:
-    """The share of a batch of which ESAM's second gradient is."""
+    """The share of a batch that ESAM's perturbed gradient uses."""
     return (int(gamma * batch_size) - 1) / batch_size

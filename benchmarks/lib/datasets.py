@@ -1,4 +1,4 @@
-"""Image data sets as uint8 arrays, and what a training step makes of them.
+"""Image data sets as uint8 arrays, and their augmentation in a training step.
 
 CIFAR-10 and CIFAR-100 come from the folder of the standard archives (pickles or binary
 batches), Fashion-MNIST from the folder of its four files (packed or not), each of them
@@ -69,14 +69,14 @@ def load(name: str, path: Path | None) -> Data:
         if x.dtype != np.uint8 or len(x) != len(y):
             raise SystemExit(f"{path}: expected uint8 images, and a label for each")
         if len(y) and not 0 <= y.min() <= y.max() < CLASSES[name]:
-            raise SystemExit(f"{path}: labels are not those of {name}")
+            raise SystemExit(f"{path}: the labels do not belong to {name}")
     return Data(train_x, train_y.astype(np.int32), test_x, test_y.astype(np.int32))
 
 
 def replaced(
     labels: np.ndarray, count: int, rng: np.random.Generator, classes: int = 10
 ) -> np.ndarray:
-    """The labels, so many of which are drawn anew from all classes."""
+    """The labels, with this share redrawn from all classes."""
     chosen, labels = rng.permutation(len(labels))[:count], labels.copy()
     labels[chosen] = rng.integers(0, classes, len(chosen))
     return labels
@@ -176,7 +176,7 @@ def _idx(path: Path) -> tuple[np.ndarray, ...]:
 
 
 def _images(rows: np.ndarray) -> np.ndarray:
-    """From rows of red, green and blue planes."""
+    """Images from rows of red, green and blue planes."""
     planes = rows.reshape(-1, 3, 32, 32)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
 
@@ -194,16 +194,16 @@ def crop(key: jax.Array, images: jax.Array, padding: int = PADDING) -> jax.Array
 
 
 def flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Half of the images, left to right."""
+    """Mirrors half of the images."""
     flipped = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
     return jnp.where(flipped, images[:, :, ::-1], images)
 
 
 def augmented(key: jax.Array, images: jax.Array, augmentation: str) -> jax.Array:
-    """What the model sees of a training batch.
+    """The augmented images of a training batch.
 
     Args:
-      key: of this step.
+      key: the key of this step.
       images: (batch, height, width, channels) uint8.
       augmentation: crop, flip, both joined by ``+``, or ``none``.
 

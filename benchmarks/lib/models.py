@@ -1,7 +1,7 @@
-"""What the pods train: ResNet-50 on images, decoders of two sizes on tokens.
+"""The models for the pods: ResNet-50 on images, decoders of two sizes on tokens.
 
-Both compute in bfloat16 from float32 parameters, as is usual on TPUs. Everything that
-a step needs is here as shapes; nothing is allocated.
+They compute in bfloat16 from float32 parameters, as is usual on TPUs. Everything that
+a step needs is given as shapes; nothing is allocated.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
     """Pre-norm decoder blocks between an embedding and its transpose.
 
     Attributes:
-      rotary: whether attention knows positions otherwise than by its mask.
+      rotary: whether attention uses rotary position embeddings.
     """
 
     blocks: int = 4
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
 
 
 def placed(x: jax.Array, spread: NamedSharding | None) -> jax.Array:
-    """The activations, put where they belong."""
+    """The activations with their sharding."""
     return x if spread is None else jax.lax.with_sharding_constraint(x, spread)
 
 
@@ -121,7 +121,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        """What goes on to the next layer, and nothing beside it."""
+        """The input of the next layer, and no further output of the scan."""
         x = placed(x, self.spread)
         normed = lambda x: nn.RMSNorm(dtype=HALF)(x)
         dense = lambda name, shape, axis=-1: nn.DenseGeneral(
@@ -138,14 +138,15 @@ class Layer(nn.Module):
 
 
 class ScannedDecoder(nn.Module):
-    """A decoder as large ones are written: a loop over layers that keeps their inputs.
+    """A decoder in the usual form of large ones: a loop over layers.
 
-    The layers' parameters are stacked, and the backward pass computes each layer again.
-    The defaults are those of Llama with 7 billion parameters, but without rotation.
+    The loop keeps the inputs of the layers. Their parameters are stacked, and the
+    backward pass computes each layer again. The defaults are Llama's with 7 billion
+    parameters, but without rotation.
 
     Attributes:
-      spread: where the activations lie. Without it XLA cuts them as the weights are
-        cut, along the width, and each chip has the whole batch.
+      spread: the sharding of the activations. Without it XLA cuts them like the
+        weights, along the width, and each chip has the whole batch.
     """
 
     layers: int = 32
@@ -171,7 +172,7 @@ class ScannedDecoder(nn.Module):
         return head(x).astype(jnp.float32)
 
 
-# How Megatron cuts a block: heads and hidden units over the axis model.
+# Megatron's partition of a block: heads and hidden units over the axis model.
 _OVER_MODEL = {
     **dict.fromkeys("qkv", P("data", "model", None)),
     "out": P("model", None, "data"),
@@ -183,7 +184,7 @@ _OVER_MODEL = {
 
 
 def tensor_parallel(params: Any) -> Any:
-    """The place of each leaf of a decoder, cut over both axes of the mesh."""
+    """The specs of the leaves of a decoder, cut over both axes of the mesh."""
 
     def spec(path: Any, leaf: Any) -> P:
         names = [key.key for key in path]
@@ -199,10 +200,10 @@ class Task(NamedTuple):
 
     Attributes:
       model: the module.
-      optimizer: what the methods stand before.
+      optimizer: the base optimizer, which goes after the method.
       example: one example's input.
       labels: one example's labels.
-      per_chip: examples on each chip, or on those that share them.
+      per_chip: examples on each chip, or on each group of chips that share them.
     """
 
     model: nn.Module
@@ -212,7 +213,7 @@ class Task(NamedTuple):
     per_chip: int
 
     def batch(self, chips: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Inputs and labels for so many chips."""
+        """Inputs and labels for this number of chips."""
         examples = chips * self.per_chip
         x, y = (
             jax.ShapeDtypeStruct((examples, *x.shape), x.dtype)
@@ -221,7 +222,7 @@ class Task(NamedTuple):
         return x, y
 
     def on(self, mesh: Mesh) -> Task:
-        """The task of a model that wants to know where its activations lie."""
+        """The task with the sharding of the activations, if the model needs it."""
         if not hasattr(self.model, "spread"):
             return self
         spread = NamedSharding(mesh, P("data"))

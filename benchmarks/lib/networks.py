@@ -23,14 +23,14 @@ Conv = functools.partial(
 
 
 def norm(train: bool, dtype: Any) -> Callable[..., nn.Module]:
-    """BatchNorm as all of them have it."""
+    """The BatchNorm of all networks."""
     return functools.partial(
         nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=dtype
     )
 
 
 def head(x: jax.Array, classes: int) -> jax.Array:
-    """Logits of (batch, features), in float32 in any case."""
+    """Logits of (batch, features), always in float32."""
     return nn.Dense(classes, dtype=jnp.float32, name="head")(x.astype(jnp.float32))
 
 
@@ -128,9 +128,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
     "resnet18": ResNet,
-    # A CPU trains it, too: the first convolution already halves the sides.
+    # For a CPU: the first convolution already halves the sides.
     "resnet8": functools.partial(ResNet, width=16, blocks=(1, 1, 1), stem=(5, 2)),
-    # For tests and for trying out: the same code, small.
+    # For tests and trials: the same code, but small.
     "tiny-resnet": functools.partial(ResNet, width=4, blocks=(1, 1)),
 }
 CONVOLUTIONAL = set(NETWORKS) - {"mlp"}

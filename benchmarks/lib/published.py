@@ -8,7 +8,7 @@ from benchmarks.lib.study import RESULTS
 
 
 def figures(data: str, model: str) -> dict[str, list[dict[str, str]]]:
-    """Those for a network on a data set, by method."""
+    """The figures for a network on a data set, by method."""
     rows: dict[str, list[dict[str, str]]] = {}
     with (RESULTS / "published.csv").open(newline="") as file:
         for row in csv.DictReader(file):

@@ -1,6 +1,6 @@
-"""What the scripts share: options, results that are added to, progress, printing.
+"""Shared code of the scripts: options, files of results, progress, printing.
 
-A script's ``main`` makes a :func:`parser`, adds options of its own, runs unless
+A script's ``main`` makes a :func:`parser`, adds further options, runs unless
 ``--report`` is given, and ends with :func:`show`.
 """
 
@@ -30,15 +30,15 @@ def parser(
     data: bool = False,
     figure: bool = False,
 ) -> argparse.ArgumentParser:
-    """A script's options; some of them only where it has them.
+    """The options of a script.
 
     Args:
       doc: the docstring of the script.
-      name: of its committed results.
-      out: where results go by default.
-      quick: what ``--quick`` makes of it.
-      data: whether Fashion-MNIST can be given.
-      figure: whether it draws.
+      name: the name of its committed results.
+      out: the default file for results.
+      quick: the help of ``--quick``; without it there is no such option.
+      data: whether there is an option for Fashion-MNIST.
+      figure: whether there is an option for a figure.
     """
     new = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     out = out or Path("out", name)
@@ -60,13 +60,13 @@ def show(
     draw: Callable[[Any, Path], None] | None = None,
     reader: Callable[[Path], Any] | None = None,
 ) -> None:
-    """Prints the tables of what was read or made, and draws.
+    """Prints the tables of the results, and draws the figure.
 
     Args:
-      options: of :func:`parser`.
+      options: the options from :func:`parser`.
       markdown: makes the tables, one text or several by name.
-      draw: makes the figure, where there is one.
-      reader: reads what of the results is asked for.
+      draw: makes the figure, if the script has one.
+      reader: reads the file of results.
     """
     results = (reader or read)(options.report or options.out)
     if draw and options.figure and results:
@@ -78,14 +78,14 @@ def show(
 
 
 def read(path: Path, without: Any = None) -> Any:
-    """The results of a file, or what to begin with where there is none."""
+    """The results in a file; ``without`` if there is no file."""
     if without is not None and not path.exists():
         return without
     return json.loads(path.read_text())
 
 
 def begun(settings: dict[str, Any], path: Path, **empty: Any) -> dict[str, Any]:
-    """The results that are there, to be added to, if they were made in the same way."""
+    """The existing results to add to, which must have the same settings."""
     results = read(path, {"settings": settings, **(empty or {"rows": {}})})
     if results.get("settings") != settings:
         raise SystemExit(
@@ -96,7 +96,7 @@ def begun(settings: dict[str, Any], path: Path, **empty: Any) -> dict[str, Any]:
 
 
 def write(results: Any, path: Path) -> None:
-    """As JSON, with a line for whatever holds numbers and texts alone."""
+    """Writes JSON, with one line for each object that holds only numbers and texts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_text(results) + "\n")
 
@@ -116,7 +116,7 @@ def _text(value: Any) -> str:
 
 
 def save(figure: Any, path: Path) -> None:
-    """A figure, in a folder that need not exist."""
+    """Saves a figure, and makes its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -136,6 +136,6 @@ def environment(*packages: str) -> dict[str, str]:
 
 
 def progress(*columns: Any, console: Console | None = None) -> Progress:
-    """A bar with how much is done, and further columns in place of that."""
+    """A progress bar with the amount done, or with further columns instead."""
     columns = *Progress.get_default_columns(), *(columns or [MofNCompleteColumn()])
     return Progress(*columns, console=console or Console(), refresh_per_second=2)

@@ -1,4 +1,4 @@
-"""What the benchmarks print for the pages."""
+"""Tables and numbers as the pages show them."""
 
 from __future__ import annotations
 

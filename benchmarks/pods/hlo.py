@@ -1,4 +1,4 @@
-"""What a compiled program's text says: what it sends, and what its loops repeat."""
+"""Reads the text of a compiled program: what it sends, and what its loops repeat."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%([\w.-]+)")
-# As scan counts: from zero, by one.
+# The counter of a scan: from zero, by one.
 _COUNTED = re.compile(r"ROOT .* compare\(%[\w.-]+, %([\w.-]+)\), direction=LT")
 _CONSTANT = r"%{} = s32\[\]\S* constant\((\d+)\)"
 _ARRAY = re.compile(r"\b[a-z]+(\d+)\w*\[([\d,]*)\]")
@@ -34,14 +34,14 @@ _PRODUCT = re.compile(
 
 
 def collectives(text: str) -> Iterator[tuple[str, int]]:
-    """Kind and bytes of whatever a program sends, in a loop as often as that runs.
+    """Kind and bytes of everything that a program sends, times the runs of its loops.
 
-    Both branches of a conditional count. A reduce-scatter is, on TPUs, a fusion of an
-    all-reduce and of what cuts out a part, and counts as the former.
+    Both branches of a conditional count. On TPUs, a reduce-scatter is a fusion of an
+    all-reduce and a slice, and counts as an all-reduce.
     """
     for lines, times in _runs(text):
-        # What is sent beside other work is written where it starts, in every fusion
-        # that works meanwhile, and where it ends.
+        # An asynchronous transfer is written where it starts, in every fusion that runs
+        # meanwhile, and where it ends.
         if any('"AsyncCollectiveDone"' in line for line in lines[1:]):
             continue
         if lines[0].startswith("async_collective_fusion"):
@@ -61,7 +61,7 @@ def collectives(text: str) -> Iterator[tuple[str, int]]:
 
 
 def cycles(text: str) -> float:
-    """The sum of the estimates that operations carry, as often as each runs."""
+    """The sum of the estimates beside the operations, times the runs of each."""
     return sum(
         (math.nan if times is None else times) * int(found[1])
         for lines, times in _runs(text)
@@ -71,7 +71,7 @@ def cycles(text: str) -> float:
 
 
 def products_again(text: str) -> float:
-    """Operations of products in loops, in all rounds but the first."""
+    """The operations of products in loops, in all rounds after the first."""
     total = 0.0
     for lines, times in _runs(text):
         if times == 1:
@@ -91,10 +91,10 @@ def products_again(text: str) -> float:
 
 
 def _operations(found: re.Match[str], shapes: dict[str, list[int]]) -> float:
-    """Those of one product, which is a convolution on TPUs.
+    """The operations of one product, which is a convolution on TPUs.
 
-    Axes that both factors and the result have are spatial ones there, with strides and
-    gaps in between, so that what is multiplied by nothing must not count.
+    Axes that both factors and the result have are spatial axes there, with strides and
+    gaps. Products with the gaps must not count.
     """
     out, left, right, window, *labels = found.groups()
     of_left, of_right, of_out = (
@@ -135,7 +135,7 @@ def _operations(found: re.Match[str], shapes: dict[str, list[int]]) -> float:
 def _runs(text: str) -> Iterator[tuple[list[str], int | None]]:
     """The lines of each function, its name first, and how often it runs.
 
-    None stands for a loop of which the text does not say it.
+    ``None`` means a loop whose number of rounds is not in the text.
     """
     computations = _computations(text)
     times: Counter[str] = Counter()
@@ -190,5 +190,5 @@ def _bytes(result: str, operation: str) -> int:
         for bits, shape in _ARRAY.findall(result)
     ]
     if operation in ("all-gather-start", "collective-permute-start"):
-        sizes = sizes[len(sizes) // 2 :]  # what goes in is listed too
+        sizes = sizes[len(sizes) // 2 :]  # the first half lists the inputs
     return sum(sizes)

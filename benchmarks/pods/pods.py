@@ -1,14 +1,14 @@
-"""What each method costs on TPU pods of 8 to 256 chips, by the TPU's own compiler.
+"""The cost of each method on TPU pods of 8 to 256 chips, by the TPU's compiler.
 
-No TPU is needed: whole training steps are compiled for chips that are not there, and
-their costs are read from the program: operations, what is sent between chips, memory,
-and the compiler's estimate of the time. "Ideal" is the estimate for the plain step, and
-for each further gradient that for a program of one gradient and nothing else.
+No TPU is needed. Whole training steps are compiled for chips that are not there. The
+program shows operations, what is sent between chips, memory, and the compiler's
+estimate of the time. "Ideal" is the estimate for the plain step, plus, for each further
+gradient, the estimate for a program of one gradient and nothing else.
 
     make bench-pods [ARGS="--only decoder"]
     python benchmarks/pods/pods.py --report
 
-Each row is written when it is done, and one that the file has is not made again.
+Each row is written when it is done, and a row in the file is not made again.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ TASKS = {
     "decoder, 4 times the batch": models.decoder(per_chip=16),
     "7 billion": models.seven_billion(),
 }
-LOOPED = {"7 billion"}  # of which estimates in seconds count one round of each loop
+LOOPED = {"7 billion"}  # their estimates in seconds count one round of each loop
 LAYOUTS = "data parallel", "FSDP", "FSDP x TP"
-# The chips among which FSDP x TP cuts the axis model: a side of the pod.
+# The chips over which FSDP x TP cuts the axis model: a side of the pod.
 MODEL_PARALLEL = {"2x4": 4, "8x8": 8, "16x16": 16, "4x4x8": 8, "4x8x8": 8}
-# Of m-SAM; a sequence of each chip is in one.
+# Shards of m-SAM; each shard has a sequence of each chip.
 SHARDS = 4
 
 
-# The base optimizer, and the number of examples, to the whole optimizer.
+# A function from the base optimizer and the number of examples to the whole optimizer.
 Build = Callable[[Any, int], Any]
 
 
 def first(member: Any) -> Build:
-    """A member that stands before the base optimizer."""
+    """Puts a method before the base optimizer."""
     return lambda base, _: optax.chain(member, base)
 
 
@@ -72,7 +72,7 @@ METHODS: dict[str, Build] = {
         optax_sam.micro_sharpness(optax_sam.sam(axis_name="shards"), SHARDS)
     ),
     "asam": first(optax_sam.asam()),
-    # It keeps one example less than gamma says: the chips must divide what is left.
+    # It keeps one example less than gamma says, and the chips must divide this number.
     "esam": lambda base, n: optax.chain(optax_sam.esam(gamma=0.5 + 1 / n), base),
     "esam_unplaced": first(optax_sam.esam()),
     "ae_sam": first(optax_sam.ae_sam()),
@@ -93,21 +93,21 @@ METHODS: dict[str, Build] = {
 }
 
 
-# ESAM's half of the batch less one, and what all shards together cost.
+# ESAM's half of the batch less one example; and the cost of all shards together.
 _PRICED_AS = {"esam_unplaced": "esam", "m_sam": "sam"}
 
 
 @functools.cache
 def promised(method: str) -> costs.Cost:
-    """What an ascended step is to cost."""
+    """The promised cost of a perturbed step."""
     build = METHODS[_PRICED_AS.get(method, method)]
-    # The training loop reports the loss of the incoming gradient.
+    # The training loop reports the loss at the parameters.
     forwards = method in costs.WITHOUT_FIRST
     return costs.cost(build(costs.BASE, costs.EXAMPLES), forwards=forwards)
 
 
 class Row(NamedTuple):
-    """What is compiled, with None for the form with a conditional."""
+    """A program to compile; ``None`` means the form with a conditional."""
 
     model: str
     layout: str
@@ -117,7 +117,7 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As the tables call it."""
+        """The name in the tables."""
         forms = {True: "", False: ", ascend=False", None: ", ascend=None"}
         skips = self.method in ("vsam", "looksam", "ae_sam", "ae_looksam")
         return self.method + (forms[self.ascend] if skips else "")
@@ -161,7 +161,7 @@ GROUPS = (
 
 
 def rows() -> Iterator[Row]:
-    """All rows, of each group first what the others are compared with."""
+    """All rows; each group begins with the row that the others are compared with."""
     for *group, methods in GROUPS:
         yield Row(*group, "plain")
         yield Row(*group, "gradient")
@@ -170,12 +170,12 @@ def rows() -> Iterator[Row]:
 
 
 def shard(batch: Any, i: Any) -> Any:
-    """The shard's examples, of each chip as many, so that none leaves its chip."""
+    """The examples of a shard, equally many of each chip, so that none is sent."""
     return jax.tree.map(lambda x: x.reshape(-1, SHARDS, *x.shape[1:])[:, i], batch)
 
 
 def train_step(task: models.Task, row: Row, tx: Any, mesh: Any) -> Callable[..., Any]:
-    """One step with everything that any method asks for; what is not used costs none.
+    """One step with all arguments that any method needs; unused ones cost nothing.
 
     The step of ``gradient`` returns the gradients alone, in place of the parameters.
     """
@@ -207,7 +207,7 @@ def train_step(task: models.Task, row: Row, tx: Any, mesh: Any) -> Callable[...,
         def on_shard(params: Any, i: Any) -> Any:
             return value_and_grad(params, model_state, shard(batch, i))[2](params)
 
-        if row.method == "m_sam":  # nor does it report the loss of the whole batch
+        if row.method == "m_sam":  # it does not report the loss of the whole batch
             updates, opt_state = tx.update(None, opt_state, params, grad_fn=on_shard)
             return (optax.apply_updates(params, updates), opt_state), None
         value, grads, grad_fn = value_and_grad(params, model_state, batch)
@@ -236,7 +236,7 @@ def compiled(row: Row) -> dict[str, Any]:
     parallel = MODEL_PARALLEL[shape] if row.layout == "FSDP x TP" else 1
     mesh = programs.pod(row.topology, parallel)
     task = TASKS[row.model].on(mesh)
-    rows = mesh.shape["data"]  # of chips that share their examples
+    rows = mesh.shape["data"]  # groups of chips that share their examples
     params, model_state = task.init()
     if row.layout == "FSDP x TP":
         specs = models.tensor_parallel(params)
@@ -318,7 +318,7 @@ COLUMNS = {
     "peak": "temp",
     "time": "time",
 }
-# Of models of which memory is the question: all of it, and the largest all-gather.
+# Columns for models that are about memory: all memory, and the largest all-gather.
 FULL_COLUMNS = {
     **{key: COLUMNS[key] for key in COLUMNS if key not in ("state", "peak", "time")},
     "largest": "largest",
@@ -329,7 +329,7 @@ FULL_COLUMNS = {
 
 
 def by_group(results: list[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
-    """The rows of each group that is there."""
+    """The rows of each group in the results."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for cells in compared(results):
         groups.setdefault(cells["group"], []).append(cells)
@@ -337,7 +337,7 @@ def by_group(results: list[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
 
 
 def title(group: Any, results: list[dict[str, Any]]) -> str:
-    """What the plain step of a group costs on each chip."""
+    """The title of a group, with the cost of its plain step on each chip."""
     model, layout, topology, chips = group
     wanted = {"model": model, "layout": layout, "topology": topology, "method": "plain"}
     plain = next(x for x in results if wanted.items() <= x.items())
@@ -356,7 +356,7 @@ def title(group: Any, results: list[dict[str, Any]]) -> str:
 
 
 def markdown(results: list[dict[str, Any]]) -> dict[str, str]:
-    """The tables of the page, those of models with a loop over layers by themselves."""
+    """The tables of the page; models with a loop over layers have a separate one."""
     parts: dict[str, list[str]] = {"pods": [], "pods, 7 billion": []}
     for group, cells in by_group(results).items():
         looped = group[0] in LOOPED
@@ -399,13 +399,13 @@ def main() -> None:
                 results.append(future.result())
                 save(results, options.out)
                 progress.advance(bar)
-        finally:  # what fails is said at once, not after all others
+        finally:  # report a failure at once, not after all other rows
             pool.shutdown(wait=False, cancel_futures=True)
     for group, cells in by_group(results).items():
         heads = COLUMNS.values()
         table = Table(*heads, title=title(group, results), box=None, pad_edge=False)
         for row in cells:
-            # Ratios alone, of what is sent too: so a table fits a terminal.
+            # Only ratios, so that the table fits a terminal.
             table.add_row(*(row[key].split(" (")[0] for key in COLUMNS))
         console.print(table, "")
 

@@ -1,7 +1,7 @@
-"""What XLA makes of a training step on a TPU pod, read from the compiled program.
+"""The costs of a training step on a TPU pod, read from the compiled program.
 
-libtpu compiles for chips that are not there, so a step on 256 of them is a program on
-any machine. All chips run the same program; every number here is of one chip.
+libtpu compiles for chips that are not there, so any machine can compile a step for 256
+chips. All chips run the same program; every number here is for one chip.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class Program(NamedTuple):
     """Costs of one step on each chip.
 
     Attributes:
-      flops: floating-point operations; of what is in a loop products alone count as
-        often as it runs, the rest once.
-      seconds: the compiler's estimate of the arithmetic and of the memory's traffic,
-        without what chips wait for each other; None if it has none for some operation,
-        and if there are loops, of which it counts one round.
-      cycles: the sum of the estimates that operations carry, as often as each runs;
-        sums over chips and copies carry none.
+      flops: floating-point operations. In a loop, products count as often as the loop
+        runs, and other operations once.
+      seconds: the compiler's estimate for arithmetic and memory traffic, without the
+        time that chips wait for each other. It counts one round of a loop, so it is
+        ``None`` if there are loops, or if an operation has no estimate.
+      cycles: the sum of the estimates beside the operations, times the runs of each;
+        sums over chips and copies have no estimate.
       arguments: bytes of the parameters, the optimizer's state and the batch.
-      temporaries: bytes beyond those, at their most.
+      temporaries: further bytes, at the peak.
       reductions: how many all-reduces and reduce-scatters; each has many arrays.
       reduced: bytes of the arrays before they are scattered.
       gathers: how many all-gathers.
-      gathered: bytes of the arrays after that.
-      largest_gather: bytes of the largest of them.
+      gathered: bytes of the gathered arrays.
+      largest_gather: bytes of the largest gathered array.
       moves: how many all-to-alls and permutations.
-      moved: bytes of what arrives.
+      moved: bytes of the arrays that arrive.
     """
 
     flops: float
@@ -67,7 +67,7 @@ def pod(topology: str, model_parallel: int = 1) -> Mesh:
 
 
 def fsdp(mesh: Mesh) -> Callable[[Any], P]:
-    """Every leaf cut along its longest axis that the chips of ``data`` divide."""
+    """Cuts every leaf along its longest axis that the chips of ``data`` divide."""
     chips = mesh.shape["data"]
 
     def spec(leaf: Any) -> P:
@@ -81,7 +81,7 @@ def fsdp(mesh: Mesh) -> Callable[[Any], P]:
 
 
 def place(mesh: Mesh, tree: Any, specs: Any) -> Any:
-    """The shapes of a tree, with the place of each; ``specs`` may be a prefix of it."""
+    """The shapes of a pytree with shardings; ``specs`` may be a prefix of it."""
 
     def placed(spec: P, part: Any) -> Any:
         sharding = NamedSharding(mesh, spec)
@@ -92,8 +92,8 @@ def place(mesh: Mesh, tree: Any, specs: Any) -> Any:
     return jax.tree.map(placed, specs, tree, is_leaf=lambda x: isinstance(x, P))
 
 
-# Products of what is gathered, as loops that send one part while they multiply another:
-# the compiler counts a loop's operations once, so the gathers are left to stand alone.
+# XLA would write a product of a gathered array as a loop that sends one part while it
+# multiplies another. The compiler counts a loop's operations once, so this is off.
 _WITHOUT_LOOPS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
@@ -107,8 +107,8 @@ def compile_step(
 ) -> Any:
     """``step(params, opt_state, *rest) -> (params, opt_state), more``, compiled.
 
-    The state's trees lie as the parameters do; both are donated, and stay where they
-    are. ``rest`` are further arguments, each with its specs.
+    The pytrees of the state are sharded like the parameters; both are donated and keep
+    their shardings. ``rest`` are further arguments, each with its specs.
     """
     state = jax.eval_shape(tx.init, params)
     state_specs = optax.tree.map_params(
