@@ -156,8 +156,8 @@ def summary(
 
 _ONE_POINT = (
     "In micro_sharpness or with axis_name= each shard or device has its own gradients."
-    " Together they cost as much as the method on the whole batch: summarize it without"
-    " axis_name, as in optax_sam.summary(optax_sam.sam(0.05), params)."
+    " Together they cost as much as the method on the whole batch. Give summary the"
+    " method without axis_name, as in optax_sam.summary(optax_sam.sam(0.05), params)."
 )
 
 

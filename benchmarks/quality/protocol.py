@@ -1,4 +1,4 @@
-"""What a method gains over tuned SGD, at what cost: one protocol for all tasks.
+"""The gain of each method over tuned SGD, and its cost: one protocol for all tasks.
 
     python benchmarks/quality/protocol.py --task digits
     python benchmarks/quality/protocol.py --task fashion_mlp --data fashion_mnist.npz
@@ -8,12 +8,12 @@
 For each row (a method) a search of the same number of settings chooses the learning
 rate, the weight decay and the method's own values, on held-out training images. Then
 fresh seeds train at the chosen setting and are tested once. docs/results/accuracy.md
-says the rest.
+describes the rest.
 
-Each run is a line of JSON in ``--out``, and what is there is not run again. After
-``--seconds`` the process ends, with status 75 while there is more to do: the same
-command goes on, in the middle of a training too. ``--repeat`` trains the tested runs of
-a file again, at the settings that its search chose.
+Each run is a line of JSON in ``--out``, and existing runs are not repeated. After
+``--seconds`` the process ends, with status 75 while there is more to do. The same
+command continues, also in the middle of a training run. ``--repeat`` trains the tested
+runs of a file again, at the settings that its search chose.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from benchmarks.quality.training import CURVE, OutOfTime, Training
 
 Values = dict[str, float]
 UNFINISHED = 75  # exit status: there is more to do
-# A search takes steps along this series, for every value that is tuned.
+# The search moves every tuned value along this series.
 SERIES = 1, 2, 5
 
 
@@ -51,15 +51,15 @@ def neighbour(value: float, step: int) -> float:
 
 
 def search(begin: Values, score: Callable[[Values], float], budget: int) -> Values:
-    """Walks along one value at a time while that is better, up to so many settings.
+    """Changes one value at a time while this helps, up to a number of settings.
 
     Args:
-      begin: the first setting; the search takes its values in this order.
-      score: of a setting, the larger the better.
-      budget: how many settings may be scored.
+      begin: the first setting; the search changes its values in this order.
+      score: the score of a setting; larger is better.
+      budget: the number of settings that may be scored.
 
     Returns:
-      The best setting that was scored, or ``begin`` if none may be.
+      The best setting that was scored, or ``begin`` if the budget is 0.
     """
     scores: dict[tuple[float, ...], float] = {}
 
@@ -83,7 +83,7 @@ def search(begin: Values, score: Callable[[Values], float], budget: int) -> Valu
 
 
 class Results:
-    """The lines of a file, by what they are of; new ones are added to it at once."""
+    """The lines of a file, by the run that they describe; it adds new lines at once."""
 
     def __init__(self, path: Path) -> None:
         """Reads the file, which need not exist."""
@@ -92,12 +92,12 @@ class Results:
 
     @staticmethod
     def identity(line: dict[str, Any]) -> str:
-        """Of a run, or of a task's settings."""
+        """The key of a run, or of the settings of a task."""
         fields = "task", "row", "values", "seed", "tested", "stop"
         return json.dumps([line.get(field) for field in fields])
 
     def add(self, line: dict[str, Any]) -> None:
-        """Also to a file whose last line a killed process left open."""
+        """Adds a line, also after a line that a killed process left incomplete."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+") as file:
             file.seek(0)
@@ -108,13 +108,13 @@ class Results:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results file, which need not exist, without one that was cut."""
+    """The complete lines of a results file, which need not exist."""
     found = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
             found.append(json.loads(text))
         except json.JSONDecodeError:
-            print(f"{path}: left out a line that is no JSON: {text[:60]}")
+            print(f"{path}: left out a line that is not JSON: {text[:60]}")
     return found
 
 
@@ -122,10 +122,10 @@ class Protocol:
     """The search and the test of all rows of one task.
 
     Args:
-      name: of the task.
+      name: the name of the task.
       source: its images.
-      results: where the runs are.
-      late: whether the process has to end.
+      results: the runs.
+      late: whether the process must end.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Protocol:
         results: Results,
         late: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Refuses a file that holds runs of a task of this name but other settings."""
+        """Refuses a file with runs of this task under other settings."""
         self.name, self.source, self.results, self.late = name, source, results, late
         self.task = source.task
         settings = json.loads(json.dumps(dataclasses.asdict(self.task)))
@@ -149,7 +149,7 @@ class Protocol:
         self.trainings: dict[str, Training] = {}
 
     def run(self, row: str, values: Values, seed: int, **how: Any) -> dict[str, Any]:
-        """The line of a run, from the file or made now."""
+        """The line of a run, from the file or from a new run."""
         line = {"task": self.name, "row": row, "values": values, "seed": seed, **how}
         name = self.results.identity(line)
         if name not in self.results.lines:
@@ -167,7 +167,7 @@ class Protocol:
         return self.results.lines[name]
 
     def chosen(self, name: str) -> tuple[Values, int | None]:
-        """The setting that the search finds for a row, and the epoch to stop after."""
+        """The setting that the search finds for a row, and the last epoch."""
         row, task = rows.ROWS[name], self.task
         scores: dict[str, tuple[Values, list[Any]]] = {}
 

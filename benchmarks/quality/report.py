@@ -20,7 +20,7 @@ REFERENCES = "SGD", "SGD 2x", "SAM"
 
 
 class Found:
-    """What a file holds of one task: its settings, and the tested lines by row."""
+    """One task in a file: its settings, and the tested lines by row."""
 
     def __init__(self, name: str, lines: list[Line]) -> None:
         """Sorts the lines of the task."""
@@ -43,11 +43,11 @@ class Found:
         return float(np.mean([line[field] for line in self.rows[row]]))
 
     def gradients(self, row: str) -> float:
-        """Of a run, where one of SGD is 1."""
+        """The gradients of a run, relative to a run of SGD."""
         return self.mean(row, "gradients") / self.mean("SGD", "gradients")
 
     def gains(self, row: str, other: str) -> list[float]:
-        """Differences in accuracy over equal seeds."""
+        """Differences in accuracy, paired by seed."""
         first, second = (
             {line["seed"]: line["accuracy"] for line in self.rows[name]}
             for name in (row, other)
@@ -55,7 +55,7 @@ class Found:
         return [first[s] - second[s] for s in sorted(first.keys() & second.keys())]
 
     def minus(self, row: str, other: str) -> tuple[float, float] | None:
-        """The mean difference in accuracy over equal seeds, and its interval's half."""
+        """The mean difference in accuracy, paired by seed, and half of its interval."""
         if row == other or other not in self.rows or row not in self.rows:
             return None
         return interval(self.gains(row, other))
@@ -106,7 +106,7 @@ def table(task: Found) -> str:
 
 
 def headline(tasks: dict[str, Found]) -> str:
-    """What SAM and the cheapest rows gain over tuned SGD, task by task."""
+    """The gain of SAM and of the cheapest rows over tuned SGD, task by task."""
     pairs = {
         "SAM minus SGD": ("SAM", "SGD"),
         "SAM minus SGD 2x, equal compute": ("SAM", "SGD 2x"),
@@ -122,7 +122,7 @@ def headline(tasks: dict[str, Found]) -> str:
 
 
 def control(tasks: dict[str, Found]) -> str:
-    """Whether vSAM's control is worth anything, at a cost of at most 1.45."""
+    """Compares vSAM's control with fixed periods, at a cost of at most 1.45."""
     capped = "vSAM .33 to .4"
     header = ["task", "row", "gradients / SGD", "minus SAM", f"{capped} minus this row"]
     names = "vSAM", "vSAM .33", capped, "SAM-3, reuse", "SAM-3", "quarter-batch SAM"
@@ -144,7 +144,7 @@ def markdown(lines: list[Line]) -> dict[str, str]:
 
 
 def draw(lines: list[Line], path: Path) -> None:
-    """Gain over tuned SGD against gradients: a dot a seed, a bar the interval."""
+    """Draws the gain over tuned SGD against gradients: seeds as dots, intervals."""
     tasks = found(lines)
     columns = min(2, len(tasks))
     size = -(-len(tasks) // columns), columns
@@ -171,7 +171,7 @@ def draw(lines: list[Line], path: Path) -> None:
             axes.errorbar(x, mean, half, color=colour, fmt="o", ms=5, lw=2, capsize=3)
             labels.append((x, mean, row, colour))
             ends += mean - half, mean + half
-        # The intervals set the scale: a dot far away is not drawn.
+        # The intervals set the scale. Dots far away are not drawn.
         low, high = min(ends), max(ends)
         margin = 0.12 * (high - low)
         axes.set_ylim(low - margin, high + margin)

@@ -1,8 +1,9 @@
-"""The rows of the protocol: each method with what is tuned of it.
+"""The rows of the protocol: each method with its tuned values.
 
-A row's values are numbers: the learning rate (``rate``), the weight decay (``decay``)
-and the method's own. All of them are tuned, and they may be traced, so that one program
-serves all settings. What is no number to trace (a period, a window) is fixed here.
+The values of a row are numbers: the learning rate (``rate``), the weight decay
+(``decay``) and the method's own values. All of them are tuned, and they may be traced,
+so one program serves all settings. Numbers that cannot be traced (a period, a window)
+are fixed here.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from benchmarks.lib import costs
 from optax_sam import ascent, blend, when
 
 Values = dict[str, Any]
-WINDOW = 30  # of vSAM: the tasks have too few steps for its default of 50
-PUBLISHED_STEPS = 391 * 200  # of the papers' training runs on CIFAR
+WINDOW = 30  # vSAM's window: the tasks have too few steps for the default of 50
+PUBLISHED_STEPS = 391 * 200  # steps of the papers' training runs on CIFAR
 
 
 class Setting(NamedTuple):
-    """What a method is made of beside its values.
+    """The arguments of a method in addition to its values.
 
     Attributes:
       rate: the schedule of the learning rate.
-      steps: of the whole training.
-      batch_size: examples of a step.
-      examples: of the training set.
-      classes: number of logits.
-      key: of what the method draws.
-      ahead: whether a step's kind must be known before it, see ``optax_sam.dispatch``.
+      steps: the number of steps of the whole training run.
+      batch_size: the number of examples in a step.
+      examples: the number of examples in the training set.
+      classes: the number of logits.
+      key: the key for the draws of the method.
+      ahead: whether a decision must be known before its step; see
+        ``optax_sam.dispatch``.
     """
 
     rate: Callable[[Any], Any]
@@ -46,17 +48,17 @@ class Setting(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A method, and where its search starts.
+    """A method, and the start of its search.
 
     Attributes:
-      member: makes what stands before weight decay and SGD from values and setting;
-        ``None`` for SGD.
+      member: makes the method from values and setting; it goes before weight decay and
+        SGD. ``None`` for SGD.
       start: the method's own values at the start of the search.
-      base: what follows, ``sgd``, ``adamw``, or a method that wraps SGD.
+      base: the optimizer: ``sgd``, ``adamw``, or a method that wraps SGD.
       length: epochs, relative to the task's.
-      divisor: the incoming gradient is that of one example in so many.
+      divisor: the gradient at ``w`` uses one example in this number.
       forwards: forward passes of the training step beside those of the optimizer.
-      early: whether it is SGD's search again, with its best epoch chosen too.
+      early: whether the row is SGD's search again, and also chooses the best epoch.
       what: a line for the page.
     """
 
@@ -71,7 +73,7 @@ class Row(NamedTuple):
 
     @property
     def ascends(self) -> bool:
-        """Whether it takes a perturbed gradient."""
+        """Whether the row computes perturbed gradients."""
         return self.member not in (None, _saf)
 
 
@@ -85,7 +87,8 @@ def _late(share: float) -> Callable[[Values, Setting], Any]:
 
 
 def _vsam(**fixed: Any) -> Callable[[Values, Setting], Any]:
-    # The code warms up for 3 epochs of 200; the rule needs 2 windows less a step.
+    # The authors' code warms up for 3 of 200 epochs. The rule needs two windows minus
+    # one step.
     def member(v: Values, s: Setting) -> Any:
         warmup = max(2 * WINDOW - 1, round(3 / 200 * s.steps))
         return optax_sam.vsam(
@@ -97,13 +100,13 @@ def _vsam(**fixed: Any) -> Callable[[Values, Setting], Any]:
 
 def _saf(v: Values, s: Setting) -> Any:
     epochs = s.steps // (s.examples // s.batch_size)
-    # Epoch 5, or 30 % of the epochs: the SAF code. It looks back three epochs.
+    # The SAF code starts at epoch 5, or after 30 % of the epochs, and looks back three.
     start = min(5, round(0.3 * epochs))
     return optax_sam.saf(s.examples, s.classes, delay=min(3, start), start=start)
 
 
 def _ae_sam(v: Values, s: Setting) -> Any:
-    # The thresholds are as others report them. A step's own gradient decides on it,
+    # The thresholds are as others report them. The gradient of the same step decides,
     # unless the two kinds of step are two programs.
     threshold = optax.linear_schedule(1.0, -1.0, s.steps)
     return optax_sam.ae_sam(v["rho"], threshold=threshold, lag=int(s.ahead))
@@ -116,7 +119,7 @@ def _random_sam(v: Values, s: Setting) -> Any:
 
 
 def _gsam(v: Values, s: Setting) -> Any:
-    # From rho at the start to half of it at the end, as the learning rate falls.
+    # The radius falls with the learning rate, from rho to half of rho.
     share = lambda count: s.rate(count) / s.rate(0)
     return optax_sam.gsam(lambda i: v["rho"] * (1 + share(i)) / 2, alpha=v["alpha"])
 
@@ -160,7 +163,7 @@ ROWS = {
     "SAF": Row(_saf, {"coefficient": 0.5}, what="no second gradient"),
     "MESA": Row(start={"coefficient": 1.0}, base="mesa", what="no second gradient"),
     "AdamW": Row(base="adamw"),
-    # At the cost of vSAM's share of a third: is its control worth anything?
+    # Fixed periods at the cost of vSAM with a share of a third, to test its control.
     "SAM-3": Row(_every(3), RHO, what="a fixed period at vSAM .33's cost"),
     "SAM-3, reuse": Row(
         lambda v, s: optax_sam.sharpness_aware(
@@ -175,23 +178,23 @@ BASE_START |= {"adamw": {"rate": 1e-3, "decay": 1e-2}}
 
 
 def start(row: Row, given: dict[str, float]) -> dict[str, float]:
-    """Where a row's search starts, its own values first.
+    """The start of a row's search, with the method's own values first.
 
     Args:
       row: the row.
-      given: what the task says instead, for the values that the row has; a radius is
-        one of SAM.
+      given: other starts, from the task, for values of the row; a radius is meant for
+        SAM.
     """
     found = row.start | BASE_START.get(row.base, BASE_START["sgd"])
-    if row.base == "adamw":  # another scale of rates
+    if row.base == "adamw":  # its learning rates have another scale
         return found
-    # A radius of SAM's scale is none for MSAM and ASAM.
+    # MSAM and ASAM need radii on other scales than SAM's.
     own = {"rho"} if found.get("rho") != RHO["rho"] else set()
     return found | {name: x for name, x in given.items() if name in found.keys() - own}
 
 
 def optimizer(row: Row, v: Values, s: Setting) -> Any:
-    """The whole optimizer; what it draws is decided by ``s.key`` in ``init`` alone."""
+    """The whole optimizer; ``s.key`` decides its draws, in ``init`` alone."""
     if row.base == "adamw":
         adamw = optax.adamw(s.rate, weight_decay=v["decay"])
         return optax.with_extra_args_support(adamw)
@@ -206,7 +209,7 @@ def optimizer(row: Row, v: Values, s: Setting) -> Any:
 
 
 def cost(row: Row, tx: Any, batch_size: int, name: str) -> costs.Cost:
-    """What a step costs in gradients."""
+    """The cost of a step in gradients."""
     kept = costs.kept(0.5, batch_size) if name == "ESAM" else None
     return costs.cost(tx, 1 / row.divisor, kept, row.forwards)
 
@@ -217,10 +220,10 @@ def averaged(steps: int) -> float:
 
 
 def cosine(rate: Any, steps: int) -> Callable[[Any], Any]:
-    """From the rate to zero."""
+    """A cosine from the rate to zero."""
     return lambda count: rate * (1 + jnp.cos(jnp.pi * count / steps)) / 2
 
 
 def key(seed: int) -> jax.Array:
-    """Of what a method draws."""
+    """The key for the draws of a method."""
     return jax.random.key_data(jax.random.key(seed))

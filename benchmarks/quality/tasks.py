@@ -1,7 +1,7 @@
-"""The tasks of the protocol: data, network and length of a training.
+"""The tasks of the protocol: data, network and length of a training run.
 
-No task touches its test set but for the last number of a chosen setting. A setting is
-chosen on images of the training set that the training at hand does not see.
+A task uses its test set only for the final accuracy at a chosen setting. Settings are
+chosen on images of the training set that the run does not train on.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from benchmarks.lib import datasets
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """How to train, for all rows alike.
+    """The settings of a task, equal for all rows.
 
     Attributes:
-      title: what the page calls it.
+      title: the title on the page.
       data: name of the data set.
       network: name of the network.
-      images: training images of a run.
-      held_out: images that judge the search.
-      epochs: how many times through the training images.
-      batch_size: examples of a step; an incomplete last batch is left out.
+      images: the number of training images of a run.
+      held_out: the number of images that judge the search.
+      epochs: the number of epochs.
+      batch_size: examples in a step; an incomplete last batch is left out.
       augmentation: see ``datasets.augmented``.
       redrawn: share of the training labels that are drawn again from all classes.
       budget: settings that the search tries for each row; 0 takes the start.
       search_seeds: seeds of the search; a setting's score is the mean over them.
-      seeds: those of the runs that are tested, none of which the search has seen; more
-        may be added to a file.
-      starts: where the search starts, where that is not the rows' own start.
-      dtype: what the network computes in.
+      seeds: the seeds of the tested runs, which the search has not seen; more may be
+        added to a file.
+      starts: starts of the search that replace the rows' own.
+      dtype: the dtype in which the network computes.
     """
 
     title: str
@@ -83,7 +83,7 @@ TASKS = {
         *("cifar10", "resnet8", 5000, 5000, 50, 64),
         augmentation="flip",
         budget=6,
-        # A first search of SGD led from a rate of 0.05 up to here.
+        # A first search for SGD went from a rate of 0.05 up to this one.
         starts=(("rho", 0.2), ("rate", 0.2)),
     ),
     # For a GPU and ten minutes: nothing is searched, the starts are published values.
@@ -96,7 +96,7 @@ TASKS = {
         starts=(("rate", 0.1), ("decay", 5e-4)),
         dtype="bfloat16",
     ),
-    # The same path, for a CPU and for tests.
+    # The same code on a smaller task, for a CPU and for tests.
     "cifar10_mini": Task(
         "CIFAR-10, tiny ResNet, for trying out",
         *("cifar10", "tiny-resnet", 400, 100, 2, 100),
@@ -111,9 +111,9 @@ class Split(NamedTuple):
     """The images of a run on the device, uint8, and their labels.
 
     Attributes:
-      x: for training.
-      y: some of them redrawn where the task says so.
-      judge_x: what judges the run: held-out images, or the test set.
+      x: the images for training.
+      y: their labels, some of them redrawn if the task says so.
+      judge_x: the images that judge the run: held-out images, or the test set.
       judge_y: their labels.
     """
 
@@ -132,22 +132,22 @@ class Source:
     """
 
     def __init__(self, task: Task, path: Path | None) -> None:
-        """Reads the data set and sets the images aside that judge the search."""
+        """Reads the data set, and sets aside the images that judge the search."""
         self.task = task
         self.classes = datasets.CLASSES[task.data]
         self.data = datasets.load(task.data, path)
         order = _balanced(self.data.train_y, np.random.default_rng(0))
-        # As many of each class, for the order takes the classes in turns.
+        # Equally many of each class, because the order takes the classes in turns.
         self.held_out = order[: task.held_out] if task.pooled else None
         self.pool = order[task.held_out :] if task.pooled else order
-        # Without a pool the search trains on what it does not hold out.
+        # Without a pool, the search trains on the images that it does not hold out.
         self.images = min(task.images, len(self.pool))
 
     def split(self, seed: int, tested: bool) -> Split:
         """The images of one run.
 
         Args:
-          seed: which training images there are, and which labels are redrawn.
+          seed: decides the training images, and the labels that are redrawn.
           tested: whether the test set judges, or the held-out images.
 
         Returns:

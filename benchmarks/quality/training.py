@@ -1,4 +1,4 @@
-"""One training of the protocol: a row's step, its epochs, and what comes of a run."""
+"""A training run of the protocol: the step of a row, the epochs, and the result."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from benchmarks.lib import datasets, networks
 from benchmarks.quality import rows
 from benchmarks.quality.tasks import Source, Split
 
-STATISTICS_BATCHES = 50  # that estimate BatchNorm's statistics anew
+STATISTICS_BATCHES = 50  # batches to estimate BatchNorm's statistics again
 CURVE = 20  # looks at the held-out images during a run of SGD's search
 JUDGED = 1000  # examples at once
-TEMPERATURE = 5.0  # of SAF's and MESA's term, as their code has it
+TEMPERATURE = 5.0  # of the term of SAF and MESA, as in their code
 
 
 class OutOfTime(Exception):
-    """The process has to end; what was trained so far is saved."""
+    """The process must end; the state of the training run is saved."""
 
 
 class State(NamedTuple):
-    """All that a step changes.
+    """Everything that a step changes.
 
     Attributes:
       params: the parameters, float32.
@@ -49,7 +49,7 @@ class State(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a step trains on: images, labels, places in the training set."""
+    """The examples of a step: images, labels, places in the training set."""
 
     images: jax.Array
     labels: jax.Array
@@ -57,15 +57,15 @@ class Batch(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run is judged by.
+    """The result of a run.
 
     Attributes:
-      accuracy: after the last epoch, in percent, on what judged the run.
-      loss: mean over the last epoch's steps, of the training batches.
-      gradients: computed in the whole run, in gradients of a batch.
-      seconds: on the clock, of the steps alone.
-      cpu_seconds: of the processor, likewise.
-      curve: accuracies after each twentieth of the epochs, if they were asked for.
+      accuracy: in percent after the last epoch, on the images that judge the run.
+      loss: the mean loss of the training batches in the last epoch.
+      gradients: all gradient evaluations of the run, in gradients of a batch.
+      seconds: wall-clock time of the steps alone.
+      cpu_seconds: processor time of the steps alone.
+      curve: accuracies after each twentieth of the epochs, if requested.
     """
 
     accuracy: float
@@ -146,14 +146,14 @@ class Training:
         return images.astype(jnp.float32) / largest
 
     def batch(self, split: Split, chosen: Any, key: Any) -> Batch:
-        """The examples in these places, augmented."""
+        """The examples at these places, augmented."""
         images = datasets.augmented(key, split.x[chosen], self.task.augmentation)
         return Batch(self.scaled(images), split.y[chosen], chosen)
 
     def penalty(
         self, state: State, values: Any, logits: Any, batch: Batch, epoch: Any
     ) -> Any:
-        """What SAF and MESA add to the loss."""
+        """The term that SAF and MESA add to the loss."""
         if "coefficient" not in values:
             return 0.0
         given: Any = {"temperature": TEMPERATURE, "coefficient": values["coefficient"]}
@@ -178,7 +178,7 @@ class Training:
         i: Any,
         ascend: bool | None = None,
     ) -> State:
-        """One step: the same code for all rows, in a scan and out of one."""
+        """One step: the same code for all rows, inside a scan and outside."""
         per_epoch = len(split.y) // self.task.batch_size
         step_key = jax.random.fold_in(jax.random.wrap_key_data(key), epoch)
         batch = self.batch(split, chosen, jax.random.fold_in(step_key, i))
@@ -228,7 +228,7 @@ class Training:
         )
 
     def order(self, seed: int, epoch: int, examples: int) -> np.ndarray:
-        """Which examples make which batch of an epoch: (steps, batch size)."""
+        """The examples of each batch of an epoch, (steps, batch size)."""
         size = self.task.batch_size
         drawn = np.random.default_rng([seed, epoch]).permutation(examples)
         return drawn[: len(drawn) // size * size].reshape(-1, size).astype(np.int32)
@@ -262,8 +262,8 @@ class Training:
     def judged(self, state: State, split: Split, seed: int) -> float:
         """The accuracy in percent.
 
-        MSAM is judged at the weights without its perturbation, where BatchNorm's
-        statistics are estimated again, as the authors do after training.
+        MSAM is judged at the unperturbed weights. BatchNorm's statistics are estimated
+        again there, as the authors do after training.
         """
         params, model_state = state.params, state.model_state
         if self.row.base == "msam":
@@ -286,18 +286,18 @@ class Training:
         late: Callable[[], bool] = lambda: False,
         saved: Path | None = None,
     ) -> Result:
-        """Trains, or goes on with a training that ran out of time.
+        """Trains, or continues a training run that ran out of time.
 
         Args:
-          values: of the row.
-          seed: of images, weights, batches, augmentation and of what the method draws.
+          values: the values of the row.
+          seed: for images, weights, batches, augmentation and the method's draws.
           tested: whether the test set judges, or the held-out images.
-          stop: the epoch after which it ends, before the schedule does.
-          late: asked after each epoch whether the process has to end.
-          saved: where a training is kept that has to end.
+          stop: the last epoch, if the run ends before its schedule.
+          late: called after each epoch; whether the process must end.
+          saved: the file for an unfinished training run.
 
         Raises:
-          OutOfTime: if it has to end.
+          OutOfTime: if the process must end.
         """
         split = self.source.split(seed, tested)
         key = rows.key(seed)
@@ -318,7 +318,7 @@ class Training:
             now = order, key, np.int32(epoch)
             state = jax.block_until_ready(self.advance(state, traced, split, *now))
             took = time.perf_counter() - begun[0], time.process_time() - begun[1]
-            # The first epoch of a process compiles; another one's time stands for it.
+            # The first epoch of a process compiles. Another epoch's time replaces it.
             times.append(None if self.cold else took)
             self.cold = False
             if watched and (epoch + 1) % max(1, self.epochs // CURVE) == 0:
@@ -345,7 +345,7 @@ class Training:
         )
 
     def gradients(self, state: State, steps: int) -> float:
-        """How many were computed, in gradients of a batch."""
+        """All gradient evaluations so far, in gradients of a batch."""
         fixed = dict.fromkeys({"rate", "decay", *self.row.start}, 0.1)
         tx = self.optimizer(fixed, steps, self.source.images, rows.key(0))
         price = rows.cost(self.row, tx, self.task.batch_size, self.name)

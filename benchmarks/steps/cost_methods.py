@@ -17,7 +17,7 @@ from benchmarks.steps.cost_models import Subject, subject
 from optax_sam import when
 
 NUM_BATCHES = 4
-SHARDS = 4  # of m-SAM in one program
+SHARDS = 4  # shards of m-SAM in one program
 OPAQUE, TRANSPARENT = "optax.contrib.sam, opaque", "optax.contrib.sam, transparent"
 VSAM = {"window": 10, "num_slices": 5, "warmup_steps": 20, "max_rate": 0.4}
 
@@ -26,16 +26,17 @@ class Method(NamedTuple):
     """A method of the table.
 
     Attributes:
-      build: the base optimizer and the subject, to the whole optimizer.
-      summed: whether :func:`optax_sam.summary` counts its gradients; else they are two.
-      divisor: the first gradient is that of one example in so many.
-      forms: the programs that are timed: ``""`` is the one that ``jit`` makes where
-        each step is alike; else ``"ascended"``, ``"skipped"``, ``"dispatched"``
-        between those two, or one with a ``"conditional"``.
-      calls: of the training step for a step of the method.
+      build: makes the whole optimizer from the base optimizer and the subject.
+      summed: whether :func:`optax_sam.summary` counts its gradients; otherwise it has
+        two.
+      divisor: the gradient at ``w`` uses one example in this number.
+      forms: the programs to time: ``""`` if all steps are equal; else ``"ascended"``,
+        ``"skipped"``, ``"dispatched"`` between these two, or ``"conditional"``.
+      calls: calls of the training step for a step of the method.
       needs: ``"norms"`` for normalization layers, ``"rows"`` for one row of logits for
-        each example; where a model has none, the method does not apply.
-      written_out: builds it without a loop, for the compiler counts a loop's body once.
+        each example. The method does not apply to a model without them.
+      written_out: builds the method without a loop, because the compiler counts the
+        body of a loop once.
     """
 
     build: Callable[[optax.GradientTransformation, Subject], Any]
@@ -48,17 +49,17 @@ class Method(NamedTuple):
 
 
 def first(member: Any, *args: Any, **kwargs: Any) -> Method:
-    """A member that stands before the base optimizer."""
+    """Puts a method before the base optimizer."""
     return Method(lambda base, _: optax.chain(member, base), *args, **kwargs)
 
 
 def contrib_sam(base: Any, opaque: bool) -> Any:
-    """Optax's own, on the calls of our steps."""
+    """Optax's own SAM, with the calls of our steps."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
     tx = optax.contrib.sam(base, ascent, opaque_mode=opaque)
 
     def init(params: Any) -> Any:
-        # Its cache is the parameters themselves, which are donated too.
+        # Its cache is the array of the parameters, which are donated too.
         return jax.tree.map(jnp.copy, tx.init(params))
 
     def update(g: Any, state: Any, params: Any, *, grad_fn: Any, **extra: Any) -> Any:
@@ -68,7 +69,7 @@ def contrib_sam(base: Any, opaque: bool) -> Any:
 
 
 def micro(base: Any, subject: Subject, **how: Any) -> Any:
-    """m-SAM, for a few shards of the batch."""
+    """m-SAM with a few shards of the batch."""
     del subject
     member = optax_sam.sam(axis_name="shards")
     return optax.chain(optax_sam.micro_sharpness(member, SHARDS, **how), base)
@@ -92,7 +93,7 @@ METHODS = {
     "ae_looksam": first(optax_sam.ae_looksam(), forms=MIXED[1:]),
     "asam": first(optax_sam.asam()),
     "gsam": first(optax_sam.gsam()),
-    # A half of the examples: it keeps one less than gamma says.
+    # Half of the examples: ESAM keeps one less than gamma says.
     "esam": Method(
         lambda base, subject: optax.chain(
             optax_sam.esam(gamma=0.5 + 1 / subject.batch_size), base
@@ -125,16 +126,16 @@ QUICK = "SGD", OPAQUE, "sam", "sam_5", "vsam"
 
 
 def cost(name: str) -> costs.Cost:
-    """What a step of a method needs."""
+    """The cost of a step of a method."""
     method = METHODS[name]
-    if not method.summed:  # a call of SAM's alone, or the gradients of shards
+    if not method.summed:  # a method of others, or the gradients of shards
         return costs.Cost(2)
     like = subject("MLP", "cpu", half=False)._replace(batch_size=costs.EXAMPLES)
     return costs.cost(method.build(costs.BASE, like), 1 / method.divisor)
 
 
 def train_step(name: str, subject: Subject, tx: Any) -> Callable[..., Any]:
-    """One step with everything that any method asks for; what is not used costs none.
+    """One step with all arguments that any method needs; unused ones cost nothing.
 
     ``step(params, opt_state, batch, last, ascend) -> (params, opt_state)``, where
     ``last`` is the batch of the step before.
@@ -217,7 +218,7 @@ def rows(model: str, backend: str, chosen: list[str]) -> list[tuple[str, str]]:
         if method.needs == "rows" and model == "transformer":
             continue
         forms = method.forms
-        # There a conditional costs several times the step; one row shows it.
+        # A conditional costs several times the step there; one row shows this.
         if model == "CNN" and backend == "cpu" and name != "sam_5":
             forms = tuple(form for form in forms if form != "conditional")
         made += [(name, form) for form in forms]

@@ -1,7 +1,7 @@
-"""What the step costs are measured on, by backend: an MLP, a CNN, a decoder, a ResNet.
+"""The models for step costs, by backend: an MLP, a CNN, a decoder, a ResNet.
 
-Sizes are such that a step takes milliseconds to a tenth of a second, from a million
-parameters on. The small ones are for tests.
+They have a million parameters or more, and a step takes milliseconds to a tenth of a
+second. The small ones are for tests.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ class Subject(NamedTuple):
 
     Attributes:
       module: the model.
-      example: shape of one example's input; of a decoder, the length in tokens.
-      classes: number of classes, or of words.
-      batch_size: examples of a step.
-      steps: how many make a block that is timed, a multiple of five.
+      example: the shape of one example's input; for a decoder, its length in tokens.
+      classes: the number of classes, or of words.
+      batch_size: the number of examples in a step.
+      steps: the number of steps in a timed block, a multiple of five.
     """
 
     module: nn.Module
@@ -133,7 +133,7 @@ class Subject(NamedTuple):
 
 
 def subject(name: str, backend: str, half: bool, tiny: bool = False) -> Subject:
-    """The model of that name, as large as the backend deserves."""
+    """The model of that name, in the size for the backend."""
     dtype = jnp.bfloat16 if half else jnp.float32
     size = "tiny" if tiny else "cpu" if backend == "cpu" else "accelerator"
     image = (32, 32, 3)

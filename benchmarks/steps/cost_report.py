@@ -13,14 +13,14 @@ from benchmarks.steps.cost_methods import OPAQUE, TRANSPARENT
 
 median = statistics.median
 MIB = 2**20
-# What each ratio may be at most: times of models with a million parameters or more.
+# The largest allowed ratios, for models with a million parameters or more.
 LIMITS = {
     "ideal": {"cpu": 1.05, "other": 1.03},
     "peer": 1.0,
     "program": 2.1,
     "pair": 3.2,
 }
-# Which row is to be how fast beside which other one, in steps (images) per second.
+# Pairs of rows, and the speed of the first relative to the second.
 FASTER = (
     ("vsam", "dispatched", "sam", 1.40),
     ("msam", "", "SGD", 0.98),
@@ -30,12 +30,12 @@ LARGE = 1_000_000
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """The median between the quartiles."""
+    """The lower quartile, the median and the upper quartile."""
     return [round(float(x), 4) for x in np.quantile(values, (0.25, 0.5, 0.75))]
 
 
 def rows(timed: list[Any], costs: list[dict[str, float]]) -> list[Any]:
-    """What the file holds of each row; ``timed`` and ``costs`` begin with SGD's."""
+    """The entries of the file for all rows; both arguments begin with SGD's."""
     of = lambda row, key: [x[key] for x in row.measured]
     found = {row.name: row for row in timed}
     made = []
@@ -70,7 +70,7 @@ def rows(timed: list[Any], costs: list[dict[str, float]]) -> list[Any]:
 
 
 def merge(results: dict[str, Any], model: str, study: dict[str, Any]) -> None:
-    """Puts the rows of a model in, in place of those of the same name and form."""
+    """Adds the rows of a model; they replace rows with the same name and form."""
     name = lambda row: (row["method"], row["form"])
     new = {name(row): row for row in study["rows"]}
     old = results["models"].get(model, {"rows": []})["rows"]
@@ -88,7 +88,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def title(model: str, study: dict[str, Any]) -> str:
-    """What a model's table is of."""
+    """The title of a model's table."""
     settings, plain = study["settings"], study["rows"][0]
     millions = f"{settings['parameters'] / 1e6:.2f} million parameters"
     batch = f"batch {settings['batch_size']}"
@@ -121,7 +121,7 @@ def table(study: dict[str, Any]) -> str:
 
 
 def judged(results: dict[str, Any]) -> Iterator[tuple[str, float, list[Any]]]:
-    """Each target with its limit, and the names and values that it is about."""
+    """Each target with its limit, and the names and values of its rows."""
     backend = "cpu" if results["settings"]["backend"] == "cpu" else "other"
     all_rows = [
         (model, row, study["settings"])
@@ -140,7 +140,7 @@ def judged(results: dict[str, Any]) -> Iterator[tuple[str, float, list[Any]]]:
         for key, mode in (("to_opaque", "opaque"), ("to_transparent", "transparent")):
             if row.get(key):
                 peer.append((f"{model}, {mode}", row[key][1]))
-        # As many copies of the model as an ascended step has gradients.
+        # A perturbed step has as many copies of the model as gradients.
         if row["compile_to_sgd"] and row["gradients"] <= 2 and not row["forwards"]:
             compiles = pair if row["form"] == "dispatched" else program
             compiles.append((name, row["compile_to_sgd"]))
@@ -161,7 +161,7 @@ def judged(results: dict[str, Any]) -> Iterator[tuple[str, float, list[Any]]]:
 
 
 def targets(results: dict[str, Any]) -> str:
-    """Which targets are met, by two decimals, and the worst rows where one is not."""
+    """The targets that are met, to two decimals, and the worst rows of the others."""
     heads = ["target", "at most", "met", "worst"]
     lines = []
     for text, limit, values in judged(results):

@@ -19,9 +19,9 @@ from benchmarks.steps.cost_models import Subject
 
 
 def compiled(function: Callable[..., Any], *args: Any, **jit_options: Any) -> Any:
-    """The program, and the seconds to trace and to compile it."""
+    """A compiled program, and the seconds to trace and compile it."""
     start = time.perf_counter()
-    # A new function each time, or it would be found traced.
+    # A new function each time, because JAX caches the trace of a known one.
     fresh = jax.jit(lambda *args: function(*args), **jit_options)
     program = fresh.lower(*args).compile()
     return program, time.perf_counter() - start
@@ -31,7 +31,7 @@ AS_IT_IS = "glibc"
 
 
 def allocator() -> str:
-    """Of the memory, and how the environment sets it."""
+    """The allocator of the memory, with its settings in the environment."""
     given = (f"{x}={y}" for x, y in sorted(os.environ.items()) if "MALLOC" in x)
     return " ".join((AS_IT_IS, *given))
 
@@ -57,15 +57,15 @@ class Row:
         self.state_bytes = size(self.opt_state)
         self.batches = batches
         self.forced = {"ascended": True, "skipped": False}.get(form)
-        self.seconds: list[float] = []  # to compile, for each time that it was ...
-        self.baseline: list[float] = []  # ... and of SGD just before
+        self.seconds: list[float] = []  # of each compilation ...
+        self.baseline: list[float] = []  # ... and of SGD's just before
         self.programs: list[Any] = []
         self.call: Callable[..., Any] = self.step
         self.count = 0
         self.measured: list[dict[str, float]] = []
 
     def compile(self) -> None:
-        """All programs of the row; of dispatched ones both."""
+        """Compiles all programs of the row; a dispatched row has two."""
         pair = (True, False) if self.form == "dispatched" else (self.forced,)
         made = [
             compiled(
@@ -80,7 +80,7 @@ class Row:
 
     @functools.cached_property
     def counted(self) -> list[Any]:
-        """The programs, of which the compiler counts each operation."""
+        """The programs in which the compiler counts each operation."""
         if self.method.written_out is None:
             return self.programs
         tx = self.method.written_out(optax.sgd(0.01, momentum=0.9), self.model)
@@ -89,7 +89,7 @@ class Row:
         return [compiled(step, *arguments)[0]]
 
     def warm(self) -> None:
-        """Past the warm-up of what is sampled, and with all that dispatch compiles."""
+        """Runs past the warm-up of sampled methods, and compiles both programs."""
         self.call = self.programs[0]
         if self.form == "dispatched":
             self.call = optax_sam.dispatch(self.step, donate_argnums=(0, 1))
@@ -110,7 +110,7 @@ class Row:
             self.count += 1
 
     def ascents(self) -> float:
-        """Second gradients so far, in any unit that a block's share is wanted in."""
+        """Perturbed gradients so far, to compute the share in a block."""
         if self.form in cost_methods.MIXED:
             return float(optax_sam.metrics(self.opt_state)["ascents"])
         return 0.0 if self.form == "skipped" else float(self.count)

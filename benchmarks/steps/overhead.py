@@ -1,13 +1,13 @@
-"""What was tried against the overhead of a step, and what it did.
+"""Attempts to reduce the overhead of a step, and their effects.
 
-Each variant is the library with one thing changed for the occasion, timed in blocks
-interleaved with SGD as in ``step_cost.py``, with what its program moves and keeps.
+Each variant is the library with one change. It is timed in blocks interleaved with SGD,
+as in ``step_cost.py``. The results also have the bytes that it moves and keeps.
 
     python benchmarks/steps/overhead.py [--rounds 7] [--models MLP CNN] [--out FILE]
     python benchmarks/steps/overhead.py --report
 
-The report has two runs side by side: one with glibc told to keep the memory that it has
-(see ``docs/design/overhead.md``), and one with glibc as it is.
+The report has two runs side by side: one in which glibc keeps its memory (see
+``docs/design/overhead.md``), and one with the defaults of glibc.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ STEADY, PLAIN = "overhead_cpu.json", "overhead_glibc_cpu.json"
 
 
 def barrier() -> Any:
-    """Each gradient passes a barrier on a CPU, too."""
+    """Sends each gradient through a barrier on a CPU, too."""
     default = lambda *args, default, cpu: default(*args)
     return mock.patch.object(jax.lax, "platform_dependent", default)
 
 
 def no_choice() -> Any:
-    """What the second gradient gave is taken, finite or not."""
+    """Takes the perturbed gradient, finite or not."""
     take_first = lambda condition, x, y: x
     return mock.patch.object(optax.tree, "where", take_first)
 
 
 def normals(draw: Any) -> Any:
-    """R-SAM draws its normals in another way."""
+    """Draws the normals of R-SAM in another way."""
     module = importlib.import_module("optax_sam.methods.random_sam")
     return mock.patch.object(module, "normal_like", draw)
 
 
 def by_generator(key: jax.Array, like: Any) -> Any:
-    """Each normal from bits of the generator."""
+    """Makes each normal from bits of the generator."""
     return optax.tree.random_like(key, like, jax.random.normal)
 
 
 def anywhere() -> Any:
-    """A branch that is always taken is none: R-SAM's normals are drawn where used."""
+    """Draws the normals of R-SAM where they are used, and not in a branch."""
     return mock.patch.object(jax.lax, "cond", lambda condition, draw, other: draw())
 
 
 def shards(method: str) -> Any:
-    """m-SAM, its gradients taken in another way."""
+    """Computes the gradients of m-SAM in another way."""
 
     def build(base: Any, subject: Subject) -> Any:
         del subject
@@ -81,7 +81,7 @@ def shards(method: str) -> Any:
 
 
 ALIKE = contextlib.nullcontext
-VARIANTS = {  # name: row of step_cost.py, and what is changed
+VARIANTS = {  # name: row of step_cost.py, and the change
     "SGD": ("SGD", ALIKE),
     "`optax.contrib.sam`, opaque": (cost_methods.OPAQUE, ALIKE),
     "SAM": ("sam", ALIKE),

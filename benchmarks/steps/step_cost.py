@@ -1,8 +1,8 @@
-"""What a step of each method costs beside plain SGD and ``optax.contrib.sam``.
+"""The cost of a step of each method, beside plain SGD and ``optax.contrib.sam``.
 
 Blocks of steps of all methods are interleaved in one process with blocks of SGD and of
-a program that computes one gradient. "Ideal" is the step of SGD, and for each further
-gradient (forward pass) that a method needs one program of that and nothing else, timed
+a program that computes one gradient. "Ideal" is the step of SGD plus, for each further
+gradient (or forward pass) that a method needs, a program that computes only this, timed
 in the same rounds. Compile times are ratios to SGD's, compiled just before.
 
     python benchmarks/steps/step_cost.py [--models MLP CNN transformer]
@@ -10,9 +10,9 @@ in the same rounds. Compile times are ratios to SGD's, compiled just before.
         [--minutes 9] [--quick] [--out FILE]
     python benchmarks/steps/step_cost.py --report [FILE]
 
-On an accelerator ``--workers 16`` compiles that many programs at a time, and times the
-compiling of a few only. ``make bench-gpu`` is the command for ten minutes of a GPU: the
-file is written after each round, and no model begins after ``--minutes``.
+On an accelerator ``--workers 16`` compiles this number of programs at a time, and times
+the compilation of a few only. ``make bench-gpu`` needs ten minutes of a GPU. The file
+is written after each round, and no model begins after ``--minutes``.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from benchmarks.steps.cost_methods import METHODS, NUM_BATCHES
 from benchmarks.steps.cost_models import ALL, MODELS, subject
 from benchmarks.steps.cost_rows import Row, allocator, timer
 
-BETWEEN = 2  # rows between two blocks of what they are compared with
-# What is compiled alone, to be timed, where others are compiled side by side.
+BETWEEN = 2  # rows between two blocks of SGD and of one gradient
+# Rows that are compiled alone, to be timed, while others are compiled side by side.
 ALONE = cost_methods.OPAQUE, "sam", "sam_5", "vsam", "gsam"
 
 
 def compile_all(rows: list[Row], compiles: int, workers: int, advance: Any) -> None:
-    """Compiles all rows: one after another, each after SGD, to be timed, or at once."""
+    """Compiles all rows: one by one, each after SGD, to be timed; or all at once."""
     sgd = rows[0]
     sgd.compile()  # the first one is slower
     sgd.seconds.clear()
@@ -105,7 +105,7 @@ def measure(rows: list[Row], start: Any, rounds: int, advance: Any) -> Iterator[
 
 
 def costs(row: Row) -> dict[str, float]:
-    """What the compiler says of a row's programs, at the rate that was measured."""
+    """The compiler's counts for the programs of a row, at the measured rate."""
     shares = [1.0]
     if row.form == "dispatched":
         rate = statistics.mean(x["gradients"] - 1 for x in row.measured)
@@ -148,7 +148,7 @@ def rows_of(
         "steps_per_block": model.steps,
         "compiles": options.compiles,
         "compute": compute,
-        # Of all rows together; a peak cannot be set back within a process.
+        # The peak of all rows together, because a process cannot reset it.
         "bytes_in_use": live.get("bytes_in_use"),
     }
     for done in measure(rows, start, options.rounds, advance):
@@ -174,7 +174,7 @@ def run(options: argparse.Namespace) -> None:
             for made in rows_of(name, compute, options, progress):
                 cost_report.merge(results, called, made)
                 study.write(results, options.out)
-            # The next model's programs want the memory, and no pauses.
+            # The next model's programs need the memory, without pauses.
             jax.clear_caches()
 
 

@@ -1,9 +1,9 @@
-"""What SAM and its kin cost in PyTorch, each as a ratio to PyTorch's own SGD.
+"""The cost of SAM and related methods in PyTorch, as ratios to PyTorch's own SGD.
 
-The MLP and the CNN of ``step_cost.py``, with the same batches, interleaved with SGD as
-there, by the classes of ``pytorch_optimizer`` called as its documentation says. Ratios
-of the two frameworks stand side by side in the report; times themselves do not compare.
-Needs PyTorch, which is no dependency of the project:
+It trains the MLP and the CNN of ``step_cost.py`` with the same batches, interleaved
+with SGD, by the classes of ``pytorch_optimizer``, called as in its documentation. The
+report has the ratios of both frameworks side by side; do not compare the times
+themselves. It needs PyTorch, which is not a dependency of the project:
 
     pip install torch pytorch_optimizer
     python benchmarks/steps/torch_peers.py [--rounds 9] [--out FILE]
@@ -26,9 +26,9 @@ from benchmarks.lib import study
 from benchmarks.lib.tables import table
 
 NAME = "torch_peers_cpu.json"
-# What each is called there and here.
+# The name of each method there and here.
 PEERS = {"SAM": "sam", "GSAM": "gsam", "WSAM": "wsam", "LookSAM": "looksam"}
-SIZES = {  # of ``cost_models.py`` on a CPU: classes, batch size, steps in a block
+SIZES = {  # as in ``cost_models.py`` on a CPU: classes, batch size, steps in a block
     "MLP": (10, 128, 10),
     "CNN": (10, 16, 5),
 }
@@ -53,7 +53,7 @@ def model(name: str) -> Any:
 
 
 class Fixed:
-    """A radius that stays, as GSAM's scheduler."""
+    """A constant radius, in place of GSAM's scheduler."""
 
     def step(self) -> float:
         """The radius."""
@@ -137,7 +137,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 
 def markdown(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Both frameworks' ratios."""
+    """The table with the ratios of both frameworks."""
     lines = []
     for name, peers in theirs["models"].items():
         rows = ours["models"][name]["rows"]

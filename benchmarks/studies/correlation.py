@@ -1,20 +1,20 @@
-"""Which measure of sharpness goes with generalization?
+"""Which measure of sharpness correlates with generalization?
 
 Small networks of one architecture are trained on a grid of optimizers, learning rates,
-batch sizes and weight decays, for the same number of epochs, and every measure of
-``optax_sam.sharpness`` is taken of each on the same 512 training examples, with the
-labels it was trained on. Kendall's tau-a of a measure with the generalization gap (test
-minus training error) over all models comes with a bootstrap interval over models; the
-granulated one is the mean over pairs that differ in one hyperparameter alone. Radii are
-reported in full, not the best only. A second part compares geodesic with adaptive
-sharpness of a small transformer under changes of its weights that do not change it.
+batch sizes and weight decays, for the same number of epochs. Every measure of
+``optax_sam.sharpness`` is computed for each network, on the same 512 training examples
+with their training labels. Kendall's tau-a of a measure with the generalization gap
+(test minus training error) over all models has a bootstrap interval over models. The
+granulated tau is the mean over pairs that differ in one hyperparameter alone. All radii
+are reported, not only the best. A second part compares geodesic with adaptive sharpness
+of a small transformer whose weights change while its function stays the same.
 
     python benchmarks/studies/correlation.py [--data fashion_mnist_20k.npz] [--quick]
         [--sets digits fashion] [--out FILE] [--figure FILE]
     python benchmarks/studies/correlation.py --report [FILE] [--figure FILE]
 
-Without ``--data`` only digits run. It goes on where it stopped: models that the file
-already holds are not trained again.
+Without ``--data`` only digits run. The script continues where it stopped: models in the
+file are not trained again.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ model = networks.dense(48, 32)
 
 
 class Task(NamedTuple):
-    """A data set, images flat and from 0 to 1, and how long to train on it."""
+    """A data set with flat images from 0 to 1, and the length of a training run."""
 
     images: np.ndarray
     labels: np.ndarray  # as trained on
@@ -98,7 +98,7 @@ def load(name: str, data: Path | None) -> Task:
 
 
 def logits_of(params: Any, images: jax.Array) -> jax.Array:
-    """What the network says."""
+    """The logits of the network."""
     return model.apply(params, images)
 
 
@@ -108,7 +108,7 @@ def loss_fn(params: Any, batch: Any) -> jax.Array:
 
 
 def normalized_loss(params: Any, batch: Any) -> jax.Array:
-    """Cross-entropy of logits whose scale does not matter."""
+    """Cross-entropy of normalized logits, so that their scale does not matter."""
     logits = sharpness.normalize_logits(logits_of(params, batch[0]))
     return networks.losses(logits, batch[1]).mean()
 
@@ -128,7 +128,7 @@ def train(
     weight_decay: Any,
     rho: Any,
 ) -> Any:
-    """One whole training, as one program; the parameters to test, and the first."""
+    """A training run as one program; returns the final and the initial parameters."""
     images, labels = data
     per_epoch = len(labels) // batch_size
     schedule = lambda count: (
@@ -169,7 +169,7 @@ Measure = Callable[[Any, Any], dict[str, Any]]
 
 
 def measures() -> dict[str, Measure]:
-    """Each group of measures as one program, of the parameters and the batches."""
+    """Each group of measures, as a program of the parameters and the batches."""
 
     def eigenvalues(params: Any, batches: Any) -> dict[str, Any]:
         result = sharpness.hessian_eigenvalues(
@@ -264,7 +264,7 @@ def measures() -> dict[str, Measure]:
 
 
 def outcome(params: Any, start: Any, task: Task) -> dict[str, float]:
-    """Losses, errors and norms: what the measures are held against, and baselines."""
+    """Losses, errors and norms: the quantities to predict, and baselines."""
     of = lambda f, *data: float(jax.jit(f)(params, data))
     train_set = task.images, task.labels
     test_set = task.test_images, task.test_labels
@@ -281,7 +281,7 @@ def outcome(params: Any, start: Any, task: Task) -> dict[str, float]:
 
 
 def fill(name: str, task: Task, rows: list[Any], save: Any, quick: bool) -> None:
-    """Trains and measures all models of the grid that ``rows`` does not hold."""
+    """Trains and measures all models of the grid that are not in ``rows``."""
     grid = [dict(zip(GRID, x, strict=True)) for x in itertools.product(*GRID.values())]
     done = [row["settings"] for row in rows]
     wanted = [x for x in grid if x not in done][: 3 if quick else None]
@@ -337,7 +337,7 @@ class Transformer(nn.Module):
 
 
 def transformed(params: Any, seed: int, spread: float) -> Any:
-    """The same function of other weights: each head's products are factored anew.
+    """Other weights of the same function: the products of each head are factored again.
 
     ``(G, H)`` becomes ``(G A^-1, H A^T)``, for queries with keys and for values with
     outputs, with random invertible ``A`` whose singular values lie between ``1 /
@@ -429,12 +429,12 @@ def transformer(quick: bool) -> dict[str, Any]:
 
 
 def sharpness_loss(loss: Any, params: Any, batches: Any) -> jax.Array:
-    """The loss itself, to see that it did not move."""
+    """The loss itself, to check that it did not change."""
     return jnp.mean(jax.lax.map(lambda batch: loss(params, batch), batches))
 
 
 def gap(rows: list[Any], kind: str) -> np.ndarray:
-    """Test minus training, of error or of loss."""
+    """Test minus training error, or loss."""
     of = lambda part: np.array(
         [
             row[f"{part} error (%)" if kind == "error" else f"{part} loss"]
@@ -498,7 +498,7 @@ SHOWN = "lambda_max", "trace", "worst case, adaptive, l2, rho 1.0"
 
 
 def optimizers(rows: list[Any]) -> str:
-    """What each optimizer's models are like, on average."""
+    """The means over the models of each optimizer."""
     header = ["optimizer", "training error (%)", "test error (%)", *SHOWN]
     lines = []
     for name in GRID["optimizer"]:
@@ -574,7 +574,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains and measures what the file lacks."""
+    """Trains and measures the models that the file lacks."""
     settings = {**study.environment(), "grid": json.loads(json.dumps(GRID))}
     results = study.begun(settings, options.out, sets={}, transformer=None)
     save = lambda: study.write(results, options.out)

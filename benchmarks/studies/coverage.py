@@ -1,9 +1,9 @@
-"""Do two standard errors hold the true value? Estimates of nine spectra, 100 keys.
+"""How often is the true value within two standard errors? Nine spectra, 100 keys.
 
-Seven spectra are drawn, with random eigenvectors; two are the Hessians of trained
-networks, a tanh network on digits and a small convolutional one. For each, in float32
-and float64, the estimates run with 100 keys, and the share of keys is counted at which
-the true value lies within two standard errors.
+Seven spectra are drawn, with random eigenvectors. Two are the Hessians of trained
+networks: a tanh network on digits and a small convolutional one. The estimates run with
+100 keys on each, in float32 and float64. The script counts the keys for which the true
+value lies within two standard errors.
 
     python benchmarks/studies/coverage.py [--quick] [--out FILE]
     python benchmarks/studies/coverage.py --report [FILE]
@@ -46,7 +46,7 @@ def drawn() -> dict[str, np.ndarray]:
         "clusters": clusters * (1 + 0.05 * normal),
         "rank 40": np.where(place <= 40, normal**2, 0),
         "bulk and outliers": np.where(place <= 10, 5.0 / place, 0.01 * normal),
-        # On no such spectrum was anything of the estimators chosen.
+        # Spectra of this kind had no influence on the design of the estimators.
         "eight decades": 10.0 ** np.linspace(-8, 0, SIZE),
     }
 
@@ -116,10 +116,11 @@ def quadratic(w: jax.Array, batch: jax.Array) -> jax.Array:
 
 @jax.jit
 def run(H: jax.Array, x: jax.Array, keys: jax.Array) -> dict[str, Any]:
-    """All that is estimated, by each key: value, standard error and what they go with.
+    """All estimates for each key: value, standard error and further results.
 
-    Normal draws know no directions: what uses them has the eigenvalues as a diagonal,
-    with which products are cheap. Signs, and the diagonal, have the matrix.
+    Normal draws are the same in all directions. Estimators that use them run on the
+    eigenvalues as a diagonal, where products are cheap. Estimators that use signs, and
+    the estimate of the diagonal, run on the matrix.
     """
     as_operator = lambda times, n: sharpness.Operator(times, x, n, lambda v: v)
     matrix = as_operator(lambda v: H @ v, len(x))
@@ -161,7 +162,7 @@ def truth(name: str, H: np.ndarray, x: np.ndarray, known: Any) -> Any:
         return np.diag(H), np.sqrt(np.mean(np.diag(H) ** 2))
     if name == "density":
         grid, sigma = known
-        # Key by key, for the memory of it.
+        # Key by key, to save memory.
         bumps = [
             scipy.stats.norm.pdf(g[:, None], x, s)
             for g, s in zip(grid, sigma, strict=True)
@@ -189,13 +190,13 @@ def measured(H: np.ndarray, dtype: str, num_keys: int) -> dict[str, list[Any]]:
     for name, (value, stderr, *known) in found.items():
         true, unit = truth(name, H, x, known)
         off = value - true
-        if name == "largest eigenvalue":  # the residual is a bound on some eigenvalue
+        if name == "largest eigenvalue":  # bounded is the distance to any eigenvalue
             off = abs(value[:, None] - x).min(1)
             stderr = stderr / 2
-        # To a rounding, which no spread of draws knows.
+        # Up to rounding, which the spread of the draws does not contain.
         rounding = 100 * np.finfo(dtype).eps * max(unit, abs(x).max())
         within = abs(off) <= 2 * stderr + rounding
-        if name == "density":  # where there is one
+        if name == "density":  # only where there is a density
             within = within[true > 0.01 * unit]
         rms = np.sqrt(np.mean(off**2))
         numbers = rms, off.mean(), stderr.mean()
@@ -208,7 +209,7 @@ def measured(H: np.ndarray, dtype: str, num_keys: int) -> dict[str, list[Any]]:
 
 
 def markdown(results: Any) -> dict[str, str]:
-    """For each estimate its coverage, and its largest error and bias of all spectra."""
+    """For each estimate the coverage, and the largest error and bias of all spectra."""
     lines = []
     for name in next(iter(results["rows"].values())):
         rows = [(case, row[name]) for case, row in results["rows"].items()]
@@ -231,8 +232,8 @@ def held(results: Any, name: str) -> str:
     """How many of the keys have the true value within two standard errors.
 
     Args:
-      results: all of them.
-      name: of an estimate, or what the names of several begin with.
+      results: all results.
+      name: the name of an estimate, or the start of several names.
     """
     shares = [
         100 * row[0]
@@ -247,7 +248,7 @@ def held(results: Any, name: str) -> str:
 
 
 def main() -> None:
-    """Runs what is not there yet, and prints the table."""
+    """Runs what the file lacks, and prints the table."""
     options = study.parser(__doc__, "coverage.json", quick="4 keys").parse_args()
     if not options.report:
         num_keys = 4 if options.quick else 100

@@ -1,8 +1,8 @@
-"""The same curvature by PyHessian, by curvlinops and here, of one network in float64.
+"""Curvature of one network in float64, by PyHessian, by curvlinops and by this package.
 
 A small network on the digits has equal weights and data in PyTorch and in JAX. It is
-small enough for dense matrices. Errors are root mean squares over seeds, to these.
-Needs PyTorch and both packages, which are no dependencies of the project:
+small enough for dense matrices. Errors are differences from these, as root mean squares
+over seeds. Needs PyTorch and both packages, which are not dependencies of the project:
 
     pip install torch curvlinops-for-pytorch pyhessian
     python benchmarks/studies/curvature_peers.py [--seeds 5] [--out FILE]
@@ -33,7 +33,7 @@ from optax_sam import sharpness
 NAME = "curvature_peers.json"
 HIDDEN, EXAMPLES, BATCH = 16, 500, 128  # the last batch is a short one
 PEERS = "PyHessian", "curvlinops", "optax_sam"
-# The quantity, how each of them is asked for it, and whether random vectors decide.
+# The rows: the quantities, by name.
 ROWS = {
     "product": "Hessian times a vector",
     "largest": "largest eigenvalue",
@@ -80,7 +80,7 @@ def data() -> Any:
 
 
 def trained(whole: Any, *, layer_norm: bool) -> list[jax.Array]:
-    """Weights after some descent."""
+    """The weights after some steps of descent."""
     draw = np.random.default_rng(0).normal
     shapes: list[tuple[int, ...]] = [(HIDDEN, 64), (HIDDEN,)]
     shapes += [(HIDDEN,)] * 2 * layer_norm + [(10, HIDDEN), (10,)]
@@ -93,7 +93,7 @@ def trained(whole: Any, *, layer_norm: bool) -> list[jax.Array]:
 
 
 def batches_of(whole: Any) -> list[Any]:
-    """As a loader gives them."""
+    """The batches of a loader."""
     return [[a[i : i + BATCH] for a in whole] for i in range(0, EXAMPLES, BATCH)]
 
 
@@ -102,8 +102,8 @@ class Dense:
 
     Attributes:
       H: the Hessian of the mean loss.
-      matrices: it, the GGN, the Fisher and the empirical Fisher matrix, by row.
-      eigenvalues: of the Hessian, ascending.
+      matrices: Hessian, GGN, Fisher and empirical Fisher matrix, by row.
+      eigenvalues: the eigenvalues of the Hessian, ascending.
     """
 
     def __init__(self, params: Any, whole: Any) -> None:
@@ -123,7 +123,7 @@ class Dense:
         self.eigenvalues = np.linalg.eigvalsh(self.H)
 
     def error(self, row: str, found: Any, v: Any) -> float:
-        """Relative to the exact value, in l2 for vectors."""
+        """The error relative to the exact value, in l2 for vectors."""
         values = self.eigenvalues
         if row == "density":
             nodes, weights = found
@@ -140,7 +140,7 @@ class Dense:
 
 
 def of_optax_sam(params: Any, batches: Any, v: Any, seed: int) -> Found:
-    """What this package finds."""
+    """The results of this package."""
     _, unravel = ravel_pytree(params)
     flat = lambda tree: np.asarray(ravel_pytree(tree)[0])
     H = sharpness.hessian(loss_fn, params, batches)
@@ -185,7 +185,7 @@ def torch_batches(batches: Any) -> Any:
 
 
 def of_pyhessian(params: Any, batches: Any, v: Any, seed: int) -> Found:
-    """What PyHessian finds, with its defaults."""
+    """The results of PyHessian, with its defaults."""
     import pyhessian
     import torch
 
@@ -221,7 +221,7 @@ def of_pyhessian(params: Any, batches: Any, v: Any, seed: int) -> Found:
 
 
 def of_curvlinops(params: Any, batches: Any, v: Any, seed: int) -> Found:
-    """What curvlinops finds; eigenvalues by SciPy, as its pages show."""
+    """The results of curvlinops, with eigenvalues by SciPy, as on its pages."""
     import curvlinops
     import torch
     from curvlinops.papyan2020traces.spectrum import lanczos_approximate_spectrum
@@ -323,7 +323,7 @@ def main() -> None:
 
         jax.config.update("jax_enable_x64", True)
         torch.set_default_dtype(torch.float64)
-        torch.set_num_threads(1)  # more only wait for each other
+        torch.set_num_threads(1)  # more threads only wait for each other
         packages = "jax", "torch", "curvlinops-for-pytorch", "pyhessian"
         settings = {**study.environment(*packages), "seeds": options.seeds}
         study.write({"settings": settings, **measure(options.seeds)}, options.out)

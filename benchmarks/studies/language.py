@@ -1,17 +1,18 @@
 """SAM for language models: loss, forgetting and 4-bit weights of a small decoder.
 
 Decoders learn the source code of Python's standard library, byte by byte, in less than
-an epoch. AdamW trains some, for half of the steps and for twice as many, too; SAM or
-Functional-SAM stands before it in others, from the first step or from a late one
-(``when.after``). Then the weights of each decoder are rounded to 4 bits, and each
-learns the text of Python's language reference, which shows what it forgets of the code.
+an epoch. AdamW trains some of them, also for half and for twice the steps. For others,
+SAM or Functional-SAM goes before AdamW, from the first step or from a late one
+(``when.after``). Then the weights of each decoder are rounded to 4 bits. Each decoder
+also learns the text of Python's language reference, which shows how much code it
+forgets.
 
     python benchmarks/studies/language.py
     python benchmarks/studies/language.py --report [FILE]
 
-Each run is a line of JSON in ``--out``, and what is there is not run again. After
-``--seconds`` the process ends after its run, with status 75 while there is more to do:
-the same command goes on.
+Each run is a line of JSON in ``--out``, and existing runs are not repeated. After
+``--seconds`` the process ends after its run, with status 75 while there is more to do.
+The same command continues.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ STEPS, TUNING_STEPS = 1000, 120
 SEEDS = 0, 1, 2
 RATES = 1e-3, 2e-3, 4e-3, 8e-3  # AdamW tries them with the first seed
 RHOS = 0.05, 0.2
-LATE_RHOS = 0.2, 0.8  # its steps are fewer
+LATE_RHOS = 0.2, 0.8  # larger, because fewer steps are perturbed
 BLOCK = 4096  # bytes that go to one part of a text
 JUDGED = 320  # sequences of held-out text
 BITS = 4
@@ -59,10 +60,10 @@ model = Decoder(BLOCKS, WIDTH, HEADS, 256, jnp.float32, rotary=True)
 
 
 class Arm(NamedTuple):
-    """How the code is learned.
+    """An optimizer that learns the code.
 
     Attributes:
-      after: the share of the steps after which SAM begins; ``None`` for AdamW.
+      after: the share of the steps before SAM begins; ``None`` for AdamW.
       rhos: the radii.
       functional: whether it is Functional-SAM.
       length: steps, relative to the study's.
@@ -75,12 +76,12 @@ class Arm(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Those of the whole run."""
+        """The number of steps of the whole run."""
         return round(self.length * STEPS)
 
     @property
     def begin(self) -> int:
-        """Steps of AdamW alone."""
+        """The number of steps of AdamW alone."""
         return self.steps if self.after is None else round(self.after * self.steps)
 
     @property
@@ -101,7 +102,7 @@ ARMS = {
 
 
 def parts(text: bytes) -> dict[str, np.ndarray]:
-    """Of every ten blocks eight to train on, one to choose with and one to test."""
+    """Splits the blocks: of every ten, eight train, one chooses and one tests."""
     blocks = np.frombuffer(text, np.uint8)[: len(text) // BLOCK * BLOCK]
     blocks = blocks.reshape(-1, BLOCK)
     place = np.arange(len(blocks)) % 10
@@ -133,7 +134,7 @@ def loss_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 @jax.jit
 def mean_loss(params: Any, tokens: jax.Array) -> jax.Array:
-    """Over batches of sequences."""
+    """The mean loss over batches of sequences."""
     one = lambda tokens: loss_of(model.apply(params, tokens[:, :-1]), tokens)
     return jax.lax.map(one, tokens).mean()
 
@@ -148,7 +149,7 @@ def judged(params: Any, corpus: str, part: str = "test") -> float:
 
 
 def rounded(params: Any) -> Any:
-    """The matrices with the nearest of 15 levels, a step size for each output."""
+    """Rounds the matrices to the nearest of 15 levels, with a step for each output."""
 
     def nearest(path: Any, leaf: jax.Array) -> jax.Array:
         *_, layer, name = (key.key for key in path)
@@ -162,7 +163,7 @@ def rounded(params: Any) -> Any:
 
 
 def schedule(peak: Any, steps: Any) -> Callable[[Any], Any]:
-    """A warm-up over a tenth, the peak, and down to zero over the last quarter."""
+    """A warm-up over a tenth, then the peak, then down to zero in the last quarter."""
     return lambda count: (
         (peak * jnp.minimum(1, (count + 1) / (0.1 * steps)))
         * jnp.minimum(1, (steps - count) / (0.25 * steps))
@@ -170,7 +171,7 @@ def schedule(peak: Any, steps: Any) -> Callable[[Any], Any]:
 
 
 def optimizer(peak: Any, steps: Any, rho: Any, begin: int) -> Any:
-    """SAM after so many steps, clipping, AdamW."""
+    """SAM from step ``begin`` on, then clipping, then AdamW."""
     return optax.chain(
         optax_sam.sam(rho, when=when.after(begin)),
         optax.clip_by_global_norm(1.0),
@@ -225,10 +226,10 @@ def by_adamw(rate: float, seed: int, steps: int, until: int, saved: Path) -> Any
 
 
 def trained(arm: Arm, rate: float, rho: float, seed: int, saved: Path) -> Any:
-    """The parameters that know the code."""
+    """The parameters after learning the code."""
     steps = arm.steps
     params, opt_state = by_adamw(rate, seed, steps, arm.begin, saved)
-    # As if SAM had waited in the chain, of which AdamW's steps do not depend.
+    # As if SAM had been in the chain from the start: AdamW's steps do not depend on it.
     state = params, optax.tree.set(opt_state, left=np.int32(0))
     step = make_step(arm.begin, arm.functional)
     for tokens in batches(corpora()["code"]["train"], seed, steps)[arm.begin :]:
@@ -247,7 +248,7 @@ def tuned(params: Any, rate: float, seed: int) -> Iterator[tuple[int, Any]]:
 
 
 def measured(params: Any, rate: float, seed: int) -> dict[str, Any]:
-    """All that is asked of a trained decoder."""
+    """All measurements of a trained decoder."""
     found = {
         "validation": judged(params, "code", "validation"),
         "code": judged(params, "code"),
@@ -262,15 +263,15 @@ def measured(params: Any, rate: float, seed: int) -> dict[str, Any]:
 
 
 class OutOfTime(Exception):
-    """The process has to end."""
+    """The process must end."""
 
 
 class Study:
-    """All runs, of which a file holds some.
+    """All runs of the study; a file may hold some of them.
 
     Args:
-      results: the file's.
-      late: whether the process has to end.
+      results: the results in the file.
+      late: whether the process must end.
     """
 
     def __init__(
@@ -289,7 +290,7 @@ class Study:
             )
 
     def run(self, name: str, rate: float, rho: float, seed: int) -> Line:
-        """The line of a run, from the file or made now."""
+        """The line of a run, from the file or from a new run."""
         values = {"rate": rate, "rho": rho}
         line = {"task": "language", "row": name, "values": values, "seed": seed}
         key = self.results.identity(line)
@@ -308,7 +309,7 @@ class Study:
         return self.results.lines[key]
 
     def complete(self) -> None:
-        """The choice of the learning rate, then all arms, seed by seed."""
+        """Chooses the learning rate, then runs all arms, seed by seed."""
         for rate in RATES:
             self.run("AdamW", rate, 0.0, SEEDS[0])
         rate = chosen_rate([*self.results.lines.values()])
@@ -319,7 +320,7 @@ class Study:
 
 
 def settings() -> dict[str, Any]:
-    """What all runs of a file have in common."""
+    """The settings that all runs of a file share."""
     return {
         "steps": [STEPS, TUNING_STEPS],
         "batch": [BATCH, CONTEXT],
@@ -342,22 +343,22 @@ def chosen_rate(lines: list[Line]) -> float:
 
 
 def rise(line: Line) -> float:
-    """What rounding to 4 bits adds to the loss."""
+    """The increase of the loss by rounding to 4 bits."""
     return line["code, 4 bits"] - line["code"]
 
 
 def after(line: Line) -> float:
-    """The loss on code once the prose is learned."""
+    """The loss on code after learning the prose."""
     return line["tuning"][-1][1]
 
 
 def forgotten(line: Line) -> float:
-    """What learning the prose adds to the loss on code."""
+    """The increase of the loss on code by learning the prose."""
     return after(line) - line["code"]
 
 
 def learned(line: Line) -> float:
-    """The loss on prose at that time."""
+    """The loss on prose after learning it."""
     return line["tuning"][-1][2]
 
 
@@ -371,7 +372,7 @@ class Found:
             for rho in arm.rhos:
                 of = [line for line in lines if line.get("row") == name]
                 of = [x for x in of if x["values"] == {"rate": rate, "rho": rho}]
-                if len(of) > 1:  # or there is no interval
+                if len(of) > 1:  # otherwise there is no interval
                     self.runs[name, rho] = {line["seed"]: line for line in of}
         self.base = self.runs.get(("AdamW", 0.0), {})
 

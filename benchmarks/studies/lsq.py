@@ -1,14 +1,14 @@
 """Quantization-aware training (LSQ) with SGD, SAM and vSAM, on digits.
 
-The training is that of examples/lsq_digits.py. A full-precision network is trained for
-each of ten seeds; then it is quantized and fine-tuned by all methods, from the same
-start and on the same batches. A minute on two cores.
+It trains as examples/lsq_digits.py does. A full-precision network is trained for each
+of ten seeds. Then it is quantized, and all methods fine-tune it from the same start and
+on the same batches. This takes a minute on two cores.
 
     python benchmarks/studies/lsq.py [--bits 4 2] [--quick] [--out FILE]
     python benchmarks/studies/lsq.py --report [FILE]
 
-Bits that the file already holds are not trained again. Four bits are printed beside
-what vSAM's paper has of them.
+Bits that the file already holds are not trained again. The results for four bits are
+printed beside those of vSAM's paper.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.lib.tables import table
 
 
 class Method(NamedTuple):
-    """What stands before weight decay and SGD, and whether the network is quantized."""
+    """The method before weight decay and SGD, and whether the network is quantized."""
 
     quantized: bool
     settings: str
@@ -43,7 +43,7 @@ class Method(NamedTuple):
 
 # Radii from 0.1, 0.2, 0.3, 0.5 and 0.7 (vSAM to 0.5) and windows of 10, 15, 20 and 30
 # steps: twelve seeds not used here, judged on the images that are neither trained on
-# nor tested. SAM's 0.2 to 0.5 are equally good. 500 steps want vSAM's windows short.
+# nor tested. SAM's 0.2 to 0.5 are equally good. In 500 steps vSAM needs short windows.
 SAM = optax_sam.sam(rho=0.3, mask=not_steps)
 METHODS = {
     "FP + SGD": Method(False, "", example.SGD),
@@ -61,13 +61,13 @@ def train(
     """Trains a full-precision network per seed, and fine-tunes it with all methods.
 
     Args:
-      bits: of the inner layers' weights and activations.
+      bits: the bits of the inner layers' weights and activations.
       num_seeds: number of runs; a seed sets the images, the weights and the batches.
-      num_epochs: epochs of the first training, and as many of each fine-tuning.
-      progress: where to report.
+      num_epochs: epochs of the full-precision run, and of each fine-tuning.
+      progress: the progress bar.
 
     Returns:
-      A row of the results for each method: what was measured, lists over the seeds.
+      A row of results for each method, with lists over the seeds.
     """
     images, test_images, labels, test_labels = example.load()
     models = {False: Network(None), True: Network(bits)}
@@ -114,7 +114,7 @@ def summary(values: Any, sign: str = "") -> str:
 
 
 def comparison(rows: dict[str, Any], beside: dict[str, dict[str, Any]]) -> str:
-    """One line per method, with published ones beside it."""
+    """One line per method, with the published results beside it."""
     seeds = len(rows["LSQ + SGD"]["accuracy"])
     header = ["method", "settings", f"test accuracy (%), {seeds} seeds"]
     header += ["minus LSQ + SGD", "ahead of it on", "gradients per step"]
@@ -142,7 +142,7 @@ def comparison(rows: dict[str, Any], beside: dict[str, dict[str, Any]]) -> str:
 
 
 def quoted(published: dict[str, Any], name: str) -> list[str]:
-    """A method's accuracy and speed, as far as published."""
+    """The published accuracy and speed of a method."""
     row = published.get(name, [{"accuracy": "", "ais_percent": ""}])[0]
     speed = row["ais_percent"]
     return [row["accuracy"], f"{speed} %" if speed else ""]
@@ -179,7 +179,7 @@ def main() -> None:
 
 
 def run(bits: list[int], quick: bool, out: Path) -> None:
-    """Trains what the file lacks, and adds it."""
+    """Trains the networks that the file lacks, and adds the results."""
     num_seeds, num_epochs = (1, 10) if quick else (10, 50)
     settings = {
         **study.environment(),

@@ -1,8 +1,9 @@
-"""What each measure costs and needs, and 50,000 images that the host brings in batches.
+"""The cost and memory of each measure, and of 50,000 images in batches from the host.
 
-Products, or passes over the data, are counted while a measure runs with its defaults;
-its memory is that of the compiled program, for ten million parameters. The table has
-the coverage of standard errors from ``coverage.py``, too. Three minutes on two cores.
+Products, or passes over the data, are counted while a measure runs with its defaults.
+Its memory is the memory of the compiled program, for ten million parameters. The table
+also has the coverage of standard errors from ``coverage.py``. It takes three minutes on
+two cores.
 
     python benchmarks/studies/measures.py [--out FILE]
     python benchmarks/studies/measures.py --report [FILE]
@@ -30,7 +31,7 @@ from optax_sam import sharpness
 
 
 class Measure(NamedTuple):
-    """A measure with its defaults, the unit of its cost, and how its error is known."""
+    """A measure with its defaults, the unit of its cost, and the kind of its error."""
 
     name: str
     run: Callable[..., Any]
@@ -40,7 +41,7 @@ class Measure(NamedTuple):
 
 
 def measure(title: str, unit: str, error: str, cover: str = "", **options: Any) -> Any:
-    """One of the package, by its name, with what it needs beside the data."""
+    """A measure of the package, by its name, with its arguments beside the data."""
     function = getattr(sharpness, title.split(",")[0])
     run = lambda loss_fn, params, batches: function(
         loss_fn=loss_fn, params=params, batches=batches, **options
@@ -54,7 +55,7 @@ def product(loss_fn: Any, params: Any, batches: Any) -> Any:
 
 
 def noise(loss_fn: Any, params: Any, batches: Any) -> Any:
-    """The noise that is borne, of minus the loss."""
+    """The tolerated noise, for minus the loss as the metric."""
     metric = lambda params, batch: -loss_fn(params, batch)
     return sharpness.pac_bayes_flatness(metric, params, batches, 0)
 
@@ -99,7 +100,7 @@ def cost(case: Measure) -> list[float]:
         jax.block_until_ready(jax.jit(run)(small, jnp.ones((1, 1, 20))))
         count = counted.count
     shape = lambda *x: jax.ShapeDtypeStruct(x, "float32")
-    hidden = 500 if "geodesic" in case.name else 5000  # a pair has a low rank
+    hidden = 500 if "geodesic" in case.name else 5000  # pairs must have a low rank
     outer = 5_000_000 // hidden
     large = {"first": shape(outer, hidden), "second": shape(hidden, outer)}
     need = sharpness.memory(case.run, two_layers, large, shape(1, 8, outer))
@@ -120,7 +121,7 @@ def images() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def of_experts(params: Any, batch: Any) -> jax.Array:
-    """The loss of a network that has its weights from the batch's expert."""
+    """The loss of a network with the weights of the batch's expert."""
     pixels, labels, expert = batch
     own = expert[0] % len(params["in"])
     first, second = params["in"][own], params["out"][own]
@@ -130,7 +131,7 @@ def of_experts(params: Any, batch: Any) -> jax.Array:
 
 
 def network(width: int, num_experts: int, dtype: str) -> dict[str, jax.Array]:
-    """Its weights: of 254 hidden units and 50 experts ten million."""
+    """Its weights: ten million for 254 hidden units and 50 experts."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / shape[1] ** 0.5, dtype)
     shapes = (num_experts, PIXELS, width), (num_experts, width, 10)
@@ -151,7 +152,7 @@ def streamed(dtype: str, measures: dict[str, Any], params: Any) -> dict[str, Any
     batch = sum(x.nbytes for x in next(images()))
     run = lambda f, batches: jax.device_get(f(of_experts, params, batches, 0))
     for name, f in measures.items():
-        run(f, [next(images())])  # which compiles
+        run(f, [next(images())])  # compiles
         peak()
         before = peak()
         found[name] = run(f, images)
@@ -173,7 +174,7 @@ def top(*args: Any) -> Any:
 
 
 def trace(*args: Any) -> Any:
-    """The trace, of few probes."""
+    """The trace, from few probes."""
     return sharpness.hessian_trace(*args, num_matvecs=2, method="hutchinson")
 
 
@@ -190,7 +191,7 @@ def renyi(*args: Any) -> Any:
 
 
 def markdown(results: Any) -> dict[str, str]:
-    """What each measure costs, how its error is known, and how often that holds."""
+    """The cost of each measure, the kind of its error, and how often it holds."""
     held = study.read(study.RESULTS / "coverage.json")
     lines = []
     for case in MEASURES:
@@ -211,7 +212,7 @@ def markdown(results: Any) -> dict[str, str]:
 
 
 def main() -> None:
-    """Runs what is not there yet, and prints the tables."""
+    """Runs what the file lacks, and prints the tables."""
     options = study.parser(__doc__, "measures.json").parse_args()
     if not options.report:
         results = study.begun(study.environment(), options.out, rows={}, stream={})
