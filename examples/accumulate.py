@@ -78,7 +78,7 @@ def main():
         print(
             f"{name.capitalize()}: {memory[name]:.1f} MB of temporary memory,"
             f" loss {loss_fn(params, (x, y)):.5f} after {STEPS} steps,"
-            f" {optax_sam.metrics(opt_state)['ascents']} of them ascents"
+            f" {optax_sam.metrics(opt_state)['ascents']} of them perturbed"
         )
     large, small = ended.values()
     moved = optax.tree.norm(optax.tree.sub(large, start))

@@ -111,7 +111,7 @@ def main():
             progress.console.print(f"Epoch {epoch + 1}: {shown}")
     manager.close()  # waits for the last checkpoint
     if args.data is None:
-        print("Expected: above 80 % accuracy, ascents on less than 40 % of steps.")
+        print("Expected: above 80 % accuracy, less than 40 % of steps perturbed.")
 
 
 if __name__ == "__main__":

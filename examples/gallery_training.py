@@ -1,4 +1,4 @@
-"""The networks of gallery.py: small ones, on digits of which many have wrong labels."""
+"""The networks of gallery.py: small ones, on digits with many wrong labels."""
 
 from __future__ import annotations
 

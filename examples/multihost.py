@@ -95,7 +95,7 @@ def train(epochs, out):
         ascents = optax_sam.metrics(opt_state)["ascents"]
         if jax.process_index() == 0:
             shown = f"training loss {loss:.4f}, test accuracy {tested:.3f}, {ascents}"
-            steps = f"{epoch * len(batches)} steps ascended"
+            steps = f"{epoch * len(batches)} steps perturbed"
             print(f"Epoch {epoch:3}: {shown} of {steps}", flush=True)
         if out:
             manager.save(epoch, args=ocp.args.StandardSave((params, opt_state)))

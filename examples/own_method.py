@@ -41,4 +41,4 @@ opt_state = tx.init(params)
 for _ in range(200):
     params, opt_state = train_step(params, opt_state, x, y)
 ascents = int(optax_sam.metrics(opt_state)["ascents"])
-print(f"Loss {loss_fn(params, x, y):.3f} after 200 steps, {ascents} of them ascents.")
+print(f"Loss {loss_fn(params, x, y):.3f} after 200 steps, {ascents} of them perturbed.")

@@ -102,7 +102,7 @@ def main():
     for name, layer in (block | block["attention"]).items():
         if "kernel" in layer:
             w = layer["kernel"]
-            print(f"{name:6}{w.shape!s:11} of which a device has {part(w).shape}")
+            print(f"{name:6}{w.shape!s:11} on each device {part(w).shape}")
     arrays = jax.tree.leaves(ends[1][:2])
     share = sum(part(x).nbytes for x in arrays) / sum(x.nbytes for x in arrays)
     print(f"Each device has {share:.0%} of weights and state; loss {ends[1][2]:.2f}.")
@@ -110,7 +110,7 @@ def main():
     one, eight = (jax.tree.leaves(jax.device_get(params)) for params, *_ in ends)
     apart = max(np.abs(x - y).max() for x, y in zip(one, eight, strict=True))
     print(
-        f"{ascents[0]} ascents in {STEPS} steps on one device, {ascents[1]} on eight,"
+        f"{ascents[0]} of {STEPS} steps perturbed on one device, {ascents[1]} on eight,"
         f" weights {apart:.0e} apart.\nExpected: as many, and below 1e-8."
     )
 

@@ -198,8 +198,8 @@ def _check_model_state(
 def _check_statistics(state: TrainState, given: Mapping[str, Any]) -> None:
     """Raises if the step updates no running statistics that a subclass holds.
 
-    Several fields may hold some, such as those of an averaged model. Then the step must
-    update ``batch_stats``, or else one of them.
+    Several fields may hold statistics, for instance of an averaged model. Then the step
+    must update ``batch_stats``, or else one of the fields.
     """
     base = {field.name for field in dataclasses.fields(TrainState)}
     own = [x.name for x in dataclasses.fields(state) if x.name not in base]

@@ -1,8 +1,8 @@
 """The registry of methods, and the arguments that they share, written once.
 
-The arguments that all methods on the engine take are those of
-:func:`optax_sam.sharpness_aware`. A method takes them as ``**options``;
-:func:`method` writes them into its signature and its docstring.
+All methods on the engine take the arguments of :func:`optax_sam.sharpness_aware`. A
+method takes them as ``**options``, and :func:`method` writes them into its signature
+and its docstring.
 """
 
 from __future__ import annotations

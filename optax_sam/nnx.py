@@ -50,8 +50,8 @@ def value_and_grad(
       has_aux: whether the loss returns ``aux``, a pytree of anything, such as metrics.
       wrt: filter for the variables to differentiate, the one of ``nnx.Optimizer``.
       axis_name: as in :func:`optax_sam.value_and_grad`, for steps inside ``nnx.pmap``,
-        ``nnx.shard_map``, or those of JAX. The model's statistics are averaged over the
-        devices too.
+        ``nnx.shard_map``, ``jax.pmap`` or ``jax.shard_map``. The model's statistics are
+        averaged over the devices too.
       loss_scale: as in :func:`optax_sam.value_and_grad`.
 
     Returns:

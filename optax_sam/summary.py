@@ -37,7 +37,7 @@ class Summary(NamedTuple):
         gradient at ``w`` counts, unless nothing uses it.
       gradients_when_skipped: gradient evaluations on any other step; ``None`` if all
         steps are perturbed.
-      forward_passes: forward passes beyond those of the gradients, on a perturbed step.
+      forward_passes: forward passes in addition to the gradients, on a perturbed step.
       state_bytes: size of the state of the sharpness-aware methods.
       optimizer_bytes: size of all other state, such as the momentum.
       parameter_bytes: size of the parameters.
@@ -289,7 +289,7 @@ def live(program: Any) -> tuple[Counter[str], set[int]]:
 
 
 def _calls_in(equation: Any) -> Counter[str]:
-    """The calls in one equation, with those of the programs that it runs."""
+    """The calls in one equation, and in the programs that it runs."""
     called = equation.params.get("name")
     if called == "_gradient":
         return Counter(gradient=1)

@@ -57,7 +57,7 @@ class Row(NamedTuple):
       base: the optimizer: ``sgd``, ``adamw``, or a method that wraps SGD.
       length: epochs, relative to the task's.
       divisor: the gradient at ``w`` uses one example in this number.
-      forwards: forward passes of the training step beside those of the optimizer.
+      forwards: forward passes of the training step that the optimizer does not make.
       early: whether the row is SGD's search again, and also chooses the best epoch.
       what: a line for the page.
     """

@@ -8,7 +8,7 @@ on the same batches. This takes a minute on two cores.
     python benchmarks/studies/lsq.py --report [FILE]
 
 Bits that the file already holds are not trained again. The results for four bits are
-printed beside those of vSAM's paper.
+printed beside the published ones of vSAM.
 """
 
 from __future__ import annotations

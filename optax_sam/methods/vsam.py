@@ -179,7 +179,7 @@ def variance_controlled(
         largest = int(window * float(np.asarray(max_rate)))
         if largest < 1:
             raise ValueError(
-                "max_rate must allow at least one ascent per window of"
+                "max_rate must allow at least one perturbed step per window of"
                 f" {window} steps (max_rate >= {1 / window:.3g}); got {max_rate}."
             )
     if initial_rate is not None:

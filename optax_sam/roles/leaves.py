@@ -43,7 +43,7 @@ class Role:
       stack: the number of leading axes along which layers or networks are stacked.
       output: the axes of a kernel or an embedding that count its output units, from
         the first axis of the leaf on and without the stacked ones; empty for all
-        other leaves, each of which is one unit.
+        other leaves, because each of them is one unit.
       unsure: the fields that names and shapes leave open, so that a default was taken:
         some of ``"kind"``, ``"stack"`` and ``"output"``. The comparison of two roles
         ignores it.

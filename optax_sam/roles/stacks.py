@@ -34,7 +34,7 @@ class Group:
         self.stack = 0
 
     def fits(self, kernel: Leaf) -> dict[int, list[tuple[str, Shape]]]:
-        """All readings of a kernel with those of its biases that fit it at all."""
+        """All readings of a kernel, with the biases that fit it in some reading."""
         fits = [x for x in (fitting(kernel, bias) for bias in self.biases) if x]
         return {
             n: [fit for x in fits for fit in x[n]]

@@ -24,7 +24,7 @@ def filter_normalized_direction(
     mask: Mask = None,
     roles: Any = None,
 ) -> Any:
-    r"""A random direction whose filters are as long as those of the weights.
+    r"""A random direction whose filters are as long as the filters of the weights.
 
     Along such directions, a network and a rescaled copy of it look alike. Along plain
     random directions they do not. The draws :math:`d` are standard normal. For each

@@ -285,7 +285,7 @@ class _Layers(NamedTuple):
             number = math.prod(shape[stack:]) // (math.prod(rows) * k)
             place, at = None, stack + len(rows)
             if not name:
-                # The heads of all queries, then those of the keys and of the values.
+                # The heads of all queries, then of the keys, then of the values.
                 own = (number - heads) // 2
                 ends = {"query": (0, heads), "key": (heads, heads + own)}
                 start, stop = ends.get(part, (heads + own, number))

@@ -33,7 +33,7 @@ class MESAState(NamedTuple):
 def mesa(
     decay: optax.ScalarOrSchedule = 0.9998,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""MESA: keeps predictions near those of averaged weights, for one forward pass.
+    r"""MESA: keeps predictions near the predictions of averaged weights.
 
     :func:`optax_sam.saf` keeps past logits in a table. MESA computes them with an
     exponential moving average :math:`v` of the weights, taken after the update:

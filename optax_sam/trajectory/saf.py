@@ -57,7 +57,7 @@ def saf(
     dtype: DTypeLike = "float32",
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SAF: keeps predictions near those of ``delay`` epochs ago, with no further pass.
+    r"""SAF: keeps predictions near the predictions of ``delay`` epochs ago.
 
     SAF does not perturb the weights. A term in the loss compares the logits of each
     example with its logits of ``delay`` epochs before:

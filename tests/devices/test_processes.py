@@ -107,7 +107,7 @@ def example(folder, *arguments):
     )
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, output + errors
-    pattern = r"^Epoch +(\d+): .* accuracy ([\d.]+), (\d+) of (\d+) steps ascended$"
+    pattern = r"^Epoch +(\d+): .* accuracy ([\d.]+), (\d+) of (\d+) steps perturbed$"
     return re.findall(pattern, output, re.MULTILINE)
 
 

@@ -143,7 +143,7 @@ def test_adapters_and_merged_weights_are_perturbed(tmp_path: Path, monkeypatch) 
 @pytest.mark.slow
 def test_accumulated_gradients_train_the_large_batch(tmp_path: Path) -> None:
     output = run(tmp_path, "accumulate.py")
-    assert re.findall(r"(\d+) of them ascents", output) == ["20", "20"]
+    assert re.findall(r"(\d+) of them perturbed", output) == ["20", "20"]
     numbers = r"are (\S+) of their way apart, for (\d+)%"
     apart, less = re.search(numbers, output).groups()
     assert float(apart) < 1e-2
@@ -153,15 +153,17 @@ def test_accumulated_gradients_train_the_large_batch(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_sharded_transformer_trains_as_on_one_device(tmp_path: Path) -> None:
     output = run(tmp_path, "sharded_transformer.py", XLA_FLAGS="")
-    numbers = r"(\d+) ascents .* device, (\d+) on eight, weights (\S+) apart"
+    numbers = (
+        r"(\d+) of .* perturbed on one device, (\d+) on eight, weights (\S+) apart"
+    )
     one, eight, apart = re.search(numbers, output).groups()
     assert one == eight
     assert 20 <= int(one) < 60  # two windows of ten, and then not all
     assert float(apart) < 1e-8
     # FSDP over two devices and tensor parallel over four.
     lines = output.splitlines()
-    assert "query (32, 4, 8)  of which a device has (16, 1, 8)" in lines
-    assert "down  (128, 32)   of which a device has (32, 16)" in lines
+    assert "query (32, 4, 8)  on each device (16, 1, 8)" in lines
+    assert "down  (128, 32)   on each device (32, 16)" in lines
 
 
 @pytest.mark.slow
@@ -180,7 +182,7 @@ def test_the_quick_start_shows_sam(tmp_path: Path) -> None:
 def test_own_method_trains(capsys) -> None:
     runpy.run_path(str(EXAMPLES / "own_method.py"), run_name="__main__")
     output = capsys.readouterr().out
-    pattern = r"Loss (.*) after 200 steps, (\d+) of them ascents.\n"
+    pattern = r"Loss (.*) after 200 steps, (\d+) of them perturbed.\n"
     loss, ascents = re.fullmatch(pattern, output).groups()
     assert float(loss) < 0.5
     assert ascents == "100"
