@@ -84,11 +84,11 @@ def mapped_axes(axis_name: Any) -> Axes:
             return name in varying(jax.lax.axis_index(name))
         except (NameError, KeyError, TypeError) as error:
             raise ValueError(
-                f"axis_name={axis_name!r} averages over a mapped axis, but here is no"
+                f"axis_name={axis_name!r} averages over a mapped axis, but there is no"
                 f" axis {name!r}. Call value_and_grad in a step inside"
                 f" jax.shard_map(step, mesh=mesh, ...), whose mesh has this axis, or"
                 f" jax.pmap(step, axis_name={name!r}). Under plain jit with sharded"
-                " arrays leave axis_name out: gradients are those of all rows."
+                " arrays leave axis_name out: gradients then cover all rows."
             ) from error
 
     return Axes(names, tuple(filter(is_tracked, names)))
@@ -100,7 +100,7 @@ def on_device(tree: Any, axes: Axes) -> Any:
 
 
 def mean(x: Any, axes: Axes) -> Any:
-    """The mean over the axes, those along which ``x`` may vary."""
+    """The mean over the axes along which ``x`` may vary."""
     known = varying(jnp.asarray(x)) if axes.tracked else ()
     over = tuple(n for n in axes.names if n not in axes.tracked or n in known)
     return jax.lax.pmean(x, over) if over else x
@@ -139,7 +139,7 @@ def mean_of_aux(
     both = {_key(*leaf) for leaf in given} & {_key(*leaf) for leaf in returned}
 
     def is_statistic(path: Any, x: Any) -> bool:
-        # An object has no axes, as a scalar.
+        # An object has no axes, like a scalar.
         if not getattr(x, "ndim", 0) or "batch_stats" in names(path):
             return True
         return len(names(path)) > 1 and _key(path, x) in both

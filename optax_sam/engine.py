@@ -170,8 +170,8 @@ def sharpness_aware(
     Raises:
       ValueError: if ``when``, ``blend`` or ``descent`` is no rule; on ``init`` or
         ``update``, if it is inside ``optax.masked`` or ``optax.partition``; on
-        ``update``, if ``params`` or ``grad_fn`` is missing or a gradient has another
-        structure, shape or kind than the parameters.
+        ``update``, if ``params`` or ``grad_fn`` is missing or a gradient differs from
+        the parameters in structure, shape or kind.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
@@ -331,7 +331,7 @@ def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
         **call.extra,
     )
     if not isinstance(method.ascent, AscentRule):
-        # A transformation of Optax's, such as scale_by_rms, knows no axis.
+        # An Optax transformation, such as scale_by_rms, does not know the axis.
         ascent = mean_of_floats(ascent, method.axis_name)
     # A rule with another gradient than the one at w (R-SAM) uses it for the fallback
     # too. XLA then drops the gradient at w, because nothing uses it.
@@ -408,8 +408,8 @@ def in_shards(shards: Any) -> Iterator[None]:
 
     The gradient at ``w`` of such a step has only shapes and dtypes. The shards have
     three methods: ``inside(method)`` is the :class:`Method` without the axis of the
-    shards; ``mean(tree)`` stands for ``step.mean``, which has no gradient of another
-    shard; ``average(find, method, call)`` is what ``find(call)`` finds, averaged.
+    shards; ``mean(tree)`` replaces ``step.mean``, which sees no gradient of another
+    shard; ``average(find, method, call)`` is the mean of the results of ``find(call)``.
     """
     token = _shards.set(shards)
     try:
@@ -439,7 +439,7 @@ def _shapes_of(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class _Recorded(NamedTuple):
-    """A caller's decision for the step from ``start``, and the steps that it sees."""
+    """A caller's decision for the step from ``start``, and the recorded steps."""
 
     start: Any
     ascend: bool | None

@@ -41,8 +41,8 @@ def micro_sharpness(
       d = \frac1M \sum_i \nabla L_i(w + e_i)
 
     ``axis_name=`` does the same on :math:`M` devices. This function does it on any
-    number of devices, for any method with that argument. Decisions, caches, rejections
-    and metrics are those of one method. ``num_shards=1`` is the method itself.
+    number of devices, for any method with that argument. The shards share decisions,
+    caches, rejections and metrics. ``num_shards=1`` is the method itself.
 
     ``grad_fn(params, i)`` returns the gradients on shard ``i`` alone. It also computes
     the gradients at ``w``, so ``updates`` is not used. Pass ``None``, or the mean
@@ -243,16 +243,16 @@ class _Shards(NamedTuple):
             except AssertionError as error:  # all that JAX says about it
                 raise ValueError(
                     "Inside shard_map, micro_sharpness of this transformation needs"
-                    " jax.shard_map(..., check_vma=False): else JAX has no means over"
-                    " vmap's axis."
+                    " jax.shard_map(..., check_vma=False). Otherwise JAX has no means"
+                    " over the axis of vmap."
                 ) from error
 
             def own_grad_fn(point: Any) -> Any:
                 if self.form == "vmap":
                     return self.grad_fn(point, i)
-                # All shards meet here, and each takes its own of what is found. Only
-                # the gradients leave the vmap: what else a method does is cheap, and
-                # needs the means over all shards before its next line.
+                # All shards meet here, and each takes its part of the result. Only the
+                # gradients leave the vmap: the rest of a method is cheap, and needs the
+                # means over all shards before its next line.
                 points = jax.lax.all_gather(point, self.axis_name)
                 return _at(of_all(lambda k: self.grad_fn(_at(points, k), k)), i)
 
@@ -319,8 +319,8 @@ def _check_call(params: Any, grad_fn: Any, extra: dict[str, Any]) -> None:
         inspect.signature(grad_fn).bind(params, 0)
     except (TypeError, ValueError):
         raise checks.MissingArgument(
-            "micro_sharpness needs grad_fn, a function of the parameters and of a"
-            " shard's number that returns the gradients on this shard alone; got"
+            "micro_sharpness needs grad_fn, a function of the parameters and of the"
+            " number of a shard that returns the gradients on this shard alone; got"
             f" {grad_fn!r}. Write {_CALL}.",
             "grad_fn",
         ) from None
@@ -329,6 +329,6 @@ def _check_call(params: Any, grad_fn: Any, extra: dict[str, Any]) -> None:
     if default is not inspect.Parameter.empty and not isinstance(default, int | None):
         raise ValueError(
             "micro_sharpness passes the number of the shard as the second argument of"
-            f" grad_fn, but there {shard[0].name} has a default, probably a batch,"
-            f" which the number would replace. Write {_CALL}."
+            f" grad_fn, but {shard[0].name} has a default, probably a batch, which the"
+            f" number would replace. Write {_CALL}."
         )

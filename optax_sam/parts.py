@@ -7,8 +7,8 @@ all methods.
 
 **The state of a part** is a pytree of arrays, a named tuple as a rule. It may offer:
 
-- ``metrics()``: scalars by name, which :func:`optax_sam.metrics` adds to those of the
-  engine;
+- ``metrics()``: scalars by name, which :func:`optax_sam.metrics` adds to the engine's
+  scalars;
 - ``ascends`` (for a when): whether the next step is perturbed, () bool, decided at the
   end of the step before. Without it nothing is known ahead;
 - ``plan()`` (for a when with ``ascends``): the decisions of the next steps and the
@@ -161,8 +161,8 @@ class When(NamedTuple):
     Attributes:
       init: ``init(params) -> state``.
       now: ``now(state, g, step) -> (decision, state)`` for this step. A Python bool
-        compiles no conditional. It sees every gradient, also those that are not
-        finite. Everything that it stores from a gradient must go through ``step.mean``.
+        compiles no conditional. The rule sees every gradient, finite or not. Everything
+        that it stores from a gradient must go through ``step.mean``.
       observe: ``observe(state, g, g_s, step) -> state``, called on perturbed steps
         whose gradients are finite. Everything that it stores from a gradient must go
         through ``step.mean``.
@@ -190,7 +190,7 @@ class AlwaysState(NamedTuple):
         return True
 
     def plan(self) -> tuple[np.ndarray, int]:
-        """Only ascents, without asking the device."""
+        """Only perturbed steps, without reading from the device."""
         return np.ones(LOOKAHEAD, bool), LOOKAHEAD
 
 

@@ -35,8 +35,9 @@ def value_and_grad(
     Args:
       loss_fn: function of the parameters and of anything else,
         ``loss_fn(params, model_state, batch, dropout_key)`` for instance, that returns
-        the loss, () float; with ``has_aux``, ``(loss, aux)``. It must not average over
-        devices what it returns, but may (batch normalization over all devices does).
+        the loss, () float; with ``has_aux``, ``(loss, aux)``. It must not average its
+        results over the devices. It may average inside, as batch normalization over all
+        devices does.
       has_aux: whether there is ``aux``, a pytree of anything: metrics, and the model's
         new state.
       axis_name: name, or tuple of names, of the mapped axis (``pmap``, ``shard_map``)
@@ -56,7 +57,7 @@ def value_and_grad(
 
     Raises:
       ValueError: if ``loss_fn`` is no function or ``loss_scale`` no scale; on the call,
-        if ``loss_fn`` returns a pair without ``has_aux``, or none with it, or a loss
+        if ``loss_fn`` returns a pair without ``has_aux``, no pair with it, or a loss
         that is no scalar; if a parameter is not a real float; if ``axis_name`` is no
         mapped axis, or if the parameters differ along it.
 
@@ -119,9 +120,9 @@ def check_parameters(params: Any, axes: Axes) -> None:
             if name in varying(jnp.asarray(leaf)):
                 raise ValueError(
                     f"axis_name={name!r} averages over the devices, but the parameter"
-                    f" at {where} varies over that axis. Give value_and_grad and"
-                    " update the parameters as they come in with in_specs=P(), not"
-                    " those of jax.lax.pcast; and give axis_name either to"
+                    f" at {where} varies over that axis. Pass the parameters as they"
+                    " come in with in_specs=P() to value_and_grad and to update, not"
+                    " the result of jax.lax.pcast. Give axis_name either to"
                     " value_and_grad (one perturbation for all devices) or to the"
                     " method (one per device), not to both. If each device has a part"
                     " of the parameters (FSDP), use optax_sam.value_and_grad without"

@@ -33,7 +33,7 @@ def memory(
     *args: Any,
     **options: Any,
 ) -> Memory:
-    """The memory that a measure will need: compiled for these shapes, but not run.
+    """The memory that a measure will need, from its compiled program; it is not run.
 
     Args:
       measure: a function ``(loss_fn, params, batches, ...)``, such as
@@ -65,7 +65,7 @@ def memory(
     """
     if isinstance(batches, list) or is_streamed(batches):
         raise ValueError(
-            "The memory is known for stacked batches. For a list or a loader give one"
+            "memory needs stacked batches. In place of a list or a loader, give one"
             " batch: jax.tree.map(lambda x: x[None], batch)."
         )
     run = lambda params, batches: measure(loss_fn, params, batches, *args, **options)

@@ -306,7 +306,7 @@ def test_refused_arguments_and_calls():
     no_shard = (None, lambda p: p, lambda: 1, 3)
     for message, w, extra in (
         (r"needs the parameters: tx\.update", None, {"grad_fn": lambda p, i: p}),
-        *(("a shard's number", params, {"grad_fn": f}) for f in no_shard),
+        *(("the number of a shard", params, {"grad_fn": f}) for f in no_shard),
         ("the number of the shard", params, {"grad_fn": of_batch}),
         ("into shards", params, {"per_example_loss_fn": lambda p, i=None: 0}),
         (r"sam: the gradient at w.*structure", params, {"grad_fn": less}),
