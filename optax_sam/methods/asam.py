@@ -110,7 +110,7 @@ def asam(
       >>> tx = optax.chain(optax_sam.asam(rho=0.5), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. 1e-12 is added to the norm; there 1e-16, which float32 does not see.
+      1. 1e-12 is added to the norm; there it is 1e-16, which float32 rounds away.
       2. The adapted leaves are found by names and structure, see
          :func:`optax_sam.roles`; there by ``weight`` in the name, which PyTorch gives
          to kernels, embeddings and gains. If no name identifies a leaf, it is adapted

@@ -119,7 +119,7 @@ def sam_on(
       1. The layers are found by names and structure, see :func:`optax_sam.roles`;
          there by ``norm`` or ``bn`` in the name of a parameter. Finding no layer is an
          error. A layer with a kernel is no normalization layer, whatever its name.
-      2. 1e-12 is added to the norm; there 1e-16, which float32 does not see.
+      2. 1e-12 is added to the norm; there it is 1e-16, which float32 rounds away.
 
     References:
       Mueller et al., `Normalization Layers Are All That Sharpness-Aware Minimization

@@ -96,8 +96,8 @@ def wsam(
 
     Differs from the authors' code in:
       1. If a perturbed gradient is rejected, the inner optimizer's step stays.
-      2. Its ``adaptive=True`` is the ellipsoid of ASAM, and its ``decouple=False`` is
-         :func:`optax_sam.gnp`.
+      2. Their ``adaptive=True`` is the ellipsoid of ASAM, and their ``decouple=False``
+         is :func:`optax_sam.gnp`.
 
     References:
       Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as a

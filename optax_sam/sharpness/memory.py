@@ -33,7 +33,7 @@ def memory(
     *args: Any,
     **options: Any,
 ) -> Memory:
-    """The memory that a measure will need, from its compiled program; it is not run.
+    """The memory that a measure will need, from its program, without running it.
 
     Args:
       measure: a function ``(loss_fn, params, batches, ...)``, such as

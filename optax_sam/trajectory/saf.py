@@ -143,7 +143,8 @@ def saf(
     Differs from the authors' code in:
       1. The epoch is counted for each example, not for all. The two are the same
          where every epoch shows every example once.
-      2. ``delay`` slots, not ``delay + 1``: the loss reads before the update writes.
+      2. The table has ``delay`` slots and not ``delay + 1``, because the loss reads it
+         before the update writes.
       3. An example without a past of the right age has no term; there it is compared
          with zeros or with a past of another age.
       4. Logits that are not finite are not recorded.

@@ -127,7 +127,11 @@ def test_integers_have_least_values(row, low):
         (when.every_k, {"k": 3, "phase": 3}, "phase must be below k = 3"),
         (optax_sam.vsam, {"window": 12, "num_slices": 5}, "divisible by num_slices"),
         (optax_sam.vsam, {"window": 5, "num_slices": 5}, "two values per slice"),
-        (optax_sam.vsam, {"window": 10, "max_rate": 0.09}, "at least one ascent"),
+        (
+            optax_sam.vsam,
+            {"window": 10, "max_rate": 0.09},
+            "at least one perturbed step",
+        ),
         (optax_sam.vsam, {"max_rate": lambda t: 0.5}, "max_rate must be a number"),
         (optax_sam.renyi_sam, {"alpha": 1.0}, "alpha must not be 1"),
         (optax_sam.ae_sam, {"lag": 2}, "lag must be 0 .* or 1 .*got 2"),

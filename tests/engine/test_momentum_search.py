@@ -244,7 +244,9 @@ def test_a_traced_learning_rate():
     np.testing.assert_allclose(jax.jacobian(sgd)(0.1), -1.0, rtol=1e-5)
     adam = lambda x: optax.adamw(x, b1=x, b2=x, eps=x, weight_decay=x)
     assert bool(jnp.all(jax.jit(lambda x: after_a_step(x, adam))(0.1) < 1))
-    with pytest.raises(ValueError, match=r"TraceState.trace.*traced. Put the learning"):
+    with pytest.raises(
+        ValueError, match=r"TraceState.trace.*traced learning rate. Put"
+    ):
         jax.jit(lambda rate: after_a_step(rate, rms))(0.1)
     # As the error says.
     behind = lambda rate: optax.chain(

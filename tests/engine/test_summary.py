@@ -149,10 +149,10 @@ def test_nothing_is_allocated():
         ("metrics", "no method called 'metrics'"),
         (optax_sam.saf, r"saf has no default for num_examples, num_classes.*saf\(50"),
         (None, r"optimizer, such as optax\.chain.*got None"),
-        (optax_sam.sam(axis_name="i"), "found an axis_name.*built without"),
+        (optax_sam.sam(axis_name="i"), "found an axis_name.*without axis_name"),
         (
             optax_sam.micro_sharpness(optax_sam.sam(axis_name="shards"), 4),
-            "found micro_sharpness.*built without",
+            "found micro_sharpness.*without axis_name",
         ),
     ],
     ids=["name", "no method", "arguments", "nothing", "axis", "shards"],

@@ -168,7 +168,9 @@ def test_sampa_counts_too():
 
 def test_it_says_what_to_write():
     state = optax_sam.sam(0.1).init(jnp.ones(2))
-    with pytest.raises(ValueError, match="own rule.*DynamicScale.*A number stays"):
+    with pytest.raises(
+        ValueError, match="the rule of its object.*DynamicScale.*A number has"
+    ):
         optax_sam.update_loss_scale(8.0, jnp.ones(2), state, state)
     with pytest.raises(ValueError, match="one optimizer.*hold 1 and 0"):
         optax_sam.update_loss_scale(DynamicScale(), jnp.ones(2), state, ())

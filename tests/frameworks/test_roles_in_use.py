@@ -88,7 +88,7 @@ def test_given_roles_are_taken(method):
 
 def test_adapt_and_roles_contradict_each_other():
     for make in (optax_sam.asam, ascent.adaptive):
-        with pytest.raises(ValueError, match="adapt says which leaves"):
+        with pytest.raises(ValueError, match="adapt already says which"):
             make(0.1, adapt=True, roles=optax_sam.roles)
 
 

@@ -152,7 +152,9 @@ def test_heads_are_asked_for():
         sharpness.attention_gl_pairs(params)
     paths = (f"self_attn/{x}/kernel" for x in ("q_proj", "k_proj"))
     pair = sharpness.gl_pair(*paths)
-    with pytest.raises(ValueError, match=r"heads are pairs.*num_heads=8.*shape="):
+    with pytest.raises(
+        ValueError, match=r"head is a separate pair.*num_heads=8.*shape="
+    ):
         locate([pair], params, params)
     with pytest.raises(ValueError, match="no lora_a and lora_b"):
         sharpness.lora_gl_pairs(params)

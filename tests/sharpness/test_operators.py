@@ -130,7 +130,7 @@ def test_estimators_take_any_of_them(x64):
     assert not top.eigenvectors["out"].any()
     assert not diagonal["out"].any()
     np.testing.assert_allclose(of_operator.nodes, of_loss.nodes, rtol=1e-8)
-    with pytest.raises(ValueError, match="loss_fn, params and batches in the place"):
+    with pytest.raises(ValueError, match="loss_fn, params and batches in place"):
         sharpness.renyi_entropy(curvature.matrix(block), 0, layerwise=True)
 
 

@@ -77,7 +77,7 @@ def test_variables_of_nnx():
     graphdef, state = nnx.split(model)
     loss = lambda model, x: jnp.mean(model(x) ** 2)
     for whole in (state, model):
-        with pytest.raises(ValueError, match=r"is a (BatchStat|Rng\w+), no weight.*"
+        with pytest.raises(ValueError, match=r"is a (BatchStat|Rng\w+), not a weight.*"
                            r"nnx.split\(model, nnx.Param, ...\)"):  # fmt: skip
             trace(lambda m, x: 0.0, whole)
     graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
@@ -94,7 +94,7 @@ def test_models_of_equinox():
     assert trace(lambda p, x: loss(eqx.combine(p, static), x), params) > 0
     norm = eqx.nn.make_with_state(eqx.nn.BatchNorm)
     _, state = norm(3, "batch", mode="batch")
-    with pytest.raises(ValueError, match=r"\[1\] is a State, no weight"):
+    with pytest.raises(ValueError, match=r"\[1\] is a State, not a weight"):
         trace(lambda p, x: 0.0, (params, state))
 
 
