@@ -47,9 +47,8 @@ def functional_value_and_grad(
     m-SAM calls it on each shard, under ``jax.vmap`` or ``shard_map`` with the
     ``axis_name`` of the method.
 
-    A perturbed gradient costs what it costs in SAM, without the loss and without the
-    forward pass of the last layer. :math:`c`, an array like the outputs, is kept until
-    then.
+    A perturbed gradient costs as much as in SAM, less the loss and the forward pass of
+    the last layer. :math:`c`, an array like the outputs, is kept until then.
 
     Args:
       apply_fn: function of the parameters and of anything else,
@@ -147,8 +146,8 @@ def _checked(found: Any, has_aux: bool) -> tuple[Any, Any]:
         if not is_perturbable(leaf):
             kind = getattr(leaf, "dtype", None) or f"a {type(leaf).__name__}"
             raise ValueError(
-                "apply_fn must return what the loss is a function of, real floats such"
-                f" as logits, but {jax.tree_util.keystr(path) or 'its output'} is"
+                "apply_fn must return the inputs of the loss, real floats such as"
+                f" logits, but {jax.tree_util.keystr(path) or 'its output'} is"
                 f" {kind}. Return (outputs, aux) and set has_aux=True."
             )
     return outputs, aux

@@ -25,11 +25,11 @@ __all__ = ["TrainState", "value_and_grad"]
 
 # Collections of a model that each training step updates.
 _COLLECTIONS = ("batch_stats",)
-# What the running statistics of normalization layers are called.
+# The names of the running statistics in normalization layers.
 _STATISTICS = {"mean", "var"}
 
 _RETURN = (
-    "Let the loss return what the pass at the weights wrote: logits, model_state ="
+    "Let the loss return the collections after the pass at w: logits, model_state ="
     ' model.apply({"params": params, **model_state}, x, mutable=list(model_state)),'
     " and pass it on: state.apply_gradients(grads=grads, grad_fn=grad_fn,"
     " model_state=model_state). To keep the old one, pass"
@@ -228,7 +228,7 @@ def _check_field(name: str, held: Any, given: Any) -> None:
 
 def _return(name: str) -> str:
     return (
-        "Let the loss return what the pass at the weights wrote: logits, updates ="
+        "Let the loss return the statistics after the pass at w: logits, updates ="
         f' model.apply({{"params": params, "{name}": state.{name}}}, x,'
         f' mutable=["{name}"]), and pass it on: state.apply_gradients(grads=grads,'
         f' grad_fn=grad_fn, {name}=updates["{name}"]), in place of a later'

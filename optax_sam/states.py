@@ -112,8 +112,8 @@ def check_state(method: str, kind: type, state: Any, expected: Any = None) -> No
         part = path.split(".")[1].split("[")[0]
         raise ValueError(
             f"{method} got a state that was made with other settings or for other"
-            f" parameters: at state{path} it has {have}, and the method as it is now"
-            f" makes {want}. Build the method with the settings that the state was made"
+            f" parameters: at state{path} it has {have}, and the current method makes"
+            f" {want}. Build the method with the settings that the state was made"
             f" with, or start this part again and keep the others: state ="
             f" state._replace({part}=method.init(params).{part}), where method is this"
             " transformation and state is its part of the optimizer's state."

@@ -50,7 +50,7 @@ class VarianceControlledState(NamedTuple):
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """What the rule as it is now writes into a state of other settings."""
+        """The fields that the current rule rewrites in a state of other settings."""
         return ("catch_up",)
 
     def turned(self, ascended: jax.Array) -> VarianceControlledState:

@@ -29,7 +29,7 @@ class EveryKState(NamedTuple):
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """What the rule as it is now writes into a state of other settings."""
+        """The fields that the current rule rewrites in a state of other settings."""
         return ("period",)
 
     def plan(self) -> tuple[jax.Array, int]:
@@ -107,7 +107,7 @@ class BernoulliState(NamedTuple):
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """What the rule as it is now writes into a state of other settings."""
+        """The fields that the current rule rewrites in a state of other settings."""
         return ("probability", "known")
 
     def plan(self) -> tuple[jax.Array, jax.Array]:
