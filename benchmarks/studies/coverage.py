@@ -190,7 +190,7 @@ def measured(H: np.ndarray, dtype: str, num_keys: int) -> dict[str, list[Any]]:
     for name, (value, stderr, *known) in found.items():
         true, unit = truth(name, H, x, known)
         off = value - true
-        if name == "largest eigenvalue":  # bounded is the distance to any eigenvalue
+        if name == "largest eigenvalue":  # its bound is for the nearest eigenvalue
             off = abs(value[:, None] - x).min(1)
             stderr = stderr / 2
         # Up to rounding, which the spread of the draws does not contain.

@@ -169,8 +169,8 @@ def _fit(pair: GLPair) -> Located:
         rows = sum(map(_size, side)) // (number * h)
         if rows < h:
             raise ValueError(
-                f"{name} has {rows} rows and {h} columns. A factor cannot have more"
-                f" columns than rows, because they would be dependent: {described}."
+                f"{name} has {rows} rows and {h} columns. With more columns than rows,"
+                f" the columns of a factor depend on each other: {described}."
                 " Check rank_axis, or leave this pair out."
             )
     return Located(*pair, number)
