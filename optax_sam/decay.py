@@ -10,6 +10,7 @@ import optax
 
 from optax_sam.masks import Mask, resolve_mask
 from optax_sam.schedules import at, check_schedule
+from optax_sam.trees import add, wide
 
 __all__ = ["DecayAfterState", "decay_after"]
 
@@ -73,9 +74,9 @@ def decay_after(
         def decayed(u: Any, w: Any, decays: bool) -> Any:
             if not decays:
                 return u
-            u = jnp.asarray(u)
-            wide = jnp.promote_types(u.dtype, jnp.float32)
-            return (u - rate_now.astype(wide) * (w + u.astype(wide))).astype(u.dtype)
+            u, w = jnp.asarray(u), jnp.asarray(w)
+            after = add(w, u)
+            return (wide(u) - rate_now.astype(after.dtype) * after).astype(u.dtype)
 
         chosen = resolve_mask(mask, params)
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -86,24 +87,24 @@ def dispatch(
     runs_ahead = True  # until a trace shows that something may hold a step back
     single = False  # whether only the program with the conditional will do
     plan: list[bool | None] = []  # decisions read ahead and not used yet ...
-    follows: Any = None  # ... which hold for the state with this very step counter
+    follows: Any = None  # ... which hold for the state with these very arrays
 
     def traced(ascend: bool | None) -> Callable[..., Any]:
         @functools.wraps(train_step)
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal runs_ahead
             given = (args, kwargs)
-            before, objects = _counter(given), _nnx_objects(given)
+            before, objects = _clock(given), _nnx_objects(given)
             extra = {"ascend": ascend} if keyword else {}
-            with recorded_steps(before, ascend) as steps:
+            with recorded_steps(before and before[0], ascend) as steps:
                 result = train_step(*args, **extra, **kwargs)
             if not _knows_nnx(jit):
                 _check_nothing_is_lost(objects, result)
             if ascend is not None:
-                if len(steps) > 1 or (steps and steps[0][0] is not before):
+                if len(steps) > 1 or (steps and not _same(_clock(steps[0][0]), before)):
                     raise _NoSingleStep
-                after = _counter(result, given)
-                runs_ahead = runs_ahead and bool(steps) and after is steps[0][1]
+                ends = steps and _same(_clock(steps[0][1]), _clock(result, given))
+                runs_ahead = runs_ahead and bool(ends)
             return result
 
         return jit(run, **jit_options)
@@ -115,8 +116,8 @@ def dispatch(
         given = (args, kwargs)
         if single or _decides_late(given):
             return variants[None](*args, **kwargs)
-        counter = _counter(given)
-        known = counter is not None and counter is follows
+        clock = _clock(given)
+        known = _same(clock, follows)
         if not (known and plan):
             plan = _agreed(given, ahead=known and runs_ahead)
         try:
@@ -124,8 +125,8 @@ def dispatch(
         except _NoSingleStep:
             single = True
             return variants[None](*args, **kwargs)
-        after = _counter(result, given)
-        follows, plan = (None, []) if after is counter else (after, plan[1:])
+        after = _clock(result, given)
+        follows, plan = (None, []) if _same(after, clock) else (after, plan[1:])
         return result
 
     return functools.wraps(train_step)(step)
@@ -144,13 +145,24 @@ def _decides_late(tree: Any) -> bool:
     return len(found) == 1 and not known_ahead(found[0].when)
 
 
-def _counter(*trees: Any) -> Any:
-    """The step counter of the one method in the first pytree that has one."""
+def _clock(*trees: Any) -> list[Any] | None:
+    """The arrays that decide: the step counter of the one method, and its rule's state.
+
+    It is the method in the first pytree that has one.
+    """
     for tree in trees:
         found = members(tree)
         if len(found) == 1:
-            return without_variables(found[0].count)
+            clock = found[0].count, found[0].when
+            return jax.tree.leaves(without_variables(clock))
     return None
+
+
+def _same(a: list[Any] | None, b: list[Any] | None) -> bool:
+    """Whether two states have the very same arrays."""
+    if a is None or b is None or len(a) != len(b):
+        return False
+    return all(map(operator.is_, a, b))
 
 
 def _agreed(tree: Any, ahead: bool) -> list[bool | None]:

@@ -241,6 +241,7 @@ def sharpness_aware(
         shards = _shards.get()
         here = method if shards is None else shards.inside(method)
         call = check(here, updates, state, params, grad_fn, extra)
+        before = state
         decision, state = decide(here, call, state, ascend)
         perturb = functools.partial(_perturbed, here, call)
         skip = functools.partial(_skipped, here, call)
@@ -248,12 +249,13 @@ def sharpness_aware(
             d, state = jax.lax.cond(decision, perturb, skip, state)
         else:  # known while tracing, or nothing is traced: a cond would be compiled
             d, state = (perturb if decision else skip)(state)
-        after = optax.safe_increment(state.count)
-        if (recorded := _recorded.get()) is not None:
-            recorded.steps.append((state.count, after))
-        return d, state._replace(
-            count=after, when=when.advance(state.when, jnp.asarray(decision))
+        after = state._replace(
+            count=optax.safe_increment(state.count),
+            when=when.advance(state.when, jnp.asarray(decision)),
         )
+        if (recorded := _recorded.get()) is not None:
+            recorded.steps.append((before, after))
+        return d, after
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -451,7 +453,7 @@ _recorded: ContextVar[_Recorded | None] = ContextVar("_recorded", default=None)
 
 @contextlib.contextmanager
 def recorded_steps(start: Any, ascend: bool | None) -> Iterator[list[tuple[Any, Any]]]:
-    """Records the counts before and after each step that is traced inside.
+    """Records the states before and after each step that is traced inside.
 
     If a caller finds the same array objects in the state before and in the state
     after, nothing around the engine holds a step back, repeats it or rolls it back.

@@ -14,6 +14,7 @@ from optax_sam.engine import SharpnessAwareState
 from optax_sam.methods.sampa import SAMPaState
 from optax_sam.schedules import check_number
 from optax_sam.states import nodes, without_variables
+from optax_sam.trees import wide
 
 
 def update_loss_scale(
@@ -121,5 +122,4 @@ def scale_of(loss_scale: Any) -> jax.Array:
 
 def in_single(x: jax.Array) -> jax.Array:
     """Half precision as float32; scaled numbers would overflow and underflow there."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return wide(jnp.asarray(x))

@@ -81,6 +81,6 @@ def weight_scaled(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationEx
 
     def offset(g: Any, params: Any, step: Step) -> Any:
         e = rescale(g, norm(g), at(rho, step.count))
-        return jax.tree.map(lambda x, w: jnp.abs(w) * x, e, params)
+        return jax.tree.map(lambda x, w: jnp.abs(w).astype(x.dtype) * x, e, params)
 
     return offset_rule(offset, needs=("params",))

@@ -46,7 +46,8 @@ def centralized(
 
     def center(x: jax.Array, role: Role) -> jax.Array:
         axes = role.within_unit(x.ndim)
-        return x - jnp.mean(wide(x), axes, keepdims=True) if role.output else x
+        x = wide(x)
+        return x - jnp.mean(x, axes, keepdims=True) if role.output else x
 
     def offset(g: Any, params: Any, step: Step) -> Any:
         moved = jax.tree.map(center, g, resolve_roles(roles, params))

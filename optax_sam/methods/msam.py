@@ -12,7 +12,7 @@ from optax_sam import checks, momentum, probe, schedules, states
 from optax_sam.method import method
 from optax_sam.schedules import at
 from optax_sam.states import the_state, with_dicts, without_variables
-from optax_sam.trees import norm, rescale, scaled
+from optax_sam.trees import add, norm, rescale, scaled, wide
 
 _EXAMPLE = "optax_sam.msam(optax.sgd(0.1, momentum=0.9))"
 
@@ -190,7 +190,7 @@ def msam(
         g, params = jax.tree.map(jnp.asarray, (updates, params))
         where = place(state.inner, params)
         before = scaled(momentum.take(state.inner, where, params), state.scale)
-        w = optax.tree.cast_like(optax.tree.add(params, before), params)
+        w = optax.tree.cast_like(add(params, before), params)
         u, inner_state = inner.update(g, state.inner, w, **extra)
         v = momentum.take(inner_state, where, params)
         # The perturbation is against a momentum of gradients, and along one of steps.
@@ -201,7 +201,7 @@ def msam(
         after = scaled(v, scale)
         # Not computed from the sum w: a step much smaller than w would lose digits.
         moved = jax.tree.map(
-            lambda u, x, y, like: (u + (x - y)).astype(like.dtype),
+            lambda u, x, y, like: (wide(u) + (x - y)).astype(like.dtype),
             *(u, before, after, params),
         )
         return moved, MSAMState(optax.safe_increment(state.count), scale, inner_state)
@@ -249,7 +249,7 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
         ) from error
     kept = jax.tree.leaves(inner)
     offset = scaled([kept[i] for i in where], state.scale)
-    w = [(x + y).astype(x.dtype) for x, y in zip(live, offset, strict=True)]
+    w = optax.tree.cast_like(add(live, offset), live)
     return jax.tree.unflatten(structure, w)
 
 

@@ -235,11 +235,11 @@ def sampa(
         """The weights that a step along ``g_y`` would reach."""
         if predict == "gradient":
             lr = at(learning_rate, state.count)
-            return jax.tree.map(lambda w, g: w - lr.astype(g.dtype) * g, w, g_y)
+            return jax.tree.map(lambda w, g: wide(w) - lr.astype(g.dtype) * g, w, g_y)
         u, _ = inner.update(optax.tree.cast_like(g_y, w), state.inner, w, **extra)
         # At first there is nothing to step along, and no decay either.
         first = state.count == 0
-        return jax.tree.map(lambda w, u: w + jnp.where(first, 0, wide(u)), w, u)
+        return jax.tree.map(lambda w, u: wide(w) + jnp.where(first, 0, wide(u)), w, u)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

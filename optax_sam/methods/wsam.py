@@ -139,7 +139,7 @@ def wsam(
 
         def move(u: jax.Array, x: jax.Array, x_s: jax.Array) -> jax.Array:
             sharpness = wide(x_s) - wide(x)
-            return (u - step.astype(sharpness.dtype) * sharpness).astype(u.dtype)
+            return (wide(u) - step.astype(sharpness.dtype) * sharpness).astype(u.dtype)
 
         return jax.tree.map(move, u, g, g_s), WSAMState(ascended, inner_state)
 

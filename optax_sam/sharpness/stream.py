@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_sam.trees import widest
+
 
 def accumulate(
     f: Callable[[Any], Any],
@@ -97,7 +99,7 @@ def count_examples(batch: Any) -> int:
 @jax.jit
 def _scale(m: jax.Array, part: Any) -> Any:
     def scaled(x: ArrayLike) -> jax.Array:
-        dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
+        dtype = widest(x)
         return jnp.asarray(x, dtype) * m.astype(dtype)
 
     return jax.tree.map(scaled, part)

@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_sam.schedules import check_number
+from optax_sam.trees import widest
 
 
 def trajectory_loss(
@@ -81,7 +82,7 @@ def trajectory_loss(
             " known = optax_sam.saf_past_logits(opt_state, indices); for MESA take the"
             " model's output at optax_sam.mesa_params(opt_state)."
         )
-    dtype = jnp.promote_types(jnp.result_type(z, past), jnp.float32)
+    dtype = widest(z, past)
     z, past = z.astype(dtype), past.astype(dtype)
     if where is not None:
         known = jnp.asarray(where)

@@ -14,6 +14,7 @@ from optax_sam.checks import DROPPED, MissingArgument
 from optax_sam.method import method
 from optax_sam.schedules import check_integer
 from optax_sam.states import check_state, registered, the_state
+from optax_sam.trees import wide
 
 _CALL = "tx.update(grads, opt_state, params, logits=logits, indices=indices)"
 _CHAIN = "optax.chain(optax_sam.saf(num_examples, num_classes), optax.sgd(0.1))"
@@ -255,7 +256,7 @@ def saf_past_logits(
     visits = state.visits.at[examples].get(mode="fill", fill_value=0)
     past = state.logits.at[examples, visits % delay].get(mode="fill", fill_value=0)
     known = (state.start < visits) & (visits < state.end) & (visits >= delay)
-    return past.astype(jnp.promote_types(past.dtype, jnp.float32)), known
+    return wide(past), known
 
 
 def _in_range(indices: ArrayLike, num_examples: int) -> jax.Array:

@@ -145,7 +145,8 @@ def bernoulli(p: optax.ScalarOrSchedule = 0.5, key: ArrayLike = 0) -> When:
     check_key(key)
 
     # Decisions read ahead follow the current rule, also in the state of another rule.
-    known = 1 if callable(p) else LOOKAHEAD
+    # An array may be another one on the next step, as under inject_hyperparams.
+    known = 1 if callable(p) or isinstance(p, jax.Array) else LOOKAHEAD
 
     def decide(state: BernoulliState) -> BernoulliState:
         probability = at(p, state.count).astype(state.probability.dtype)

@@ -356,6 +356,40 @@ def test_any_other_state_is_noticed():
     assert ends[0][-2:] == [3, 5]
 
 
+@pytest.mark.parametrize("place", ["between", "before", "after"])
+def test_a_rule_that_is_started_again(place):
+    """By hand or in the step. The step counter goes on, and nothing else tells."""
+
+    def again(state, now):
+        member, rest = state
+        new = jax.tree.map(
+            lambda new, old: jnp.where(now, new, old),
+            *(EVERY_3.init(W)[0].when, member.when),
+        )
+        return member._replace(when=new), rest
+
+    def step(w, state, x, ascend=None):
+        state = again(state, x > 0.5) if place == "before" else state
+        w, state = make_step(EVERY_3)(w, state, x, ascend)
+        return w, again(state, x > 0.5) if place == "after" else state
+
+    runs = [compiled(step) for compiled in (jax.jit, optax_sam.dispatch)]
+    if place == "between":
+        by_hand = lambda run: lambda w, state, x: run(w, again(state, x > 0.5), x)
+        runs = map(by_hand, runs)
+    taken = compare(*runs, (W, EVERY_3.init(W)), inputs(24))
+    assert taken > 8  # every third step alone
+
+
+def test_a_probability_from_a_wrapper():
+    """A number for the rule, another one on each step: nothing is known ahead."""
+    member = optax.inject_hyperparams(
+        lambda p: optax_sam.sam(0.3, when=when.bernoulli(p))
+    )(p=lambda count: jnp.where(count < 5, 0.0, 1.0))
+    tx = optax.chain(member, optax.sgd(0.05))
+    assert check(make_step(tx), tx.init(W), inputs(24)) == 18
+
+
 def test_a_call_that_raises_uses_no_decision():
     step, state = make_step(EVERY_3), EVERY_3.init(W)
     assert check(step, state, inputs(12), raising=(0, 4, 6)) == 4

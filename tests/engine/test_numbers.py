@@ -91,10 +91,11 @@ def test_the_norm_of_what_has_no_size(value):
     np.testing.assert_array_equal(tiny_norm(tree), norm(tree))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @every_one
-def test_strict_promotion(method):
+def test_strict_promotion(method, dtype):
     """As careful programs set it, by tracing; plain SGD passes as well."""
-    params, g = harness.tree(1), harness.tree(2)
+    params, g = harness.tree(1, dtype=dtype), harness.tree(2, dtype=dtype)
     with jax.numpy_dtype_promotion("strict"):
         tx = method.optimizer()
         state = tx.init(params)
@@ -125,6 +126,20 @@ def test_strict_promotion_of_rules_and_schedules():
                 jax.eval_shape(update, params, state)
                 if hasattr(state.when, "ascends"):
                     optax_sam.ascent_plan(state)
+
+
+def test_strict_promotion_of_what_stands_beside_a_method():
+    params = harness.tree(1, dtype="bfloat16")
+    loss_fn = lambda p: jnp.sum(p["gain"])
+    scaled_up = optax_sam.value_and_grad(loss_fn, loss_scale=128.0)
+    decayed = optax_sam.decay_after(0.1)
+    around = optax_sam.ascent.weight_scaled(0.1)
+    teach = functools.partial(optax_sam.trajectory_loss, jnp.ones((2, 3), "bfloat16"))
+    with jax.numpy_dtype_promotion("strict"):
+        scaled_up(params)[2](params)
+        decayed.update(params, decayed.init(params), params)
+        around.update(optax.tree.cast(params, "float32"), optax.EmptyState(), params)
+        teach(jnp.ones((2, 3)))
 
 
 # Derivatives through a step, as meta-learning takes them.
