@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,58 @@ def check_returned(method: str, grads: Any, params: Any, axis_name: Any) -> None
     check_gradients(method, "what grad_fn returned", grads, params)
     if axis_name is not None:
         check_varies(method, "what grad_fn returned", grads, axis_name)
+
+
+def check_same(
+    method: str,
+    state: Any,
+    decision: Any,
+    find: Callable[[Any], Any],
+    g: Any,
+    axis_name: Any,
+) -> None:
+    """Refuses rules that decide or store something else on each device.
+
+    ``find(g)`` is the decision, and states after the step. It is traced alone, on an
+    axis of the same name, with a gradient for each device; JAX then knows which results
+    differ. If JAX tracks what varies, it refuses such states itself, but not a decision
+    that varies where the ``state`` before does not.
+    """
+    tracked = _tracked(axis_name)
+    for name in tracked:
+        known = [x for x in jax.tree.leaves(state) if name in varying(x)]
+        if not known and name in varying(jnp.asarray(decision)):
+            _refuse_other(method, "the decision", name)
+    if tracked or axis_name is None:
+        return
+    for name in axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,):
+        on_axis = functools.partial(jax.vmap, axis_name=name)
+        size = jax.lax.axis_size(name)
+        of_all = lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype)  # noqa: B023
+        stacked = jax.tree.map(of_all, g)
+
+        def differs(find: Callable[[Any], Any]) -> bool:
+            try:
+                jax.eval_shape(on_axis(find, out_axes=None), stacked)  # noqa: B023
+            except Exception as error:  # another one says nothing about devices
+                return "out_axes" in str(error)
+            return False
+
+        if differs(find):
+            found = jax.eval_shape(on_axis(find), stacked)
+            paths = jax.tree_util.tree_flatten_with_path(found)[0]
+            for i, ((_, *path), _) in enumerate(paths):
+                if differs(lambda g: jax.tree.leaves(find(g))[i]):  # noqa: B023
+                    where = f"state{jax.tree_util.keystr(tuple(path))}"
+                    _refuse_other(method, where if path else "the decision", name)
+
+
+def _refuse_other(method: str, what: str, name: Any) -> NoReturn:
+    raise ValueError(
+        f"{method}: {what} would differ between the devices of axis_name={name!r},"
+        " because a rule takes it from the gradient of one device. Average in the rule"
+        " what it takes from a gradient: step.mean(norm(g)), for instance."
+    )
 
 
 class Axes(NamedTuple):

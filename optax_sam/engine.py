@@ -26,7 +26,13 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_sam import checks, masks
-from optax_sam.axes import check_returned, check_varies, mean_of_floats, vary
+from optax_sam.axes import (
+    check_returned,
+    check_same,
+    check_varies,
+    mean_of_floats,
+    vary,
+)
 from optax_sam.barrier import gradients
 from optax_sam.parts import (
     AscentRule,
@@ -243,6 +249,8 @@ def sharpness_aware(
         call = check(here, updates, state, params, grad_fn, extra)
         before = state
         decision, state = decide(here, call, state, ascend)
+        if shards is None:
+            _check_rules(here, call, before, decision)
         perturb = functools.partial(_perturbed, here, call)
         skip = functools.partial(_skipped, here, call)
         if isinstance(decision, jax.core.Tracer):
@@ -381,6 +389,22 @@ def keep(
         when=when,
         blend=blend,
     )
+
+
+def _check_rules(
+    method: Method, call: Call, state: SharpnessAwareState, decision: Any
+) -> None:
+    """Refuses rules that decide or store something else on each device."""
+
+    def found(g: Any) -> Any:
+        own = call._replace(g=g, grad_fn=lambda p: g)
+        decision, moved = decide(method, own, state, None)
+        alike = method._replace(descent=Descent(lambda w_e, call: g))
+        (ascent, when, blend), stale = climb(alike, own, moved).states
+        perturbed = moved._replace(ascent=ascent, when=when, blend=blend)
+        return decision, moved, perturbed, moved._replace(blend=stale)
+
+    check_same(method.name, state, decision, found, call.g, method.axis_name)
 
 
 def _perturbed(

@@ -1,5 +1,7 @@
 """Devices: where means belong, and that all devices keep and emit the same."""
 
+from typing import NamedTuple
+
 import harness
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_sam
 from optax_sam import ascent, blend, when
+from optax_sam.parts import Blend, When, ascent_rule
 
 MEAN = lambda tree: jax.lax.pmean(tree, "data")
 LOCAL = lambda tree: tree
@@ -157,3 +160,90 @@ def test_replicas_stay_equal(rise, rule, mix):
         np.testing.assert_array_equal(leaf, jnp.stack([leaf[0]] * len(leaf)))
     if rise not in ("smoothed", "filter_noise"):  # their noise is a device's own
         harness.assert_close(run(x[:, ::-1])[1], found[1], 1e-4, atol=1e-6)
+
+
+# What users write, without the mean.
+
+
+class Kept(NamedTuple):
+    size: jax.Array
+
+
+def store(g, *rest):
+    return Kept(ascent.norm(g))
+
+
+def not_averaged():
+    start = lambda params: Kept(jnp.zeros(()))
+    along = lambda g, state, params, step, **extra: (g, store(g))
+    seen = lambda state, g, g_s, step: store(g_s)
+    some = when.every_k(2)
+    return {
+        "the decision": {"when": When(start, lambda s, g, step: (g["b"][0] > 0, s))},
+        "state.when.size": {"when": When(start, lambda s, g, step: (True, store(g)))},
+        "state.when.size, late": {
+            "when": When(start, lambda s, g, step: (True, s), seen)
+        },
+        "state.ascent.size": {"ascent": ascent_rule(along, start)},
+        "state.blend.size": {
+            "blend": Blend(start, lambda g, g_s, *rest: (g, store(g)))
+        },
+        "state.blend.size, skipped": {
+            "when": some,
+            "blend": Blend(start, stale=lambda g, *rest: (g, store(g))),
+        },
+    }
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("what", not_averaged())
+def test_rules_that_differ_between_devices_are_refused(what, check_vma):
+    """Devices in different branches wait for ever; others drift apart in silence."""
+    parts = {"ascent": ascent.l2(0.1)} | not_averaged()[what]
+    tx = optax_sam.sharpness_aware(**parts, axis_name="data")
+    ours = what == "the decision" or not check_vma
+    words = f"{what.split(',')[0]} would differ .*step.mean" if ours else "out_specs"
+    with pytest.raises(ValueError, match=words):
+        over_two(tx, check_vma)
+
+
+def over_two(tx, check_vma, of_state=LOCAL):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def update(params, state, x):
+        gradient = lambda p: {"b": x * p["b"]}
+        state = jax.tree.map(of_state, state)
+        d, after = tx.update(gradient(params), state, params, grad_fn=gradient)
+        return d, after if of_state is LOCAL else ()
+
+    step = jax.shard_map(
+        update,
+        mesh=mesh,
+        in_specs=(P(), P(), P("data")),
+        out_specs=(P(), P()),
+        check_vma=check_vma,
+    )
+    params = {"b": jnp.ones(3)}
+    return jax.eval_shape(step, params, tx.init(params), jnp.arange(2.0))
+
+
+def test_rules_with_a_mean_of_their_own_or_callbacks_are_not_refused():
+    start = lambda params: Kept(jnp.zeros(()))
+
+    def now(state, g, step):
+        size = jax.lax.pmax(ascent.norm(g), "data")
+        return jax.lax.pmean(size, "data") > state.size, Kept(size)
+
+    def called(g, *rest):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return g, Kept(step_mean(jax.pure_callback(np.sum, like, g["b"])))
+
+    step_mean = lambda x: jax.lax.pmean(x, "data")
+    for parts in ({"when": When(start, now)}, {"blend": Blend(start, called)}):
+        tx = optax_sam.sharpness_aware(ascent.l2(0.1), **parts, axis_name="data")
+        over_two(tx, check_vma=False)
+
+
+def test_a_state_that_came_in_as_one_per_device_is_not_refused():
+    tx = optax_sam.vsam(0.1, window=4, num_slices=2, axis_name="data")
+    over_two(tx, True, lambda x: jax.lax.pcast(x, "data", to="varying"))
