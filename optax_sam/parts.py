@@ -162,7 +162,7 @@ class When(NamedTuple):
       init: ``init(params) -> state``.
       now: ``now(state, g, step) -> (decision, state)`` for this step. A Python bool
         compiles no conditional. The rule sees every gradient, finite or not. Everything
-        that it stores from a gradient must go through ``step.mean``.
+        that it stores or decides from a gradient must go through ``step.mean``.
       observe: ``observe(state, g, g_s, step) -> state``, called on perturbed steps
         whose gradients are finite. Everything that it stores from a gradient must go
         through ``step.mean``.
