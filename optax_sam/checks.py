@@ -23,7 +23,8 @@ _CALL = (
 # For errors about an argument that the caller may well have passed.
 DROPPED = (
     " If you did pass it, something on the way dropped it, as Flax's own"
-    " TrainState.apply_gradients does (optax_sam.linen.TrainState passes it on) and"
+    " TrainState.apply_gradients does (optax_sam.linen.TrainState passes it on),"
+    " optax.MultiSteps inside a chain (put it around the chain) and"
     " optax.contrib.split_real_and_imaginary."
 )
 

@@ -82,7 +82,8 @@ class OwnGradient(NamedTuple):
     """The result of an ascent that computes another gradient than the one at ``w``.
 
     The gradient at ``w`` is then not used on perturbed steps, and XLA drops its
-    computation.
+    computation. In an ``optax.chain``, the transformations after such an ascent change
+    the gradient too.
 
     Attributes:
       offset: the offset ``e``.
