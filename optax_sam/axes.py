@@ -114,8 +114,8 @@ def check_same(
 def _refuse_other(method: str, what: str, name: Any) -> NoReturn:
     raise ValueError(
         f"{method}: {what} would differ between the devices of axis_name={name!r},"
-        " because a rule takes it from the gradient of one device. Average in the rule"
-        " what it takes from a gradient: step.mean(norm(g)), for instance."
+        " because a rule takes it from the gradient of one device. In the rule, pass"
+        " what comes from a gradient through step.mean: step.mean(norm(g)), for instance."
     )
 
 

@@ -252,3 +252,11 @@ def test_what_the_page_says_of_lookahead():
     for _ in range(2):
         _, state = reset.update(pair.fast, state, pair)
     assert (flags(state), harness.member_state(state).count) == (0, 0)
+
+
+def test_multi_steps_inside_a_chain_drops_arguments():
+    """To Optax it is no transformation with extra arguments, as it is alone."""
+    each = optax.chain(optax_sam.sam(0.1), optax.sgd(0.1))
+    w, inside = jnp.ones(2), optax.chain(optax.MultiSteps(each, 2), optax.scale(1.0))
+    with pytest.raises(ValueError, match=r"MultiSteps inside a chain \(put it around"):
+        inside.update(w, inside.init(w), w, grad_fn=jnp.sin)
