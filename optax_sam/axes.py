@@ -115,7 +115,7 @@ def _refuse_other(method: str, what: str, name: Any) -> NoReturn:
     raise ValueError(
         f"{method}: {what} would differ between the devices of axis_name={name!r},"
         " because a rule takes it from the gradient of one device. In the rule, pass"
-        " what comes from a gradient through step.mean: step.mean(norm(g)), for instance."
+        " what comes from a gradient through step.mean, such as step.mean(norm(g))."
     )
 
 
