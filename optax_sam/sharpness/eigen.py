@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_sam import schedules
-from optax_sam.sharpness.krylov import lanczos, product
+from optax_sam.sharpness.krylov import fitting, lanczos, product
 from optax_sam.sharpness.objective import chosen_part
 from optax_sam.sharpness.operators import Operator, also_of_loss, ravel
 from optax_sam.sharpness.probes import random_vector
@@ -23,7 +23,8 @@ class EigenResult(NamedTuple):
         fewer than ``k`` were found, the rest is ``nan``.
       eigenvectors: a pytree like the parameters with leaves ``(k, ...)``, each of
         length one, zero in leaves that are left out.
-      residuals: ``(k,)``, ``|H v - lambda v|``; an eigenvalue is at most this far away.
+      residuals: ``(k,)``, ``|H v - lambda v|``; an eigenvalue is at most this far away,
+        to a rounding of the largest one.
       converged: ``(k,)``, whether the residual is below the tolerance.
       num_matvecs: the number of Hessian-vector products.
     """
@@ -50,6 +51,7 @@ def eigenvalues(
     *,
     k: int = 1,
     num_matvecs: int = 20,
+    num_vectors: int | None = None,
     which: Literal["LA", "SA", "LM"] = "LA",
     init: Any = None,
     tol: ArrayLike | None = None,
@@ -59,11 +61,13 @@ def eigenvalues(
     .. math:: H v_i = \lambda_i v_i, \qquad \lambda_1 \ge \dots \ge \lambda_n
 
     The method is Lanczos with full re-orthogonalization. It stops where the Krylov
-    space is exhausted. ``lambda_max`` in the literature is the algebraically largest
+    space is exhausted, and restarts from the best vectors where ``num_vectors`` are
+    full. ``lambda_max`` in the literature is the algebraically largest
     eigenvalue, ``"LA"``. Power iteration finds the one with the largest magnitude,
     ``"LM"``, which may be negative.
 
-    It costs ``num_matvecs`` products, and the memory of as many vectors and a few more.
+    It costs ``num_matvecs`` products, and the memory of ``num_vectors`` vectors and
+    four more: for ten million parameters 11 vectors by default, with ``k = 1``.
 
     Args:
       operator: from :func:`hessian`, :func:`ggn` or :func:`fisher`; or, for the
@@ -73,6 +77,9 @@ def eigenvalues(
       num_matvecs: steps of Lanczos. 20 are enough for up to five large eigenvalues of a
         trained network. The smallest eigenvalue takes 40 to 80 steps. A network at
         initialization may take as many.
+      num_vectors: how many vectors it keeps, at least ``k + 1``; ``None``: one for each
+        product, or as many as 200 MB hold, but at least ``k + 6``. A few are enough
+        for the largest eigenvalues. The smallest one takes more products then.
       which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest magnitude.
       init: a pytree like ``params`` to start near, such as the last top eigenvector.
       tol: an eigenvalue has converged once its residual is at most ``tol`` times its
@@ -111,25 +118,30 @@ def eigenvalues(
             f" {num_matvecs}. Write num_matvecs={max(20, 4 * k)}: twenty find up to"
             " five well."
         )
-    orders = {"LA": lambda x: x, "SA": lambda x: -x, "LM": jnp.abs}
-    if which not in orders:
+    if which not in _ORDERS:
         raise ValueError(f'which must be "LA", "SA" or "LM"; got {which!r}.')
-    krylov = lanczos(operator, _start(operator, key, init), num_matvecs)
-    theta, live, _, residuals, U = krylov.rule()
-    _, best = jax.lax.top_k(jnp.where(live, orders[which](theta), -jnp.inf), k)
-    found = live[best]
+    z = _start(operator, key, init)
+    if num_vectors is None:
+        num_vectors = fitting(z, k + 6)
+    schedules.check_integer("num_vectors", num_vectors, k + 1)
+    keep, order = k + (num_vectors - k) // 3, _ORDERS[which]
+    krylov = lanczos(operator, z, num_matvecs, num_vectors, (order, keep))
+    theta, residuals, found, rows = krylov.best(order, k)
+    residuals = jnp.where(found, residuals, jnp.inf)
     eps = jnp.finfo(theta.dtype).eps
     tol = (1e-3 if eps > 1e-10 else 1e-6) if tol is None else tol
-    scale = jnp.maximum(jnp.abs(theta), eps * jnp.abs(jnp.where(live, theta, 0)).max())
-    residuals = jnp.where(found, residuals[best], jnp.inf)
-    vectors = product(U[:, best].T, krylov.basis)
+    scale = jnp.maximum(jnp.abs(theta), eps * jnp.abs(krylov.projected).max())
+    vectors = product(rows, krylov.basis)
     return EigenResult(
-        eigenvalues=jnp.where(found, theta[best], jnp.nan),
+        eigenvalues=jnp.where(found, theta, jnp.nan),
         eigenvectors=jax.vmap(operator.unravel_params)(vectors),
         residuals=residuals,
-        converged=residuals <= tol * scale[best],
+        converged=residuals <= tol * scale,
         num_matvecs=jnp.asarray(min(num_matvecs, operator.size)),
     )
+
+
+_ORDERS = {"LA": jnp.positive, "SA": jnp.negative, "LM": jnp.abs}
 
 
 def _start(operator: Operator, key: ArrayLike, init: Any) -> jax.Array:

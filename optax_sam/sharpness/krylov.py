@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_sam.sharpness.data import scan
 from optax_sam.sharpness.operators import Operator
+
+Order = Callable[[jax.Array], jax.Array]  # largest first
 
 
 class Rule(NamedTuple):
@@ -37,37 +40,52 @@ class Lanczos(NamedTuple):
     """The projection of an operator on a Krylov space, with its noise marked.
 
     Attributes:
-      diagonal: ``(K,)``, of the projected operator, which is tridiagonal.
-      below: ``(K,)``, beside the diagonal, and the norm of what the last step left; 0
-        from where the space was exhausted.
-      alive: ``(K,)``, the rows that are in the space.
-      basis: ``(K, n)``, orthonormal rows; 0 where it is padding.
+      projected: ``(K, K)``, the projected operator; tridiagonal without restarts.
+      left: ``(K,)``, the norm of what each step left; 0 from where the space was
+        exhausted.
+      alive: ``(K,)``, which of its rows are in the space.
+      basis: ``(K, n)``, orthonormal rows; 0 where it is padding. Without restarts it
+        may be shorter: the last rows, round a ring.
     """
 
-    diagonal: jax.Array
-    below: jax.Array
+    projected: jax.Array
+    left: jax.Array
     alive: jax.Array
     basis: jax.Array
 
     def rule(self, m: int | None = None) -> Rule:
-        """The quadrature after ``m`` of the ``K`` steps; ``None``: after all."""
-        d, b, alive = self.diagonal[:m], self.below[:m], self.alive[:m]
-        T = jnp.diag(d) + jnp.diag(b[:-1], 1) + jnp.diag(b[:-1], -1)
+        """The quadrature after ``m`` of the steps; ``None``: after all."""
+        T, left, alive = self.projected[:m, :m], self.left[:m], self.alive[:m]
         theta, U = eigh(T)
         live = jnp.sum(jnp.where(alive[:, None], U**2, 0), 0) > 0.5
         # A row that lives has no nan, unless the operator itself gave it; then
         # everything is nan, and said to be so.
-        sound = jnp.isfinite(d).all() & jnp.isfinite(b).all()
+        sound = jnp.isfinite(T).all() & jnp.isfinite(left).all()
         return Rule(
             nodes=jnp.where(sound, theta, jnp.nan),
             live=live,
             weights=jnp.where(live, U[0] ** 2, 0),
-            residuals=jnp.where(sound, jnp.abs(U[-1]) * b[-1], jnp.inf),
+            residuals=jnp.where(sound, jnp.abs(U[-1]) * left[-1], jnp.inf),
             combination=U,
         )
 
+    def best(self, order: Order, k: int) -> tuple[jax.Array, ...]:
+        """The first ``k`` live Ritz pairs in this order: values, residuals, which.
 
-def lanczos(operator: Operator, start: jax.Array, num_matvecs: int) -> Lanczos:
+        The last are whether each was found, and its combination of the basis as a row.
+        """
+        x = self.rule()
+        _, best = jax.lax.top_k(jnp.where(x.live, order(x.nodes), -jnp.inf), k)
+        return x.nodes[best], x.residuals[best], x.live[best], x.combination[:, best].T
+
+
+def lanczos(
+    operator: Operator,
+    start: jax.Array,
+    num_matvecs: int,
+    num_vectors: int | None = None,
+    restart: tuple[Order, int] | None = None,
+) -> Lanczos:
     r"""Lanczos that stops where the Krylov space is exhausted.
 
     The next direction is rounding noise there, in which a plain one goes on: of the
@@ -79,47 +97,96 @@ def lanczos(operator: Operator, start: jax.Array, num_matvecs: int) -> Lanczos:
 
     with the diagonal :math:`d`, the residual norms :math:`b` below it, and the
     machine's :math:`\epsilon`. Rows after that are zero.
+
+    With fewer vectors than products, new vectors take the places of the oldest ones.
+    Eigenvalues that have converged are then found again. Their copies share the weight,
+    so that the quadrature stays as it is (Greenbaum, 1989).
+
+    To know the vectors, ``restart=(order, keep)``: whenever the basis is full, the
+    first ``keep`` Ritz vectors in this order stay, and the others are dropped. The
+    residual of each Ritz vector is a multiple of the next direction, before and after a
+    restart, so its norm is known in the same way (Wu and Simon, 2000).
     """
     K, n = min(num_matvecs, operator.size), operator.size
+    m = min(num_vectors or K, K)
     length, dtype = jnp.linalg.norm(start), start.dtype
     # A start of zero, as a projection may leave: any other, with no weight.
     start = jnp.where(length > 0, start, 1)
     start = start / jnp.linalg.norm(start)
+    places = np.arange(K)
+    rows, size = places % m, K
+    restart = restart if m < K else None
+    if restart is not None:
+        keep, size = restart[1], m
+        # Rows are left empty until the first restart, so that all are full at the end.
+        places = places + (m - K) % (m - keep)
+        places = np.where(places < m, places, keep + (places - m) % (m - keep))
+        rows = places
+    Q = jnp.zeros((m, n), dtype).at[rows[0]].set(start)
+    del start
+    zeros = lambda *shape: jnp.zeros(shape, dtype)
+    alive = jnp.arange(size) == places[0]
+    first = (Lanczos(zeros(size, size), zeros(size), alive, Q), zeros(), zeros())
+    del Q
     extend = _extend_on_host if operator.on_host else _extend
 
-    def step(state: Any, j: jax.Array) -> tuple[Any, Any]:
-        Q, q, *rest = state
-        return extend(Q, q, operator.times(q), rest, j)
+    def step(state: Any, at: Any) -> tuple[Any, None]:
+        row, place = at
+        r = operator.times(state[0].basis[row[0]])
+        return extend(state, r, row, place, restart), None
 
-    zero = jnp.zeros((), dtype)
-    first = (jnp.zeros((K, n), dtype), start, jnp.asarray(True), zero, zero)
-    del start
-    (Q, *_), (d, b, alive, norm) = scan(operator.on_host, step, first, jnp.arange(K))
-    last = jnp.where(alive[-1], norm[-1], 0)
-    return Lanczos(d, b.at[-1].set(last), alive, Q)
+    # The last step has no next one: what is out of range is dropped.
+    at = [np.stack([x, np.append(x[1:], K)], 1) for x in (rows, places)]
+    (found, *_), _ = scan(operator.on_host, step, first, at)
+    return found
 
 
 def _extend(
-    Q: jax.Array, q: jax.Array, r: jax.Array, rest: Any, j: jax.Array
-) -> tuple[Any, Any]:
-    """The basis with ``q`` as row ``j``, and what its image ``r`` has that is new."""
-    alive, largest, b = rest
-    Q = Q.at[j].set(q)
-    d = jnp.where(alive, q @ r, 0)
+    state: Any, r: jax.Array, row: jax.Array, place: jax.Array, restart: Any
+) -> Any:
+    """The basis with what is new in the image ``r`` of a row as the next row."""
+    (T, left, alive, Q), largest, b = state
+    (row, next_row), (j, following) = row, place
+    d = jnp.where(alive[j], Q[row] @ r, 0)
     largest = jnp.maximum(largest, jnp.abs(d) + b)
     for _ in range(2):  # twice is enough
         r = r - product(product(Q, r), Q)
     norm = jnp.linalg.norm(r)
     threshold = 10 * jnp.finfo(Q.dtype).eps * Q.shape[1] ** 0.5
     # False where anything is nan; and rows that may hold nan are selected away.
-    healthy = alive & (norm > threshold * largest)
+    healthy = alive[j] & (norm > threshold * largest)
     b = jnp.where(healthy, norm, 0)
-    q = jnp.where(healthy, r / norm, 0)
-    return (Q, q, healthy, largest, b), (d, b, alive, norm)
+    T, left = T.at[j, j].set(d), left.at[j].set(jnp.where(alive[j], norm, 0))
+    krylov, beside = Lanczos(T, left, alive, Q), jnp.eye(len(T), dtype=T.dtype)[j]
+    if restart is not None:
+        krylov, beside = jax.lax.cond(
+            following <= j,  # the basis is full
+            lambda x: _compress(x, *restart),
+            lambda x: (x, beside),
+            krylov,
+        )
+    T, left, alive, Q = krylov
+    Q = Q.at[next_row].set(jnp.where(healthy, r / norm, 0), mode="drop")
+    T = T.at[following].set(b * beside, mode="drop")
+    T = T.at[:, following].set(b * beside, mode="drop")
+    alive = alive.at[following].set(healthy, mode="drop")
+    return Lanczos(T, left, alive, Q), largest, b
 
 
 # A loop on the host would have two copies of the basis otherwise.
-_extend_on_host = jax.jit(_extend, donate_argnums=0)
+_extend_on_host = jax.jit(_extend, donate_argnums=0, static_argnames="restart")
+
+
+def _compress(x: Lanczos, order: Order, keep: int) -> tuple[Lanczos, jax.Array]:
+    """The best Ritz vectors as the first rows, and their last components."""
+    theta, _, found, rows = x.best(order, keep)
+    rows = jnp.where(found[:, None], rows, 0)
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    # Not selected: nan must stay.
+    T = zeros(x.projected).at[:keep, :keep].set(jnp.diag(theta * found))
+    Q = x.basis.at[:keep].set(product(rows, x.basis)).at[keep:].set(0)
+    alive = zeros(x.alive).at[:keep].set(found)
+    return Lanczos(T, zeros(x.left), alive, Q), zeros(x.left).at[:keep].set(rows[:, -1])
 
 
 def _one_by_one(factorize: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
@@ -137,3 +204,11 @@ eigh = _one_by_one(lambda x: jnp.linalg.eigh(x))
 qr = _one_by_one(lambda x: jnp.linalg.qr(x))
 # Accelerators would round products to a few digits.
 product = functools.partial(jnp.matmul, precision="highest")
+
+
+_MOST_BYTES = 200_000_000
+
+
+def fitting(vector: jax.Array, least: int) -> int:
+    """How many vectors Lanczos keeps by default: as 200 MB hold, but some at least."""
+    return max(least, _MOST_BYTES // vector.nbytes)

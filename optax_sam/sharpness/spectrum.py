@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from optax_sam import schedules
 from optax_sam.sharpness.data import each
-from optax_sam.sharpness.krylov import lanczos, product
+from optax_sam.sharpness.krylov import fitting, lanczos, product
 from optax_sam.sharpness.operators import Operator, also_of_loss
 from optax_sam.sharpness.probes import (
     random_vector,
@@ -136,8 +136,7 @@ def spectral_sum(
     help.
 
     Cost: ``num_top_matvecs + num_probes * num_lanczos`` products;
-    memory: ``num_eigs`` vectors, one for each of the Lanczos steps (two with old
-    versions of JAX), and a few.
+    memory: ``num_eigs`` vectors, one for each of the Lanczos steps, and a few.
 
     Args:
       fn: the function, of arrays, entry by entry, such as ``jnp.square``. For
@@ -232,7 +231,7 @@ def deflated_quadrature(
             weights = jnp.concatenate([x.weights for x in pair]) * left / 2
             return jnp.concatenate([x.nodes for x in pair]), weights
 
-        K = len(krylov.diagonal)
+        K = len(krylov.left)
         return *rules(K), *rules(max(K // 2, 1))
 
     keys = jax.random.split(probe_key, num_probes)
@@ -260,8 +259,10 @@ def spectral_density(
     steps resolve more. More probes only show how certain the density is.
     ``num_lanczos=50, num_probes=1`` is enough for a quick look.
 
-    Cost: ``num_lanczos * num_probes`` products; memory: ``num_lanczos`` vectors (twice
-    as many with old versions of JAX), and a few.
+    Cost: ``num_lanczos * num_probes`` products; memory: ``num_lanczos`` vectors and
+    four more, for large models fewer: if the vectors take more than 200 MB, each step
+    is orthogonalized against as many of the last ones as fit, and at least four. Ritz
+    values then have copies, which share their weight, and the density is the same.
 
     Args:
       operator: as in :func:`trace`.
@@ -296,7 +297,8 @@ def spectral_density(
         schedules.check_number("sigma", sigma, 0, open_low=True)
 
     def probe(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        krylov = lanczos(operator, random_vector(key, operator), num_lanczos)
+        z = random_vector(key, operator)
+        krylov = lanczos(operator, z, num_lanczos, fitting(z, 4))
         nodes, live, weights, *_ = krylov.rule()
         return nodes, live, weights / weights.sum()
 

@@ -70,6 +70,68 @@ def test_what_has_not_converged_is_said_to_be_off_by_its_residual(dtype, x64):
     assert not result.converged[0]
 
 
+SPECTRA = {
+    "heavy tail": np.arange(1.0, N + 1) ** -1.5,
+    "clusters": np.repeat([10.0, 1.0, 0.01], [8, 72, N - 80]) * np.linspace(1, 1.1, N),
+    "both signs": np.r_[3.0, -2.8, 2.5, -2.0, 1.5, np.cos(np.arange(N - 5.0))],
+    "no gap": np.linspace(0, 1, N),
+}
+
+
+@pytest.mark.parametrize(
+    ("which", "number"), [("LA", 1), ("LA", 3), ("SA", 1), ("LM", 3)]
+)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_restarts_find_the_same_within_their_residuals(which, number, name, x64):
+    """With few vectors and many products, to rounding; with 20, nearly as well."""
+    H, values = curvature.rotated(SPECTRA[name], "float64"), SPECTRA[name]
+    order = {"LA": -values, "SA": values, "LM": -abs(values)}[which]
+    true = values[np.argsort(order)][:number]
+    run = functools.partial(
+        compiled, sharpness.eigenvalues, curvature.matrix, k=number, which=which
+    )
+    few = number + 6
+    for num_matvecs in (few + 1, 20):  # one restart, and several
+        result = run(num_matvecs=num_matvecs, num_vectors=few)(H)
+        V, theta = result.eigenvectors, result.eigenvalues
+        np.testing.assert_allclose(V @ V.T, np.eye(number), atol=1e-12)
+        residuals = np.linalg.norm(V @ H - theta[:, None] * V, axis=1)
+        np.testing.assert_allclose(result.residuals, residuals, atol=1e-13)
+        nearest = abs(theta[:, None] - values).min(1)
+        assert (nearest <= result.residuals + 1e-13).all()
+        assert result.num_matvecs == num_matvecs
+    if which == "LA":
+        whole = abs(run(num_matvecs=20)(H).eigenvalues - true).max()
+        assert abs(theta - true).max() <= 2 * whole + 1e-4 * abs(true).max()
+    result = run(num_matvecs=N, num_vectors=few + 10)(H)
+    if name == "both signs" or (which != "SA" and name != "no gap"):
+        np.testing.assert_allclose(result.eigenvalues, true, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_vectors", [2, 4])
+@DTYPES
+@NAMES
+def test_exhausted_spaces_with_restarts(name, dtype, num_vectors, x64):
+    values = BREAKDOWNS[name]
+    result = largest(jnp.asarray(values, dtype), num_vectors=num_vectors)
+    slack = 1e-4 if name in ("geometric", "rank 3") else 0
+    error = abs(result.eigenvalues[0] - values.max())
+    assert error <= 20 * eps(dtype) * abs(values).max() + slack
+    assert error <= result.residuals[0] + 20 * eps(dtype) * abs(values).max()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_restarts_of_an_operator_that_is_not_finite_say_so(bad):
+    result = largest(jnp.ones(N).at[3].set(bad), num_vectors=4)
+    assert jnp.isnan(result.eigenvalues[0])
+    assert not result.converged[0]
+
+
+def test_more_vectors_than_eigenvalues_are_asked_for():
+    with pytest.raises(ValueError, match="num_vectors must be an integer .* 3"):
+        largest(jnp.ones(N), k=2, num_vectors=2)
+
+
 def test_a_start_of_zero_is_another_one():
     krylov = lanczos(diagonal(jnp.arange(5.0)), jnp.zeros(5), 5)
     assert jnp.isfinite(krylov.rule().nodes).all()
@@ -228,6 +290,24 @@ def test_a_density_is_that_of_the_eigenvalues(x64):
     truth = jax.scipy.stats.norm.pdf(result.grid[:, None], values, 0.1).mean(1)
     assert (abs(result.density - truth) <= 5 * result.stderr + 1e-6).all()
     assert result.stderr.max() < 0.06 * truth.max()
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_a_quadrature_stays_if_few_vectors_are_kept(name):
+    """In float32, in which the others are found again and again."""
+    values = jnp.asarray(SPECTRA[name], "float32")
+    start = jnp.cos(jnp.arange(N) ** 2.0)
+    moments = []
+    for num_vectors in (None, 4):
+        run = functools.partial(lanczos, num_matvecs=80, num_vectors=num_vectors)
+        rule = jax.jit(lambda x, run=run: run(diagonal(x), start).rule())(values)
+        assert rule.live.sum() > 40
+        powers = rule.nodes ** jnp.arange(1, 6)[:, None], jnp.exp(rule.nodes)[None]
+        moments.append(jnp.concatenate(powers) @ rule.weights)
+        steps = jnp.linspace(values.min(), values.max(), 9)[:, None] + 0.01
+        shares = jax.nn.sigmoid((steps - rule.nodes) / 0.05) @ rule.weights
+        moments[-1] = jnp.concatenate([moments[-1], shares])
+    np.testing.assert_allclose(*moments, rtol=1e-4, atol=1e-3)
 
 
 def test_under_vmap_matrices_are_factorized_one_by_one():
