@@ -79,7 +79,8 @@ def eigenvalues(
         initialization may take as many.
       num_vectors: how many vectors it keeps, at least ``k + 1``; ``None``: one for each
         product, or as many as 200 MB hold, but at least ``k + 6``. A few are enough
-        for the largest eigenvalues. The smallest one takes more products then.
+        for the largest eigenvalues. The smallest one takes more products then,
+        and derivatives take a vector for each product.
       which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest magnitude.
       init: a pytree like ``params`` to start near, such as the last top eigenvector.
       tol: an eigenvalue has converged once its residual is at most ``tol`` times its

@@ -70,7 +70,8 @@ def loss_along_eigenvectors(
       An :class:`EigenLines`, for ``optax_sam.plots.loss_along_eigenvectors``.
 
     Raises:
-      ValueError: as :func:`loss_line` does.
+      ValueError: if ``eigen`` is no :class:`EigenResult`, and as :func:`loss_line`
+        does.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -82,6 +83,11 @@ def loss_along_eigenvectors(
       >>> print(found.losses.round(2), found.parabolas.round(2))
       [[0.09 0.99]] [[0.09 2.25]]
     """
+    if not isinstance(eigen, EigenResult):
+        raise ValueError(
+            "eigen must be what sharpness.hessian_eigenvalues returned, with its"
+            f" eigenvectors; got {eigen!r}."
+        )
     options: Any = dict(mask=mask, weights=weights, axis_name=axis_name)
     o = objective(loss_fn, params, batches, **options)
     a, k = step_vector("alphas", alphas), len(eigen.eigenvalues)

@@ -173,8 +173,9 @@ def attention_gl_pairs(
         path = path if isinstance(path, str) else "/".join(map(str, path))
     if path not in (None, *found) or not found:
         raise ValueError(
-            f"There is no attention layer at {path!r}, with kernels such as"
-            " query/kernel and key/kernel; "
+            "There is no attention layer"
+            + ("" if path is None else f" at {path!r}")
+            + ", with kernels such as query/kernel and key/kernel; "
             + (
                 f"there are some at {', '.join(map(repr, found))}."
                 if found

@@ -64,7 +64,11 @@ def locate(gl_pairs: Sequence[GLPair], params: Any, w: Any) -> list[Located]:
       params: all parameters.
       w: the chosen parameters; pairs that are left out as a whole are dropped.
     """
-    if isinstance(gl_pairs, GLPair) or not all(isinstance(x, GLPair) for x in gl_pairs):
+    if not (
+        isinstance(gl_pairs, (list, tuple))
+        and not isinstance(gl_pairs, GLPair)
+        and all(isinstance(x, GLPair) for x in gl_pairs)
+    ):
         raise ValueError(
             "gl_pairs must be a list of what sharpness.gl_pair or"
             " sharpness.attention_gl_pairs returns (several layers: add their lists);"

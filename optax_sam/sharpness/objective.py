@@ -60,7 +60,10 @@ class Objective:
         check_loss(self.loss_fn, self.params, batch)
         value = self.loss_fn(self.params_at(w), batch)
         if not isinstance(value, (jax.Array, np.ndarray, float)) or jnp.shape(value):
-            what = f"shape {jnp.shape(value)}" if hasattr(value, "shape") else value
+            typed = lambda x: jax.typeof(x) if isinstance(x, jax.Array) else x
+            what = jax.tree.map(typed, value)
+            if hasattr(value, "shape"):
+                what = f"shape {jnp.shape(value)}"
             raise ValueError(
                 "loss_fn must return a scalar, the mean loss of the batch, but it"
                 f" returned {what}. Write losses.mean(), and drop what else it returns:"

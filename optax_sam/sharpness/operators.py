@@ -195,7 +195,7 @@ def ggn(
       The operator.
 
     Raises:
-      ValueError: as :func:`hessian` does.
+      ValueError: as :func:`hessian` does, and if a loss is no scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -212,8 +212,17 @@ def ggn(
       <https://arxiv.org/abs/1412.1193>`_, 2020
     """
 
+    def mean_loss(z: Any, batch: Any) -> Any:
+        loss = loss_fn(z, batch)
+        if jnp.shape(loss):
+            raise ValueError(
+                "The loss_fn(outputs, batch) of ggn must return a scalar, the mean loss"
+                f" of the batch; got shape {jnp.shape(loss)}. Write losses.mean()."
+            )
+        return loss
+
     def curvature(z: Any, u: Any, batch: Any) -> Any:
-        return jax.jvp(jax.grad(lambda z: loss_fn(z, batch)), (z,), (u,))[1]
+        return jax.jvp(jax.grad(lambda z: mean_loss(z, batch)), (z,), (u,))[1]
 
     loss = lambda params, batch: loss_fn(model_fn(params, batch), batch)
     product = _through(model_fn, curvature)
@@ -253,7 +262,7 @@ def fisher(
       The operator; positive semidefinite.
 
     Raises:
-      ValueError: as :func:`hessian` does.
+      ValueError: as :func:`hessian` does, and if there are no logits of examples.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -269,6 +278,12 @@ def fisher(
     """
 
     def curvature(z: jax.Array, u: jax.Array, _batch: Any) -> jax.Array:
+        if jnp.ndim(z) < 2:
+            raise ValueError(
+                "The model_fn of fisher must return logits (m, classes); got shape"
+                f" {jnp.shape(z)}. For one logit of each example, whose sign decides,"
+                " write jnp.stack([jnp.zeros_like(z), z], -1)."
+            )
         p = jax.nn.softmax(z)
         mean = jnp.sum(p * u, -1, keepdims=True)
         return p * (u - mean) * (z.shape[-1] / z.size)
@@ -306,7 +321,7 @@ def empirical_fisher(
       The operator; positive semidefinite, of rank at most the number of examples.
 
     Raises:
-      ValueError: as :func:`hessian` does.
+      ValueError: as :func:`hessian` does, and if there are no losses of examples.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -320,8 +335,17 @@ def empirical_fisher(
       Kunstner, Balles and Hennig, `Limitations of the Empirical Fisher Approximation
       for Natural Gradient Descent <https://arxiv.org/abs/1905.12558>`_, 2019
     """
+
+    def curvature(z: jax.Array, u: jax.Array, _batch: Any) -> jax.Array:
+        if not jnp.shape(z):
+            raise ValueError(
+                "losses_fn must return the loss of each example, (m,); got a scalar."
+                " Drop .mean(): the mean is over outer products."
+            )
+        return u / z.size
+
     loss = lambda params, batch: losses_fn(params, batch).mean()
-    product = _through(losses_fn, lambda z, u, batch: u / z.size)
+    product = _through(losses_fn, curvature)
     return _operator(product, loss, params, batches, mask, weights, axis_name)
 
 

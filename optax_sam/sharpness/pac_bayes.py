@@ -167,7 +167,10 @@ def pac_bayes_flatness(
     zero = jnp.zeros_like(before)
     nothing = PacBayesFlatness(zero, zero, zero, zero, jnp.asarray(False))
     state = (zero, jnp.asarray(sigma_max, zero.dtype), nothing, jnp.asarray(False))
-    return repeat(o.on_host, num_steps, bisect, state)[2]
+    best = repeat(o.on_host, num_steps, bisect, state)[2]
+    # Comparisons with nan are false, so the search would end at the smallest noise.
+    value, sigma = (jnp.where(jnp.isnan(best.drop), jnp.nan, x) for x in best[:2])
+    return best._replace(value=value, sigma=sigma)
 
 
 def pac_bayes_bound(

@@ -121,6 +121,7 @@ def trace(
       Epperly, Tropp, Webber, "XTrace: Making the Most of Every Sample in Stochastic
       Trace Estimation", 2024, arXiv 2301.07825.
     """
+    keys.check_key(key)  # used or not
     if _is_plain(method, operator, num_matvecs, "xtrace"):
         return _hutchinson(operator, key, num_matvecs, optax.tree.vdot)
     if num_matvecs >= operator.size:
@@ -171,6 +172,7 @@ def diagonal(
     References:
       Epperly, Tropp, Webber, 2024, arXiv 2301.07825.
     """
+    keys.check_key(key)  # used or not
     if _is_plain(method, operator, num_matvecs, "xdiag"):
         times = lambda z, Hz: jax.tree.map(jnp.multiply, z, Hz)
         found = _hutchinson(operator, key, num_matvecs, times)

@@ -112,6 +112,14 @@ def test_noise_that_a_linear_classifier_bears(magnitude_aware):
     assert result.converged
 
 
+def test_weights_that_are_nan_are_not_flat():
+    metric = lambda w, batch: jnp.mean(batch * w)
+    result = sharpness.pac_bayes_flatness(metric, jnp.array(jnp.nan), ONE, 0)
+    assert jnp.isnan(result.value)
+    assert jnp.isnan(result.sigma)
+    assert not result.converged
+
+
 def test_at_a_weight_of_zero_there_is_a_little_relative_noise_left():
     options = dict(magnitude_aware=True, num_samples=2000, target=1.0)
     result = sharpness.pac_bayes_flatness(

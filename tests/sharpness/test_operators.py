@@ -170,3 +170,39 @@ def test_many_classes_fit(x64):
     products = (sharpness.hvp(f, small, few, v) for f in (chunked, direct))
     for a, b in zip(*map(jax.tree.leaves, products), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * abs(b).max())
+
+
+OF_EXAMPLES = lambda z, b: optax.softmax_cross_entropy_with_integer_labels(z, b[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda f, *args: sharpness.ggn(f, OF_EXAMPLES, *args),
+            r"scalar.*got shape \(4,\). Write losses.mean",
+        ),
+        (
+            lambda f, *args: sharpness.fisher(lambda p, b: f(p, b)[:, 0], *args),
+            r"\(m, classes\); got shape \(4,\).*jnp.stack\(\[jnp.zeros_like",
+        ),
+        (
+            lambda f, *args: sharpness.fisher(
+                lambda p, b: cross_entropy(f(p, b), b), *args
+            ),
+            r"\(m, classes\); got shape \(\)",
+        ),
+        (
+            lambda f, *args: sharpness.empirical_fisher(
+                lambda p, b: cross_entropy(f(p, b), b), *args
+            ),
+            r"each example, \(m,\).*Drop .mean",
+        ),
+    ],
+)
+def test_functions_that_return_something_else_are_refused(make, says):
+    """A mean loss in place of those of examples would be another matrix, in silence."""
+    batches = jnp.ones((2, 4, 3)), jnp.zeros((2, 4), int)
+    operator = make(lambda w, b: b[0] @ w, jnp.ones((3, 2)), batches)
+    with pytest.raises(ValueError, match=says):
+        sharpness.trace(operator, 0)

@@ -84,6 +84,9 @@ REFUSED = {
     "hessian_eigenvalues: only 3 parameters": dict(k=4),
     "hessian_eigenvalues: num_matvecs is 2": dict(k=3, num_matvecs=2),
     "hessian_eigenvalues: k must be an integer >= 1": dict(k=0),
+    "hessian_eigenvalues: num_vectors must be an.* >= 3": dict(k=2, num_vectors=2),
+    # The matrix is so small that no key is used.
+    "hessian_trace hessian_diagonal: key must be an int.*None": dict(key=None),
     'hessian_eigenvalues: "LA", "SA" or "LM"': dict(which="max"),
     r"hessian_eigenvalues: init has shape \(4,\)": dict(init=jnp.ones(4)),
     'hessian_trace: "xtrace" or "hutchinson"': dict(method="magic"),
@@ -123,6 +126,7 @@ REFUSED = {
     "geodesic_sharpness: eps must be a number in": dict(eps=-1.0),
     "geodesic_sharpness: pass key=0": dict(num_restarts=2),
     "geodesic_sharpness: gl_pairs must be a list.*GLPair": dict(gl_pairs=PAIR),
+    "geodesic_sharpness: gl_pairs must be a list.*0.1": dict(gl_pairs=0.1),
     "geodesic_sharpness: A is in gl_pairs twice": dict(gl_pairs=[PAIR, PAIR]),
     "geodesic_sharpness: selects A but not B": dict(
         mask={"A": True, "B": False, "C": True}
@@ -245,6 +249,11 @@ def test_a_progress_bar_refuses():
         sharpness.progress(QUADRATIC, total=0).__enter__()
 
 
+def test_lines_along_numbers_are_refused():
+    with pytest.raises(ValueError, match="eigen must be what .*hessian_eigenvalues"):
+        sharpness.loss_along_eigenvectors(QUADRATIC, W, DATA, W, [0.0])
+
+
 def attention(**more):
     kernel, out = ({"kernel": jnp.ones(x)} for x in ((6, 2, 4), (2, 4, 6)))
     return {"query": kernel, "key": kernel, "value": kernel, "out": out} | more
@@ -255,6 +264,7 @@ def attention(**more):
     [
         ("no attention layer at 'b'.* at 'a/b'", "b", {"a": {"b": attention()}}),
         ("there are dense/kernel", "", {"dense": {"kernel": W}}),
+        ("no attention layer, with kernels", None, {"dense": {"kernel": W}}),
         (r"query_ln/scale.*qk=False", "", attention(query_ln={"scale": W})),
         (r"\(heads, k, f\).*GLBlock", "", attention(out={"kernel": W})),
         ("no kernel of its outputs", "", attention(out={})),
