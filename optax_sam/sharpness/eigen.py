@@ -121,12 +121,18 @@ def eigenvalues(
         )
     if which not in _ORDERS:
         raise ValueError(f'which must be "LA", "SA" or "LM"; got {which!r}.')
-    z = _start(operator, key, init)
     if num_vectors is None:
-        num_vectors = fitting(z, k + 6)
+        num_vectors = fitting(operator, k + 6)
     schedules.check_integer("num_vectors", num_vectors, k + 1)
     keep, order = k + (num_vectors - k) // 3, _ORDERS[which]
-    krylov = lanczos(operator, z, num_matvecs, num_vectors, (order, keep))
+    # The start has no name, so that it is dropped on the way.
+    krylov = lanczos(
+        operator,
+        _start(operator, key, init),
+        num_matvecs,
+        num_vectors,
+        (order, keep),
+    )
     theta, residuals, found, rows = krylov.best(order, k)
     residuals = jnp.where(found, residuals, jnp.inf)
     eps = jnp.finfo(theta.dtype).eps

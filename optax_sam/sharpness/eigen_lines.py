@@ -85,8 +85,8 @@ def loss_along_eigenvectors(
     """
     if not isinstance(eigen, EigenResult):
         raise ValueError(
-            "eigen must be what sharpness.hessian_eigenvalues returned, with its"
-            f" eigenvectors; got {eigen!r}."
+            "eigen must be an EigenResult from sharpness.hessian_eigenvalues or"
+            f" sharpness.eigenvalues; got {eigen!r}."
         )
     options: Any = dict(mask=mask, weights=weights, axis_name=axis_name)
     o = objective(loss_fn, params, batches, **options)

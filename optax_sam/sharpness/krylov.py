@@ -12,6 +12,7 @@ import numpy as np
 
 from optax_sam.sharpness.data import scan
 from optax_sam.sharpness.operators import Operator
+from optax_sam.trees import widest
 
 Order = Callable[[jax.Array], jax.Array]  # largest first
 
@@ -209,6 +210,7 @@ product = functools.partial(jnp.matmul, precision="highest")
 _MOST_BYTES = 200_000_000
 
 
-def fitting(vector: jax.Array, least: int) -> int:
+def fitting(operator: Operator, least: int) -> int:
     """How many vectors Lanczos keeps by default: as 200 MB hold, but some at least."""
-    return max(least, _MOST_BYTES // vector.nbytes)
+    dtype = widest(*jax.tree.leaves(operator.like))
+    return max(least, _MOST_BYTES // (operator.size * jnp.dtype(dtype).itemsize))

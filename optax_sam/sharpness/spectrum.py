@@ -297,8 +297,8 @@ def spectral_density(
         schedules.check_number("sigma", sigma, 0, open_low=True)
 
     def probe(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        z = random_vector(key, operator)
-        krylov = lanczos(operator, z, num_lanczos, fitting(z, 4))
+        few = fitting(operator, 4)
+        krylov = lanczos(operator, random_vector(key, operator), num_lanczos, few)
         nodes, live, weights, *_ = krylov.rule()
         return nodes, live, weights / weights.sum()
 

@@ -250,7 +250,7 @@ def test_a_progress_bar_refuses():
 
 
 def test_lines_along_numbers_are_refused():
-    with pytest.raises(ValueError, match="eigen must be what .*hessian_eigenvalues"):
+    with pytest.raises(ValueError, match="eigen must be an EigenResult from"):
         sharpness.loss_along_eigenvectors(QUADRATIC, W, DATA, W, [0.0])
 
 
