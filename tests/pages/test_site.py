@@ -129,13 +129,13 @@ def check_masks(names, _):
 def check_tuning(names, _):
     """The tuned values are those of the results."""
     tasks = "Digits with wrong labels", "Fashion-MNIST with an MLP"
-    tasks += ("Fashion-MNIST with a CNN",)
+    tasks += "Fashion-MNIST with a CNN", "CIFAR-10 with a ResNet"
     rho = [
         {row.partition(" (")[0]: re.search(r"rho ([\d.]+)|$", setting)[1]}
         for task in tasks
         for row, setting, *_ in harness.table("accuracy.md", task)
     ]
-    labels = "SAM", "vSAM .33", "quarter-batch SAM", "SAM-5", "MSAM"
+    labels = "SAM", "vSAM .33", "quarter-batch SAM", "SAM-5", "MSAM", "ASAM"
     rows = harness.table("tuning_rho.md", "Which values to try")
     for label, (_, _, *cells) in zip(labels, rows, strict=False):
         tuned = [cell.split(" ")[0] for cell in cells if cell]
