@@ -369,8 +369,9 @@ def vsam(
     - ``initial_rate=0.33, max_rate=0.4`` lost 0.5 at 1.4 gradients;
     - a fixed period of 3 with the same reuse lost 0.2 at 1.33 gradients.
 
-    On another task SAM gained 0.5 points. There ``initial_rate=0.33`` lost 0.4 of them
-    at 1.5 gradients, and with ``max_rate=0.4`` it lost 0.1 at 1.4 gradients.
+    On another task SAM gained 0.5 points. There the authors' start lost all of them,
+    ``initial_rate=0.33`` lost 0.4 at 1.5 gradients, and with ``max_rate=0.4`` it lost
+    0.1 at 1.4 gradients.
 
     ``reuse_decay=0.0`` is vSAM-A. It samples in the same way, but neither stores nor
     reuses the difference.
