@@ -46,7 +46,9 @@ def only_member(opt_state: Any) -> SharpnessAwareState:
         several = ", ".join(paths(opt_state, SharpnessAwareState))
         raise ValueError(
             "Several sharpness-aware transformations found, so there is no single"
-            f" decision: {several}. Pass the state of one of them."
+            f" decision: {several}. Pass the state of one of them. If your step updates"
+            " several, write jax.jit(train_step) instead of optax_sam.dispatch, or"
+            " dispatch one function for each."
         )
     member = without_variables(found[0])
     if not known_ahead(member.when):
