@@ -60,9 +60,9 @@ def eigenvalues(
 
     .. math:: H v_i = \lambda_i v_i, \qquad \lambda_1 \ge \dots \ge \lambda_n
 
-    The method is Lanczos with full re-orthogonalization. It stops where the Krylov
-    space is exhausted, and restarts from the best vectors where ``num_vectors`` are
-    full. ``lambda_max`` in the literature is the algebraically largest
+    The method is Lanczos with full re-orthogonalization. It stops once the Krylov space
+    is exhausted. It restarts from the best vectors whenever it holds ``num_vectors``
+    vectors. ``lambda_max`` in the literature is the algebraically largest
     eigenvalue, ``"LA"``. Power iteration finds the one with the largest magnitude,
     ``"LM"``, which may be negative.
 
@@ -77,10 +77,10 @@ def eigenvalues(
       num_matvecs: steps of Lanczos. 20 are enough for up to five large eigenvalues of a
         trained network. The smallest eigenvalue takes 40 to 80 steps. A network at
         initialization may take as many.
-      num_vectors: how many vectors it keeps, at least ``k + 1``; ``None``: one for each
-        product, or as many as 200 MB hold, but at least ``k + 6``. A few are enough
-        for the largest eigenvalues. The smallest one takes more products then,
-        and derivatives take a vector for each product.
+      num_vectors: how many vectors it keeps, at least ``k + 1``. ``None`` keeps one for
+        each product, or as many as fit into 200 MB, but at least ``k + 6``. A few are
+        enough for the largest eigenvalues. With few vectors the smallest eigenvalue
+        takes more products. Derivatives need one vector for each product.
       which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest magnitude.
       init: a pytree like ``params`` to start near, such as the last top eigenvector.
       tol: an eigenvalue has converged once its residual is at most ``tol`` times its

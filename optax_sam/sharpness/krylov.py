@@ -44,9 +44,9 @@ class Lanczos(NamedTuple):
       projected: ``(K, K)``, the projected operator; tridiagonal without restarts.
       left: ``(K,)``, the norm of what each step left; 0 from where the space was
         exhausted.
-      alive: ``(K,)``, which of its rows are in the space.
+      alive: ``(K,)``, which rows are in the space.
       basis: ``(K, n)``, orthonormal rows; 0 where it is padding. Without restarts it
-        may be shorter: the last rows, round a ring.
+        may be shorter. It then holds the last rows only, in a ring.
     """
 
     projected: jax.Array
@@ -59,8 +59,8 @@ class Lanczos(NamedTuple):
         T, left, alive = self.projected[:m, :m], self.left[:m], self.alive[:m]
         theta, U = eigh(T)
         live = jnp.sum(jnp.where(alive[:, None], U**2, 0), 0) > 0.5
-        # A row that lives has no nan, unless the operator itself gave it; then
-        # everything is nan, and said to be so.
+        # A live row has a nan only if the operator itself gave it. Then all nodes are
+        # nan and all residuals infinite.
         sound = jnp.isfinite(T).all() & jnp.isfinite(left).all()
         return Rule(
             nodes=jnp.where(sound, theta, jnp.nan),
@@ -71,9 +71,11 @@ class Lanczos(NamedTuple):
         )
 
     def best(self, order: Order, k: int) -> tuple[jax.Array, ...]:
-        """The first ``k`` live Ritz pairs in this order: values, residuals, which.
+        """The first ``k`` live Ritz pairs in this order.
 
-        The last are whether each was found, and its combination of the basis as a row.
+        Returns:
+          The values, their residuals, whether each was found, and the rows that combine
+          the basis to Ritz vectors.
         """
         x = self.rule()
         _, best = jax.lax.top_k(jnp.where(x.live, order(x.nodes), -jnp.inf), k)
@@ -89,9 +91,9 @@ def lanczos(
 ) -> Lanczos:
     r"""Lanczos that stops where the Krylov space is exhausted.
 
-    The next direction is rounding noise there, in which a plain one goes on: of the
-    identity it finds eigenvalue 123. So a row is kept only while all steps before it
-    were healthy,
+    Once the space is exhausted, the next direction is rounding noise. Plain Lanczos
+    goes on in this noise: for the identity it returns 123 as an eigenvalue. So this one
+    keeps a row only while all steps before it were healthy,
 
     .. math:: b_j > 10\, \epsilon \sqrt{n}\, s_j, \qquad
        s_j = \max_{i \le j} (|d_i| + |b_{i-1}|)
@@ -99,19 +101,20 @@ def lanczos(
     with the diagonal :math:`d`, the residual norms :math:`b` below it, and the
     machine's :math:`\epsilon`. Rows after that are zero.
 
-    With fewer vectors than products, new vectors take the places of the oldest ones.
-    Eigenvalues that have converged are then found again. Their copies share the weight,
-    so that the quadrature stays as it is (Greenbaum, 1989).
+    With fewer vectors than products, new vectors replace the oldest ones. Lanczos then
+    finds converged eigenvalues again. The copies of an eigenvalue share its weight, so
+    the quadrature stays the same (Greenbaum, 1989).
 
-    To know the vectors, ``restart=(order, keep)``: whenever the basis is full, the
-    first ``keep`` Ritz vectors in this order stay, and the others are dropped. The
-    residual of each Ritz vector is a multiple of the next direction, before and after a
-    restart, so its norm is known in the same way (Wu and Simon, 2000).
+    If the caller needs eigenvectors, it gives ``restart=(order, keep)``. Whenever the
+    basis is full, the first ``keep`` Ritz vectors in this order stay, and the others
+    are dropped. The residual of each Ritz vector is a multiple of the next direction,
+    before and after a restart. So its norm is known in the same way (Wu and Simon,
+    2000).
     """
     K, n = min(num_matvecs, operator.size), operator.size
     m = min(num_vectors or K, K)
     length, dtype = jnp.linalg.norm(start), start.dtype
-    # A start of zero, as a projection may leave: any other, with no weight.
+    # A projection may leave a start of zero. Any other start does then, with no weight.
     start = jnp.where(length > 0, start, 1)
     start = start / jnp.linalg.norm(start)
     places = np.arange(K)
@@ -119,7 +122,7 @@ def lanczos(
     restart = restart if m < K else None
     if restart is not None:
         keep, size = restart[1], m
-        # Rows are left empty until the first restart, so that all are full at the end.
+        # Some rows stay empty until the first restart, so that all are full at the end.
         places = places + (m - K) % (m - keep)
         places = np.where(places < m, places, keep + (places - m) % (m - keep))
         rows = places
