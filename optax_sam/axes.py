@@ -82,14 +82,14 @@ def check_same(
     differ. If JAX tracks what varies, it refuses such states itself, but not a decision
     that varies where the ``state`` before does not.
     """
-    tracked = _tracked(axis_name)
-    for name in tracked:
+    axes = mapped_axes(axis_name)
+    for name in axes.tracked:
         known = [x for x in jax.tree.leaves(state) if name in varying(x)]
         if not known and name in varying(jnp.asarray(decision)):
             _refuse_other(method, "the decision", name)
-    if tracked or axis_name is None:
+    if axes.tracked:
         return
-    for name in axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,):
+    for name in axes.names:
         on_axis = functools.partial(jax.vmap, axis_name=name)
         size = jax.lax.axis_size(name)
         of_all = lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype)  # noqa: B023
@@ -159,9 +159,8 @@ def mean(x: Any, axes: Axes) -> Any:
     return jax.lax.pmean(x, over) if over else x
 
 
-def mean_of_floats(tree: Any, axis_name: Any) -> Any:
-    """A pytree whose floats are averaged over the axes of ``axis_name``."""
-    axes = mapped_axes(axis_name)
+def mean_of_floats(tree: Any, axes: Axes) -> Any:
+    """A pytree whose floats are averaged over the axes."""
     return jax.tree.map(lambda x: mean(x, axes) if is_perturbable(x) else x, tree)
 
 
@@ -207,7 +206,7 @@ def mean_of_aux(
     def one(path: Any, x: Any) -> Any:
         if is_perturbable(x) and not is_statistic(path, x) and x.shape[0] in rows:
             return x
-        return jax.tree.map(lambda x: mean(x, axes) if is_perturbable(x) else x, x)
+        return mean_of_floats(x, axes)
 
     return jax.tree.unflatten(structure, [one(path, x) for path, x in returned])
 

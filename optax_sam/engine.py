@@ -30,6 +30,7 @@ from optax_sam.axes import (
     check_returned,
     check_same,
     check_varies,
+    mapped_axes,
     mean_of_floats,
     vary,
 )
@@ -342,7 +343,7 @@ def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
     )
     if not isinstance(method.ascent, AscentRule):
         # An Optax transformation, such as scale_by_rms, does not know the axis.
-        ascent = mean_of_floats(ascent, method.axis_name)
+        ascent = mean_of_floats(ascent, mapped_axes(method.axis_name))
     # A rule with another gradient than the one at w (R-SAM) uses it for the fallback
     # too. XLA then drops the gradient at w, because nothing uses it.
     e, first = e if isinstance(e, OwnGradient) else (e, g)

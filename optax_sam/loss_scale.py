@@ -14,7 +14,6 @@ from optax_sam.engine import SharpnessAwareState
 from optax_sam.methods.sampa import SAMPaState
 from optax_sam.schedules import check_number
 from optax_sam.states import nodes, without_variables
-from optax_sam.trees import wide
 
 
 def update_loss_scale(
@@ -118,8 +117,3 @@ def check_loss_scale(loss_scale: Any) -> None:
 def scale_of(loss_scale: Any) -> jax.Array:
     """The factor itself."""
     return jnp.asarray(getattr(loss_scale, "scale", loss_scale))
-
-
-def in_single(x: jax.Array) -> jax.Array:
-    """Half precision as float32; scaled numbers would overflow and underflow there."""
-    return wide(jnp.asarray(x))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from optax_sam.axes import Axes, mapped_axes, mean, mean_of_aux, on_device, varying
 from optax_sam.checks import check_loss, is_perturbable
-from optax_sam.loss_scale import check_loss_scale, in_single, scale_of
+from optax_sam.loss_scale import check_loss_scale, scale_of
+from optax_sam.trees import wide
 
 
 def value_and_grad(
@@ -169,7 +170,8 @@ def to_differentiate(
             )
         if loss_scale is None:
             return loss, (loss, aux)
-        scaled = in_single(loss)
+        # Scaled numbers would overflow and underflow in half precision.
+        scaled = wide(jnp.asarray(loss))
         return scaled * scale_of(loss_scale).astype(scaled.dtype), (loss, aux)
 
     return objective
@@ -186,7 +188,7 @@ def averaged(grads: Any, loss: jax.Array, axes: Axes, loss_scale: Any) -> Any:
 
     def one(g: jax.Array) -> jax.Array:
         if loss_scale is not None:
-            g = in_single(g)
+            g = wide(g)
             g = g / scale_of(loss_scale).astype(g.dtype)
         return mean(g / count if summed else g, axes)
 

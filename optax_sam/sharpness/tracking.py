@@ -44,8 +44,8 @@ class Probe:
     batches of one fixed size. Another subset or batch size gives another number.
 
     Every ``every`` steps it costs what the measures cost on the subset. By default this
-    is 20 Hessian-vector products, about 50 gradients of the subset. The memory is
-    that of :func:`eigenvalues`: 24 vectors, and 11 for large models.
+    is 20 Hessian-vector products, about 50 gradients of the subset. It takes as much
+    memory as :func:`eigenvalues`: 24 vectors, and 11 for large models.
 
     Args:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch; deterministic.

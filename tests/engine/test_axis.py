@@ -23,7 +23,6 @@ LOCAL = lambda tree: tree
 
 def mapped(tx, on_first, on_second, check_vma=True, advised=True, local_params=True):
     """Traces an update under ``shard_map``, whose results are to be replicated."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     problem = problems.mlp()
 
     def update(params, state, batch):
@@ -38,6 +37,14 @@ def mapped(tx, on_first, on_second, check_vma=True, advised=True, local_params=T
             ascend=True,
         )
 
+    params = problem.params()
+    batch = problem.batch(0)
+    return traced(update, params, tx.init(params), batch, check_vma=check_vma)
+
+
+def traced(update, *args, check_vma):
+    """The shapes of an update of replicated arguments and a batch, on two devices."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     step = jax.shard_map(
         update,
         mesh=mesh,
@@ -45,8 +52,7 @@ def mapped(tx, on_first, on_second, check_vma=True, advised=True, local_params=T
         out_specs=(P(), P()),
         check_vma=check_vma,
     )
-    params = problem.params()
-    return jax.eval_shape(step, params, tx.init(params), problem.batch(0))
+    return jax.eval_shape(step, *args)
 
 
 @pytest.mark.parametrize(
@@ -208,23 +214,15 @@ def test_rules_that_differ_between_devices_are_refused(what, check_vma):
 
 
 def over_two(tx, check_vma, of_state=LOCAL):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-
     def update(params, state, x):
         gradient = lambda p: {"b": x * p["b"]}
         state = jax.tree.map(of_state, state)
         d, after = tx.update(gradient(params), state, params, grad_fn=gradient)
         return d, after if of_state is LOCAL else ()
 
-    step = jax.shard_map(
-        update,
-        mesh=mesh,
-        in_specs=(P(), P(), P("data")),
-        out_specs=(P(), P()),
-        check_vma=check_vma,
-    )
     params = {"b": jnp.ones(3)}
-    return jax.eval_shape(step, params, tx.init(params), jnp.arange(2.0))
+    batch = jnp.arange(2.0)
+    return traced(update, params, tx.init(params), batch, check_vma=check_vma)
 
 
 def test_rules_with_a_mean_of_their_own_or_callbacks_are_not_refused():
