@@ -3,7 +3,8 @@
     python benchmarks/bench.py [--data fashion_mnist_20k.npz] [--parts lsq protocol]
 
 Results go to out/bench, and never replace the committed ones. The data set is
-Fashion-MNIST as an .npz, see README.md. Without it, its parts run on digits alone.
+Fashion-MNIST, an .npz or its folder, see README.md. Without it, its parts run on digits
+alone.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ def run(part: str, arguments: list[str]) -> tuple[float, bool]:
 def main() -> None:
     """Runs the parts, and prints their times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="Fashion-MNIST as .npz")
+    parser.add_argument("--data", type=Path, help="Fashion-MNIST: .npz, or its folder")
     parts = list(commands(None))
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
-    if options.data and not options.data.is_file():
+    if options.data and not options.data.exists():
         parser.error(f"--data: there is no file {options.data}")
     if not options.data:
         print("Fashion-MNIST is left out. Give it as DATA=fashion_mnist.npz (make).")

@@ -48,7 +48,7 @@ def parser(
     if quick:
         new.add_argument("--quick", action="store_true", help=quick)
     if data:
-        new.add_argument("--data", type=Path, help="Fashion-MNIST as .npz")
+        new.add_argument("--data", type=Path, help="Fashion-MNIST: .npz, or its folder")
     if figure:
         new.add_argument("--figure", type=Path, help="PNG to draw")
     return new

@@ -249,8 +249,13 @@ def main() -> None:
         )
         try:
             if options.repeat:
-                found = protocol.repeat(read(options.repeat), options.rows)
-                largest = max(map(abs, found), default=0.0)
+                known = read(options.repeat)
+                if options.seeds:
+                    known = [x for x in known if x.get("seed", 0) in task.seeds]
+                found = protocol.repeat(known, options.rows)
+                if not found:
+                    raise SystemExit(f"{options.repeat} has no such runs of {name}")
+                largest = max(map(abs, found))
                 print(f"{name}: {len(found)} runs differ by {largest:.2f} at most")
             else:
                 protocol.complete(options.rows)

@@ -160,8 +160,8 @@ ROWS = {
     "AE-SAM": Row(_ae_sam, RHO),
     "R-SAM": Row(_random_sam, RHO, forwards=1, what="random"),
     "RSAM": Row(_renyi_sam, {"rho": 0.5, "max_offset_norm": 0.2}, what="Rényi"),
-    "SAF": Row(_saf, {"coefficient": 0.5}, what="no second gradient"),
-    "MESA": Row(start={"coefficient": 1.0}, base="mesa", what="no second gradient"),
+    "SAF": Row(_saf, {"coefficient": 0.5}, what="no perturbed gradient"),
+    "MESA": Row(start={"coefficient": 1.0}, base="mesa", what="no perturbed gradient"),
     "AdamW": Row(base="adamw"),
     # Fixed periods at the cost of vSAM with a share of a third, to test its control.
     "SAM-3": Row(_every(3), RHO, what="a fixed period at vSAM .33's cost"),

@@ -244,6 +244,19 @@ def test_a_file_is_repeated_at_the_settings_that_its_search_chose(tmp_path):
     assert repeated == [x for x in wanted if x["row"] != "SGD"]
 
 
+def test_a_repetition_takes_as_many_seeds_as_it_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(tasks.TASKS, "digits", task(epochs=1))
+    finish(tmp_path / "first.jsonl", "SGD", task(epochs=1))
+    command = ["protocol.py", "--repeat", str(tmp_path / "first.jsonl"), "--seeds", "1"]
+    monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path / "again.jsonl")])
+    protocol.main()
+    assert "digits: 1 runs differ by 0.00 at most" in capsys.readouterr().out
+    command += "--rows", "SAM", "--out", str(tmp_path / "none.jsonl")
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match=r"first.jsonl has no such runs of digits"):
+        protocol.main()
+
+
 @pytest.mark.slow
 def test_without_a_search_seeds_take_turns(tmp_path, mini):
     """So that time that runs out costs seeds, not rows."""
