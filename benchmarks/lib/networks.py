@@ -124,13 +124,40 @@ class ResNet(nn.Module):
         return head(x.mean((1, 2)), self.classes)
 
 
+class Mixer(nn.Module):
+    """MLP-Mixer (Tolstikhin et al., 2021) with patches of 8 x 8 pixels, for CPUs."""
+
+    classes: int = 10
+    width: int = 64
+    blocks: int = 4
+    patch: int = 8
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
+        side = self.patch
+        x = x.reshape(len(x), x.shape[1] // side, side, x.shape[2] // side, -1)
+        x = x.swapaxes(2, 3)
+        x = dense(self.width)(x.reshape(len(x), x.shape[1] * x.shape[2], -1))
+        tokens = x.shape[1]
+        for _ in range(self.blocks):
+            y = norm()(x).swapaxes(1, 2)
+            y = dense(tokens)(nn.gelu(dense(2 * tokens)(y)))
+            x = x + y.swapaxes(1, 2)
+            x = x + dense(self.width)(nn.gelu(dense(2 * self.width)(norm()(x))))
+        return head(norm()(x).mean(1), self.classes)
+
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
+    "mixer": Mixer,
     "resnet18": ResNet,
     # For a CPU: the first convolution already halves the sides.
     "resnet8": functools.partial(ResNet, width=16, blocks=(1, 1, 1), stem=(5, 2)),
     # For tests and trials: the same code, but small.
     "tiny-resnet": functools.partial(ResNet, width=4, blocks=(1, 1)),
 }
-CONVOLUTIONAL = set(NETWORKS) - {"mlp"}
+CONVOLUTIONAL = set(NETWORKS) - {"mlp", "mixer"}

@@ -54,11 +54,6 @@ class Task:
     starts: tuple[tuple[str, float], ...] = ()
     dtype: str = "float32"
 
-    @property
-    def pooled(self) -> bool:
-        """Whether there are more training images than one run takes."""
-        return self.data != "digits"
-
 
 TASKS = {
     "digits": Task(
@@ -84,6 +79,21 @@ TASKS = {
         augmentation="flip",
         budget=7,
         # A first search for SGD went from a rate of 0.05 up to this one.
+        starts=(("rho", 0.2), ("rate", 0.2)),
+    ),
+    "cifar10_mixer": Task(
+        "CIFAR-10, 5,000 images, MLP-Mixer",
+        *("cifar10", "mixer", 5000, 5000, 50, 64),
+        augmentation="flip",
+        budget=7,
+        starts=(("rho", 0.2), ("rate", 0.1)),
+    ),
+    # As many steps as 50 epochs of 5,000 images.
+    "cifar10_full": Task(
+        "CIFAR-10, 50,000 images, ResNet-8",
+        *("cifar10", "resnet8", 50000, 5000, 5, 64),
+        augmentation="flip",
+        budget=5,
         starts=(("rho", 0.2), ("rate", 0.2)),
     ),
     # For a GPU and ten minutes: nothing is searched, the starts are published values.
@@ -137,10 +147,12 @@ class Source:
         self.classes = datasets.CLASSES[task.data]
         self.data = datasets.load(task.data, path)
         order = _balanced(self.data.train_y, np.random.default_rng(0))
+        # Whether there are more training images than one run takes. If not, the search
+        # trains on the images that it does not hold out.
+        self.pooled = task.images + task.held_out <= len(order)
         # Equally many of each class, because the order takes the classes in turns.
-        self.held_out = order[: task.held_out] if task.pooled else None
-        self.pool = order[task.held_out :] if task.pooled else order
-        # Without a pool, the search trains on the images that it does not hold out.
+        self.held_out = order[: task.held_out] if self.pooled else None
+        self.pool = order[task.held_out :] if self.pooled else order
         self.images = min(task.images, len(self.pool))
 
     def split(self, seed: int, tested: bool) -> Split:
@@ -156,7 +168,7 @@ class Source:
         rng, data, task = np.random.default_rng(seed), self.data, self.task
         pool = self.pool[_balanced(data.train_y[self.pool], rng)]
         rows, held_out = pool[: self.images], self.held_out
-        if not task.pooled and not tested:
+        if not self.pooled and not tested:
             rows, held_out = pool[task.held_out :], pool[: task.held_out]
             rows = rows[: self.images]
         labels = data.train_y[rows]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.lib import study
+from benchmarks.lib import networks, study
 from benchmarks.quality import protocol, report, rows, tasks
 from benchmarks.quality.training import OutOfTime, Training
 
@@ -105,6 +105,24 @@ def test_no_image_judges_the_search_and_is_trained_on(mini):
     assert 0.33 < np.mean(wrong) < 0.39  # one in ten is drawn as it was
     again = digits.split(100, tested=False)
     assert jax.tree.all(jax.tree.map(np.array_equal, searched, again))
+    # A run that takes all images, which the search therefore cannot.
+    whole = mini(images=100, held_out=20)
+    searched, tested = whole.split(100, tested=False), whole.split(0, tested=True)
+    assert [len(x) for x in (*searched, *tested)] == [80] * 2 + [20] * 2 + [
+        *(100, 100, 30, 30)
+    ]
+    assert not names(searched.judge_x) & names(searched.x)
+
+
+def test_a_mixer_takes_square_patches():
+    image = np.random.default_rng(0).normal(size=(1, 16, 16, 3)).astype(np.float32)
+    model = networks.NETWORKS["mixer"](blocks=0)  # the mean over all patches
+    params = model.init(jax.random.key(0), image, False)
+    logits = lambda x: np.asarray(model.apply(params, x, False))
+    turned = np.roll(image, 8, axis=(1, 2))  # the same patches, at other places
+    np.testing.assert_allclose(logits(turned), logits(image), rtol=1e-4, atol=1e-5)
+    assert np.abs(logits(np.roll(image, 4, axis=1)) - logits(image)).max() > 1e-2
+    assert np.abs(logits(np.roll(image, 4, axis=2)) - logits(image)).max() > 1e-2
 
 
 # Trainings.
