@@ -65,6 +65,7 @@ class Result(NamedTuple):
       gradients: all gradient evaluations of the run, in gradients of a batch.
       seconds: wall-clock time of the steps alone.
       cpu_seconds: processor time of the steps alone.
+      sgd_cpu_seconds: processor time of a run of SGD in the same process.
       curve: accuracies after each twentieth of the epochs, if requested.
     """
 
@@ -73,6 +74,7 @@ class Result(NamedTuple):
     gradients: float
     seconds: float
     cpu_seconds: float
+    sgd_cpu_seconds: float
     curve: list[float] | None
 
 
@@ -115,6 +117,11 @@ class Training:
         steps = len(split.y) // self.task.batch_size * self.epochs
         tx = self.optimizer(values, steps, len(split.y), key)
         return State(params, variables, tx.init(params), {}, jnp.zeros(()))
+
+    @functools.cached_property
+    def sgd(self) -> Training:
+        """SGD on the same task, against which the row is timed."""
+        return self if self.name == "SGD" else Training(self.source, "SGD")
 
     @functools.cached_property
     def advance(self) -> Callable[..., State]:
@@ -276,6 +283,27 @@ class Training:
         ]
         return 100 * sum(map(int, counts)) / total
 
+    def epoch(
+        self, state: State, traced: Any, split: Split, seed: int, epoch: int
+    ) -> tuple[State, tuple[float, float]]:
+        """The state after an epoch, and the epoch's wall-clock and processor time."""
+        order = self.order(seed, epoch, len(split.y))
+        begun = time.perf_counter(), time.process_time()
+        state = state._replace(loss=jnp.zeros(()))
+        now = order, rows.key(seed), np.int32(epoch)
+        state = jax.block_until_ready(self.advance(state, traced, split, *now))
+        self.cold = False
+        return state, (time.perf_counter() - begun[0], time.process_time() - begun[1])
+
+    def sgd_cpu_seconds(self, split: Split, seed: int) -> float:
+        """The processor time of a run of SGD in this process, from one epoch."""
+        start = rows.start(self.sgd.row, {})
+        values = {name: jnp.float32(value) for name, value in start.items()}
+        state = self.sgd.begin(values, split, rows.key(seed))
+        for _ in range(1 + self.sgd.cold):
+            state, took = self.sgd.epoch(state, values, split, seed, 0)
+        return took[1] * self.task.epochs
+
     def run(
         self,
         values: dict[str, float],
@@ -312,15 +340,10 @@ class Training:
             state = jax.tree.unflatten(structure, map(jnp.asarray, leaves))
         watched = not tested and self.name == "SGD"
         for epoch in range(done, stop or self.epochs):
-            order = self.order(seed, epoch, len(split.y))
-            begun = time.perf_counter(), time.process_time()
-            state = state._replace(loss=jnp.zeros(()))
-            now = order, key, np.int32(epoch)
-            state = jax.block_until_ready(self.advance(state, traced, split, *now))
-            took = time.perf_counter() - begun[0], time.process_time() - begun[1]
             # The first epoch of a process compiles. Another epoch's time replaces it.
-            times.append(None if self.cold else took)
-            self.cold = False
+            cold = self.cold
+            state, took = self.epoch(state, traced, split, seed, epoch)
+            times.append(None if cold else took)
             if watched and (epoch + 1) % max(1, self.epochs // CURVE) == 0:
                 curve.append(self.judged(state, split, seed))
             if saved and epoch + 1 < (stop or self.epochs) and late():
@@ -333,14 +356,17 @@ class Training:
         warm = [pair for pair in times if pair] or [took]
         mean = lambda taken: sum(taken) / len(warm) * len(times)
         clock, processor = map(mean, zip(*warm, strict=True))
-        steps = len(order) * len(times)
-        loss = float(state.loss) / len(order)
+        sgd = processor if self is self.sgd else self.sgd_cpu_seconds(split, seed)
+        per_epoch = len(split.y) // self.task.batch_size
+        steps = per_epoch * len(times)
+        loss = float(state.loss) / per_epoch
         return Result(
             round(self.judged(state, split, seed), 4),
             round(loss, 5) if np.isfinite(loss) else None,
             round(self.gradients(state, steps), 2),
             round(clock, 3),
             round(processor, 3),
+            round(sgd, 3),
             [round(x, 4) for x in curve] or None,
         )
 
