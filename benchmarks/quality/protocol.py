@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help=".npz, or a folder of the archive")
     parser.add_argument("--rows", nargs="+", choices=rows.ROWS, default=list(rows.ROWS))
     parser.add_argument("--seeds", type=int, help="how many, if not the task's")
+    told = "the number of the search; each takes seeds of its own (1)"
+    parser.add_argument("--search", type=int, default=1, help=told)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     out = Path("out/protocol.jsonl")
     parser.add_argument("--out", type=Path, default=out, help=f"added to ({out})")
@@ -243,6 +245,7 @@ def main() -> None:
         task = tasks.TASKS[name]
         if options.seeds:
             task = dataclasses.replace(task, seeds=tuple(range(options.seeds)))
+        name, task = tasks.searched(name, task, options.search)
         protocol = Protocol(
             *(name, tasks.Source(task, options.data), Results(options.out)),
             late=lambda: time.perf_counter() > end,

@@ -77,11 +77,13 @@ def interval(differences: Any) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, max(len(differences) - 1, 1)) * error)
 
 
-def found(lines: list[Line]) -> dict[str, Found]:
-    """The tasks of a file that have tested runs of SGD."""
+def found(lines: list[Line]) -> tuple[dict[str, Found], dict[str, Found]]:
+    """The tasks of a file that have tested runs of SGD, and their further searches."""
     names = {line["task"]: None for line in lines}
-    tasks = {name: Found(name, lines) for name in names}
-    return {name: task for name, task in tasks.items() if "SGD" in task.rows}
+    made = {name: Found(name, lines) for name in names}
+    made = {name: task for name, task in made.items() if "SGD" in task.rows}
+    others = {name: task for name, task in made.items() if ", search " in name}
+    return {name: x for name, x in made.items() if name not in others}, others
 
 
 def signed(difference: tuple[float, float] | None) -> str:
@@ -145,16 +147,35 @@ def control(tasks: dict[str, Found]) -> str:
     return tables.table(header, made)
 
 
+def luck(tasks: dict[str, Found], others: dict[str, Found]) -> str:
+    """The gain over SGD after each search, where a task has several."""
+    searches: dict[str, list[Found]] = {name: [task] for name, task in tasks.items()}
+    for name, task in others.items():
+        searches.setdefault(name.split(", ")[0], []).append(task)
+    most = max(map(len, searches.values()), default=1)
+    made = [
+        [of[0].settings["title"], row]
+        + [signed(task.minus(row, "SGD")) for task in of]
+        + [""] * (most - len(of))
+        for of in searches.values()
+        for row in of[0].rows
+        if len(of) > 1 and row != "SGD" and row in of[1].rows
+    ]
+    columns = [f"search {i + 1}, minus SGD" for i in range(most)]
+    return tables.table(["task", "row", *columns], made)
+
+
 def markdown(lines: list[Line]) -> dict[str, str]:
     """The tables of docs/results/accuracy.md, by name."""
-    tasks = found(lines)
-    made = {name: table(task) for name, task in tasks.items()}
-    return {"headline": headline(tasks), "vsam": control(tasks), **made}
+    tasks, others = found(lines)
+    made = {name: table(task) for name, task in (tasks | others).items()}
+    given = {"headline": headline(tasks), "vsam": control(tasks)}
+    return given | {"luck": luck(tasks, others), **made}
 
 
 def draw(lines: list[Line], path: Path) -> None:
     """Draws the gain over tuned SGD against gradients: seeds as dots, intervals."""
-    tasks = found(lines)
+    tasks, _ = found(lines)
     columns = min(2, len(tasks))
     size = -(-len(tasks) // columns), columns
     figure = Figure(figsize=(4.2 * columns, 3.0 * size[0]), dpi=120)

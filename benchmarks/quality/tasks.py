@@ -83,7 +83,7 @@ TASKS = {
     ),
     "cifar10_mixer": Task(
         "CIFAR-10, 5,000 images, MLP-Mixer",
-        *("cifar10", "mixer", 5000, 5000, 50, 64),
+        *("cifar10", "mixer", 5000, 5000, 30, 64),
         augmentation="flip",
         budget=7,
         starts=(("rho", 0.2), ("rate", 0.1)),
@@ -115,6 +115,17 @@ TASKS = {
         seeds=(0, 1),
     ),
 }
+
+
+def searched(name: str, task: Task, search: int) -> tuple[str, Task]:
+    """The name and the task for another search, with seeds that no search had before.
+
+    The tested seeds stay the same, so results differ by what the searches choose.
+    """
+    if search == 1:
+        return name, task
+    seeds = tuple(seed + 100 * (search - 1) for seed in task.search_seeds)
+    return f"{name}, search {search}", dataclasses.replace(task, search_seeds=seeds)
 
 
 class Split(NamedTuple):

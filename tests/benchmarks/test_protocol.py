@@ -310,7 +310,7 @@ MADE = [
 
 def test_differences_are_paired_and_have_intervals(tmp_path):
     found = report.markdown(MADE)
-    assert list(found) == ["headline", "vsam", "digits"]
+    assert list(found) == ["headline", "vsam", "luck", "digits"]
     cells = [x.strip() for x in found["digits"].splitlines()[-1].strip("|").split("|")]
     # 2, 3 and 4 points: 3 +- 4.303 / sqrt(3)
     assert cells == [
@@ -326,12 +326,45 @@ def test_differences_are_paired_and_have_intervals(tmp_path):
     assert (tmp_path / "new/figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_another_search_is_reported_beside_the_first(tmp_path):
+    again = [x | {"task": "digits, search 2"} for x in MADE if x["task"] == "digits"]
+    for x in again:
+        if x.get("row") == "SAM":
+            x["accuracy"] -= 1
+    found = report.markdown([*MADE, *again])
+    assert found["luck"].splitlines()[2:] == [
+        "| Digits | SAM | +3.00 ± 2.48 | +2.00 ± 2.48 |"
+    ]
+    assert "search" not in found["headline"]
+    assert report.markdown(again)["digits, search 2"]
+    report.draw([*MADE, *again], tmp_path / "figure.png")
+
+
+def test_each_search_has_seeds_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setitem(tasks.TASKS, "digits", task(epochs=1))
+    for search in ("1", "2", "2"):  # the last one finds all lines
+        command = ["protocol.py", "--rows", "SGD", "--search", search]
+        monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path / "a.jsonl")])
+        protocol.main()
+    kept = protocol.read(tmp_path / "a.jsonl")
+    seeds = lambda name, tested: {
+        x["seed"] for x in kept if (x["task"], x.get("tested")) == (name, tested)
+    }
+    assert seeds("digits", True) == seeds("digits, search 2", True) == {0, 1}
+    assert seeds("digits", False) == {100}
+    assert seeds("digits, search 2", False) == {200}
+    assert len(kept) == 2 * (1 + 2 + 2)
+
+
 def test_the_committed_results_are_those_of_the_tasks_as_they_are():
     kept = protocol.read(study.RESULTS / "protocol.jsonl")
     settings = {x["task"]: x["settings"] for x in kept if "settings" in x}
     assert "digits" in settings
     for name, known in settings.items():
-        now = json.loads(json.dumps(dataclasses.asdict(tasks.TASKS[name])))
+        task, _, search = name.partition(", search ")
+        found, of = tasks.searched(task, tasks.TASKS[task], int(search or 1))
+        assert found == name
+        now = json.loads(json.dumps(dataclasses.asdict(of)))
         assert known | {"seeds": now["seeds"]} == now, name
     tested = [x for x in kept if x.get("tested")]
     assert not {x["seed"] for x in tested} & {
