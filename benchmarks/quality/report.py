@@ -165,6 +165,31 @@ def luck(tasks: dict[str, Found], others: dict[str, Found]) -> str:
     return tables.table(["task", "row", *columns], made)
 
 
+def repeated(lines: list[Line], again: list[Line]) -> str:
+    """Compares the tested runs with the same runs on another machine."""
+    (tasks, _), (others, _) = found(lines), found(again)
+    header = ["task", "training runs", "the same accuracy", "a run differs by"]
+    header += ["the mean of a row by, at most", "SAM minus SGD 2x, again"]
+    made = []
+    for name, other in others.items():
+        known = {(x["row"], x["seed"]): x["accuracy"] for x in lines if _of(x, name)}
+        rows = {
+            row: [x["accuracy"] - known[row, x["seed"]] for x in of]
+            for row, of in other.rows.items()
+        }
+        all_of = np.concatenate([*rows.values()])
+        means = [abs(np.mean(of)) for of in rows.values()]
+        cells = [tasks[name].settings["title"], f"{all_of.size}"]
+        cells += [f"{np.sum(all_of == 0)}", f"{np.sqrt(np.mean(all_of**2)):.2f}"]
+        cells += [f"{max(means):.2f}", signed(other.minus("SAM", "SGD 2x"))]
+        made.append(cells)
+    return tables.table(header, made)
+
+
+def _of(line: Line, task: str) -> bool:
+    return bool(line.get("tested")) and line["task"] == task
+
+
 def markdown(lines: list[Line]) -> dict[str, str]:
     """The tables of docs/results/accuracy.md, by name."""
     tasks, others = found(lines)

@@ -326,6 +326,16 @@ def test_differences_are_paired_and_have_intervals(tmp_path):
     assert (tmp_path / "new/figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_another_machine_are_compared():
+    again = [dict(x) for x in MADE if x["task"] == "digits"]
+    for x in again:
+        if x.get("row") == "SAM":
+            x["accuracy"] += {0: 0.0, 1: 3.0, 2: -1.5}[x["seed"]]
+    cells = report.repeated(MADE, again).splitlines()[-1]
+    # The root of (9 + 2.25) / 6; 1.5 / 3; there is no SGD 2x.
+    assert cells == "| Digits | 6 | 4 | 1.37 | 0.50 |  |"
+
+
 def test_another_search_is_reported_beside_the_first(tmp_path):
     again = [x | {"task": "digits, search 2"} for x in MADE if x["task"] == "digits"]
     for x in again:
