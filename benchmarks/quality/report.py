@@ -49,12 +49,11 @@ class Found:
     def time(self, row: str) -> float:
         """The processor time of a run, relative to a run of SGD on the same machine."""
         sgd = self.mean("SGD", "cpu_seconds")  # of lines from before SGD was timed too
-        pairs = [
-            (line["cpu_seconds"], line.get("sgd_cpu_seconds", sgd))
+        ratios = [
+            line["cpu_seconds"] / line.get("sgd_cpu_seconds", sgd)
             for line in self.rows[row]
         ]
-        taken, reference = np.sum(pairs, axis=0)
-        return float(taken / reference)
+        return float(np.median(ratios))
 
     def gains(self, row: str, other: str) -> list[float]:
         """Differences in accuracy, paired by seed."""

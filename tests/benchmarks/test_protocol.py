@@ -174,6 +174,15 @@ def test_a_scan_computes_what_the_loop_does(mini, name):
         assert found[0].accuracy == found[1].accuracy
 
 
+def test_a_search_and_its_tests_share_a_program():
+    training = Training(tasks.Source(task(), None), "SAM")
+    values = rows.start(training.row, {})
+    for tested in (False, True):
+        training.run(values, 0, tested=tested)
+    assert training.looped
+    assert training.advance._cache_size() == training.sgd.advance._cache_size() == 1
+
+
 def test_msam_is_judged_without_its_perturbation():
     training = Training(tasks.Source(task(images=1437, epochs=20), None), "MSAM")
     values = {"rho": 3.0, "rate": 0.05, "decay": 5e-4}
