@@ -361,7 +361,7 @@ def test_another_search_is_reported_beside_the_first(tmp_path):
 
 def test_each_search_has_seeds_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setitem(tasks.TASKS, "digits", task(epochs=1))
-    for search in ("1", "2", "2"):  # the last one finds all lines
+    for search in ("1", "2", "3", "3"):  # the last one finds all lines
         command = ["protocol.py", "--rows", "SGD", "--search", search]
         monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path / "a.jsonl")])
         protocol.main()
@@ -372,7 +372,10 @@ def test_each_search_has_seeds_of_its_own(monkeypatch, tmp_path):
     assert seeds("digits", True) == seeds("digits, search 2", True) == {0, 1}
     assert seeds("digits", False) == {100}
     assert seeds("digits, search 2", False) == {200}
-    assert len(kept) == 2 * (1 + 2 + 2)
+    assert seeds("digits, search 3", False) == {300}
+    assert len(kept) == 3 * (1 + 2 + 2)
+    begun = [x["values"]["decay"] for x in kept if x.get("tested") is False]
+    assert begun[::2] == [5e-4, 5e-4, 2e-3]
 
 
 def test_the_committed_results_are_those_of_the_tasks_as_they_are():
