@@ -74,7 +74,8 @@ def tables() -> dict[str, str]:
     }
     lines = protocol.read(RESULTS / "protocol.jsonl")
     for part, text in report.markdown(lines).items():
-        found[f"protocol, {part}"] = text
+        if ", search " not in part:  # the table "luck" has what the pages need of it
+            found[f"protocol, {part}"] = text
     again = protocol.read(RESULTS / "protocol_repeated.jsonl")
     found["protocol, repeated"] = report.repeated(lines, again)
     lines = protocol.read(RESULTS / "language.jsonl")

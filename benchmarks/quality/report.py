@@ -48,7 +48,8 @@ class Found:
 
     def time(self, row: str) -> float:
         """The processor time of a run, relative to a run of SGD on the same machine."""
-        sgd = self.mean("SGD", "cpu_seconds")  # of lines from before SGD was timed too
+        # The first lines of the file have no time of SGD in the same process.
+        sgd = np.median([line["cpu_seconds"] for line in self.rows["SGD"]])
         ratios = [
             line["cpu_seconds"] / line.get("sgd_cpu_seconds", sgd)
             for line in self.rows[row]
@@ -241,11 +242,14 @@ def draw(lines: list[Line], path: Path) -> None:
 
 
 def _label(axes: Any, labels: list[Any], apart: float) -> None:
-    """Names beside the means, moved apart where they are near each other."""
+    """Names beside the means, moved up to where no name and no other mean is near."""
     placed: list[tuple[float, float]] = []
+    means = [(x, mean) for x, mean, *_ in labels]
     for x, mean, row, colour in sorted(labels, key=lambda label: label[1]):
-        y = mean
-        while any(abs(y - b) < apart and abs(a - x) < 0.45 for a, b in placed):
+        y, end = mean, x + 0.1 + 0.042 * len(row)
+        while any(abs(y - b) < apart and abs(a - x) < 0.45 for a, b in placed) or any(
+            abs(y - b) < 0.7 * apart and x < a < end for a, b in means
+        ):
             y += apart / 4
         placed.append((x, y))
         axes.plot([x + 0.02, x + 0.05], [mean, y], color=colour, linewidth=0.6)

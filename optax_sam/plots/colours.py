@@ -18,7 +18,7 @@ METHODS = {
     "SAM": BLUE,
     "SAM-5": SKY,
     "vSAM": RED,
-    "vSAM .33": PINK,
+    "vSAM .33 to .4": PINK,
     "MSAM": GREEN,
     "quarter-batch SAM": ORANGE,
 }
