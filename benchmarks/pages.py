@@ -31,7 +31,7 @@ import optax_sam
 from benchmarks.lib.study import RESULTS, ROOT
 from benchmarks.lib.study import read as read_json
 from benchmarks.pods import pods
-from benchmarks.quality import protocol, report
+from benchmarks.quality import protocol, report, tasks
 from benchmarks.steps import cost_report, overhead, torch_peers
 from benchmarks.studies import (
     correlation,
@@ -74,7 +74,7 @@ def tables() -> dict[str, str]:
     }
     lines = protocol.read(RESULTS / "protocol.jsonl")
     for part, text in report.markdown(lines).items():
-        if ", search " not in part:  # the table "luck" has what the pages need of it
+        if tasks.SEARCH not in part:  # the table "luck" has what the pages need of it
             found[f"protocol, {part}"] = text
     again = protocol.read(RESULTS / "protocol_repeated.jsonl")
     found["protocol, repeated"] = report.repeated(lines, again)

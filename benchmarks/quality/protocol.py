@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help=".npz, or a folder of the archive")
     parser.add_argument("--rows", nargs="+", choices=rows.ROWS, default=list(rows.ROWS))
     parser.add_argument("--seeds", type=int, help="how many, if not the task's")
-    told = "the number of the search; each takes seeds of its own (1)"
+    told = "the number of the search; each has other seeds (1)"
     parser.add_argument("--search", type=int, default=1, help=told)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     out = Path("out/protocol.jsonl")

@@ -12,6 +12,7 @@ from scipy import stats
 
 from benchmarks.lib import study, tables
 from benchmarks.quality import rows
+from benchmarks.quality.tasks import SEARCH
 from optax_sam.plots.colours import BLACK, METHODS, WHITE
 
 Line = dict[str, Any]
@@ -82,7 +83,7 @@ def found(lines: list[Line]) -> tuple[dict[str, Found], dict[str, Found]]:
     names = {line["task"]: None for line in lines}
     made = {name: Found(name, lines) for name in names}
     made = {name: task for name, task in made.items() if "SGD" in task.rows}
-    others = {name: task for name, task in made.items() if ", search " in name}
+    others = {name: task for name, task in made.items() if SEARCH in name}
     return {name: x for name, x in made.items() if name not in others}, others
 
 
@@ -147,21 +148,21 @@ def control(tasks: dict[str, Found]) -> str:
     return tables.table(header, made)
 
 
-def luck(tasks: dict[str, Found], others: dict[str, Found]) -> str:
-    """The gain over SGD after each search, where a task has several."""
-    searches: dict[str, list[Found]] = {name: [task] for name, task in tasks.items()}
-    for name, task in others.items():
-        searches.setdefault(name.split(", ")[0], []).append(task)
-    most = max(map(len, searches.values()), default=1)
-    made = [
-        [of[0].settings["title"], row]
-        + [signed(task.minus(row, "SGD")) for task in of]
-        + [""] * (most - len(of))
-        for of in searches.values()
-        for row in of[0].rows
-        if len(of) > 1 and row != "SGD" and row in of[1].rows
-    ]
-    columns = [f"search {i + 1}, minus SGD" for i in range(most)]
+def luck(tasks: dict[str, Found]) -> str:
+    """The gain over SGD after each search, of the rows that several searches tuned."""
+    searches: dict[str, dict[int, Found]] = {}
+    for name, task in tasks.items():
+        base, _, number = name.partition(SEARCH)
+        searches.setdefault(base, {})[int(number or 1)] = task
+    numbers = sorted({number for of in searches.values() for number in of})
+    made = []
+    for of in searches.values():
+        for row in rows.ROWS:
+            gains = {i: signed(task.minus(row, "SGD")) for i, task in of.items()}
+            if sum(map(bool, gains.values())) > 1:
+                title = next(iter(of.values())).settings["title"]
+                made.append([title, row, *(gains.get(i, "") for i in numbers)])
+    columns = [f"search {number}, minus SGD" for number in numbers]
     return tables.table(["task", "row", *columns], made)
 
 
@@ -172,22 +173,17 @@ def repeated(lines: list[Line], again: list[Line]) -> str:
     header += ["the mean of a row by, at most", "SAM minus SGD 2x, again"]
     made = []
     for name, other in others.items():
-        known = {(x["row"], x["seed"]): x["accuracy"] for x in lines if _of(x, name)}
-        rows = {
-            row: [x["accuracy"] - known[row, x["seed"]] for x in of]
-            for row, of in other.rows.items()
-        }
-        all_of = np.concatenate([*rows.values()])
-        means = [abs(np.mean(of)) for of in rows.values()]
-        cells = [tasks[name].settings["title"], f"{all_of.size}"]
+        differences = []
+        for row, of in other.rows.items():
+            known = {x["seed"]: x["accuracy"] for x in tasks[name].rows[row]}
+            differences.append([x["accuracy"] - known[x["seed"]] for x in of])
+        all_of = np.concatenate(differences)
+        means = [abs(np.mean(of)) for of in differences]
+        cells = [other.settings["title"], f"{all_of.size}"]
         cells += [f"{np.sum(all_of == 0)}", f"{np.sqrt(np.mean(all_of**2)):.2f}"]
         cells += [f"{max(means):.2f}", signed(other.minus("SAM", "SGD 2x"))]
         made.append(cells)
     return tables.table(header, made)
-
-
-def _of(line: Line, task: str) -> bool:
-    return bool(line.get("tested")) and line["task"] == task
 
 
 def markdown(lines: list[Line]) -> dict[str, str]:
@@ -195,7 +191,7 @@ def markdown(lines: list[Line]) -> dict[str, str]:
     tasks, others = found(lines)
     made = {name: table(task) for name, task in (tasks | others).items()}
     given = {"headline": headline(tasks), "vsam": control(tasks)}
-    return given | {"luck": luck(tasks, others), **made}
+    return given | {"luck": luck(tasks | others), **made}
 
 
 def draw(lines: list[Line], path: Path) -> None:

@@ -117,18 +117,23 @@ TASKS = {
 }
 
 
+SEARCH = ", search "  # between the name of a task and the number of a further search
+
+
 def searched(name: str, task: Task, search: int) -> tuple[str, Task]:
     """The name and the task for another search, with seeds that no search had before.
 
     The tested seeds stay the same, so results differ by what the searches choose. The
     third search begins at a larger weight decay, because many rows chose one.
     """
+    if search < 1:  # its seeds would be those of the tests
+        raise SystemExit(f"the searches have the numbers 1, 2, 3, ...; got {search}")
     if search == 1:
         return name, task
     seeds = tuple(seed + 100 * (search - 1) for seed in task.search_seeds)
     starts = (*task.starts, *[("decay", 2e-3)] * (search == 3))
     other = dataclasses.replace(task, search_seeds=seeds, starts=starts)
-    return f"{name}, search {search}", other
+    return f"{name}{SEARCH}{search}", other
 
 
 class Split(NamedTuple):

@@ -65,7 +65,7 @@ class Result(NamedTuple):
       gradients: all gradient evaluations of the run, in gradients of a batch.
       seconds: wall-clock time of the steps alone.
       cpu_seconds: processor time of the steps alone.
-      sgd_cpu_seconds: processor time of a run of SGD in the same process.
+      sgd_cpu_seconds: processor time of a run of SGD in the same process, if tested.
       curve: accuracies after each twentieth of the epochs, if requested.
     """
 
@@ -74,7 +74,7 @@ class Result(NamedTuple):
     gradients: float
     seconds: float
     cpu_seconds: float
-    sgd_cpu_seconds: float
+    sgd_cpu_seconds: float | None
     curve: list[float] | None
 
 
@@ -357,7 +357,9 @@ class Training:
         warm = [pair for pair in times if pair] or [took]
         mean = lambda taken: sum(taken) / len(warm) * len(times)
         clock, processor = map(mean, zip(*warm, strict=True))
-        sgd = processor if self is self.sgd else self.sgd_cpu_seconds(split, seed)
+        sgd = processor if self is self.sgd else None
+        if tested and not sgd:
+            sgd = self.sgd_cpu_seconds(split, seed)
         per_epoch = len(split.y) // self.task.batch_size
         steps = per_epoch * len(times)
         loss = float(state.loss) / per_epoch
@@ -367,7 +369,7 @@ class Training:
             round(self.gradients(state, steps), 2),
             round(clock, 3),
             round(processor, 3),
-            round(sgd, 3),
+            sgd and round(sgd, 3),
             [round(x, 4) for x in curve] or None,
         )
 

@@ -355,11 +355,17 @@ def test_another_search_is_reported_beside_the_first(tmp_path):
         "| Digits | SAM | +3.00 ± 2.48 | +2.00 ± 2.48 |"
     ]
     assert "search" not in found["headline"]
+    # A task without this search, or a file without the first one.
+    third = [x | {"task": "digits, search 3"} for x in again]
+    assert report.markdown([*MADE, *third])["luck"].splitlines()[0] == (
+        "| task | row | search 1, minus SGD | search 3, minus SGD |"
+    )
+    assert report.markdown(third)["luck"].splitlines()[2:] == []
     assert report.markdown(again)["digits, search 2"]
     report.draw([*MADE, *again], tmp_path / "figure.png")
 
 
-def test_each_search_has_seeds_of_its_own(monkeypatch, tmp_path):
+def test_no_two_searches_share_a_seed(monkeypatch, tmp_path):
     monkeypatch.setitem(tasks.TASKS, "digits", task(epochs=1))
     for search in ("1", "2", "3", "3"):  # the last one finds all lines
         command = ["protocol.py", "--rows", "SGD", "--search", search]
@@ -374,6 +380,8 @@ def test_each_search_has_seeds_of_its_own(monkeypatch, tmp_path):
     assert seeds("digits, search 2", False) == {200}
     assert seeds("digits, search 3", False) == {300}
     assert len(kept) == 3 * (1 + 2 + 2)
+    with pytest.raises(SystemExit, match="numbers 1, 2, 3, .*; got 0"):
+        tasks.searched("digits", tasks.TASKS["digits"], 0)
     begun = [x["values"]["decay"] for x in kept if x.get("tested") is False]
     assert begun[::2] == [5e-4, 5e-4, 2e-3]
 
