@@ -131,7 +131,7 @@ accuracy: .venv/main/.stamp  ## Train the runs of the figure of results again (D
 		--rows SGD "SGD 2x" SAM SAM-5 vSAM "vSAM .33 to .4" MSAM "quarter-batch SAM" \
 		--out out/accuracy.jsonl --figure out/accuracy.png $(ARGS)
 
-bench: .venv/main/.stamp  ## Make all results of a CPU anew, in out/bench (half an hour)
+bench: .venv/main/.stamp  ## Make all results of a CPU again, in out/bench (an hour)
 	@$(STEADY) JAX_PLATFORMS=$(JAX_PLATFORMS) .venv/main/bin/python benchmarks/bench.py \
 		$(if $(DATA),--data $(DATA)) $(ARGS)
 

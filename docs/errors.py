@@ -80,15 +80,17 @@ def _text(node: ast.expr, names: dict) -> str:
         return _text(node.value, {} if node.conversion == ord("r") else names)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _text(node.left, names) + _text(node.right, names)
-    if isinstance(node, ast.BoolOp):  # the text where none was given
-        return _text(node.values[-1], names)
+    if isinstance(node, ast.BoolOp):
+        last = node.values[-1]  # a constant stands in for a place that has no name
+        return "..." if isinstance(last, ast.Constant) else _text(last, names)
     if isinstance(node, ast.IfExp):  # the longer form
         return max(_text(node.body, names), _text(node.orelse, names), key=len)
     name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
     if name in names:
         # A name that is assigned from itself has nothing more to say.
         return _text(names[name], {x: y for x, y in names.items() if x != name})
-    return f"<{node.id}>" if isinstance(node, ast.Name) else "..."
+    public = isinstance(node, ast.Name) and not node.id.startswith("_")
+    return f"<{node.id}>" if public else "..."
 
 
 def listing() -> str:
@@ -99,6 +101,6 @@ def listing() -> str:
         if error.message not in messages:
             messages.append(error.message)
     return "\n\n".join(
-        f"### `{module}`\n\n" + "\n".join(f"- `{message}`" for message in messages)
+        f"## `{module}`\n\n" + "\n".join(f"- `{message}`" for message in messages)
         for module, messages in by_module.items()
     )

@@ -12,17 +12,22 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 PUBLISHED = DOCS.parent / "benchmarks/results/published.csv"
 
-# The page of a table, the beginning of the line that it follows, and what it shows.
+INDEX, ACCURACY = "methods/index.md", "results/accuracy.md"
 BENCHMARKS = "../benchmarks/README.md"
+GAIN, TIME = "minus SGD", "time / SGD"
+# The page of a table, the beginning of the line that it follows, its name, and the
+# column to quote beside the same column of other tables; without one, whole rows.
 TABLES = [
-    ("methods/index.md", "## What a step costs", "Cost"),
-    ("methods/index.md", "## Hyperparameters", "Hyperparameters"),
-    ("results/accuracy.md", "## Digits with wrong labels", "Digits, 36 % wrong labels"),
-    ("results/accuracy.md", "## Fashion-MNIST with an MLP", "Fashion-MNIST, an MLP"),
-    *((BENCHMARKS, f"**{name}**", "") for name in ("MLP", "CNN", "transformer")),
+    (INDEX, "## What a step costs", "Cost", ""),
+    (INDEX, "## Hyperparameters", "Hyperparameters", ""),
+    (ACCURACY, "## Digits with wrong labels", "digits, wrong labels, MLP", GAIN),
+    (ACCURACY, "## Fashion-MNIST with an MLP", "Fashion-MNIST, MLP", GAIN),
+    (ACCURACY, "## Fashion-MNIST with a CNN", "Fashion-MNIST, CNN", GAIN),
+    (ACCURACY, "## CIFAR-10 with a ResNet", "CIFAR-10, ResNet-8", GAIN),
+    *((BENCHMARKS, f"**{x}**", x, TIME) for x in ("MLP", "CNN", "transformer")),
 ]
 # These rows stand beside those of the method.
-BASELINES = {"SGD", "SAM", "sam"}
+BASELINES = {"SGD", "SGD 2x", "SAM", "sam"}
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 MODELS = {
     "resnet18": "ResNet-18",
@@ -86,32 +91,39 @@ def about(labels, page, start):
     if not any(is_about(row[0], labels) for row in rows):
         return head, []
     # Of several rows the first, that of the method as it is.
-    beside = {row[0]: row for row in reversed(rows) if row[0] in BASELINES}
+    label = lambda row: row[0].partition(" (")[0]
+    beside = {label(row): row for row in reversed(rows) if label(row) in BASELINES}
     return head, [r for r in rows if is_about(r[0], labels) or r in beside.values()]
 
 
-def step_times(labels):
-    """The time of a step on a CPU, relative to SGD's, a column for each network."""
-    columns = {start.strip("*"): page for page, start, shown in TABLES if not shown}
-    cells = {}
-    for network, page in columns.items():
-        head, rows = about(labels, page, f"**{network}**")
+def across(labels, column):
+    """One column of all tables that have it, side by side, for a method."""
+    names, cells = [], {}
+    for page, start, name, quoted in TABLES:
+        if quoted != column:
+            continue
+        names.append(name)
+        head, rows = about(labels, page, start)
         for row in rows:
-            cells.setdefault(row[0], {})[network] = row[head.index("time / SGD")]
-    row = lambda name: [name, *(cells[name].get(x, "") for x in columns)]
-    return cells and markdown(["step", *columns], *map(row, cells))
+            if value := row[head.index(column)]:
+                cells.setdefault(row[0], {})[name] = value
+    row = lambda label: [label, *(cells[label].get(x, "") for x in names)]
+    return cells and markdown(["row", *names], *map(row, cells))
 
 
 def results(labels):
     """All that is known about the method with these labels, as Markdown."""
     parts = []
-    for page, start, caption in TABLES:
+    for page, start, caption, column in TABLES:
         head, rows = about(labels, page, start)
-        if rows and caption:
+        if rows and not column:
             anchor = start.lstrip("# ").lower().replace(" ", "-")
             parts += [f"**[{caption}](../{page}#{anchor})**", markdown(head, *rows)]
-    page = "../../benchmarks/README.md#what-a-step-of-each-method-costs"
-    if table := step_times(labels):
+    if table := across(labels, GAIN):
+        caption = "Points of test accuracy over tuned SGD"
+        parts += [f"**[{caption}](../{ACCURACY})**", table]
+    if table := across(labels, TIME):
+        page = f"../{BENCHMARKS}#what-a-step-of-each-method-costs"
         parts += [f"**[Time of a step on a CPU, relative to SGD]({page})**", table]
     if table := published(labels):
         parts += ["**Published test accuracies (%)**", table]

@@ -1,10 +1,10 @@
 """Digits with 36 % wrong labels (40 % are redrawn from all ten): who learns them?
 
 A small network on scikit-learn's digits, tested on right labels, within a minute on two
-cores. Needs flax, scikit-learn and rich too. Searches of equal length, on held-out
-training images, chose learning rate, weight decay and radius of each row, also of SGD.
-"SGD 2x" computes as many gradients as SAM. Three seeds show no ranking;
-docs/results/accuracy.md has ten seeds and many more methods.
+cores. Needs flax, scikit-learn and rich too. A search on held-out training images chose
+learning rate, weight decay and radius of each row, also of SGD. "SGD 2x" computes as
+many gradients as SAM. Three seeds show no ranking; docs/results/accuracy.md has twenty
+seeds and many more methods.
 
     python examples/digits_label_noise.py [--quick]
 """

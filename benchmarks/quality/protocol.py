@@ -5,10 +5,10 @@
     python benchmarks/quality/protocol.py --repeat [FILE] --task digits fashion_mlp ...
     python benchmarks/quality/protocol.py --report [FILE] [--figure FILE]
 
-For each row (a method) a search of the same number of settings chooses the learning
-rate, the weight decay and the method's own values, on held-out training images. Then
-fresh seeds train at the chosen setting and are tested once. docs/results/accuracy.md
-describes the rest.
+For each row (a method) a search chooses the learning rate, the weight decay and the
+method's own values, on held-out training images. It may try as many settings as the
+search of any other row. Then fresh seeds train at the chosen setting and are tested
+once. docs/results/accuracy.md describes the rest.
 
 Each run is a line of JSON in ``--out``, and existing runs are not repeated. After
 ``--seconds`` the process ends, with status 75 while there is more to do. The same

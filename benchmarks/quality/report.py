@@ -18,6 +18,7 @@ from optax_sam.plots.colours import BLACK, METHODS, WHITE
 Line = dict[str, Any]
 SHORT = {"rate": "lr", "decay": "wd", "max_offset_norm": "cap"}
 REFERENCES = "SGD", "SGD 2x", "SAM"
+CAPPED = "vSAM .33 to .4"
 
 
 class Found:
@@ -35,6 +36,10 @@ class Found:
             )
             for row in rows.ROWS
         }
+        self.tried: dict[str, set[str]] = {}
+        for line in of:
+            if line.get("tested") is False:
+                self.tried.setdefault(line["row"], set()).add(setting(line))
         # A row with a single seed has no interval yet, and is not shown.
         few = max(1, min(2, len(self.rows["SGD"])))
         self.rows = {row: x for row, x in self.rows.items() if len(x) >= few}
@@ -102,14 +107,17 @@ def setting(line: Line) -> str:
 
 def table(task: Found) -> str:
     """All rows of a task."""
-    header = ["row", "chosen setting", "gradients / SGD", "CPU time / SGD"]
-    header += ["test accuracy (%)", *(f"minus {name}" for name in REFERENCES)]
+    header = ["row", "chosen setting", "settings tried"]
+    header += ["gradients / SGD", "CPU time / SGD", "test accuracy (%)"]
+    header += [f"minus {name}" for name in REFERENCES]
     lines = []
     for row, made in task.rows.items():
         note = rows.ROWS[row].what
         if len(made) < len(task.rows["SGD"]):
             note = f"{len(made)} seeds"
         cells = [row + f" ({note})" * bool(note), setting(made[0])]
+        of = "SGD" if rows.ROWS[row].early else row
+        cells.append(f"{len(task.tried.get(of, ()))}")
         cells += [f"{task.gradients(row):.2f}", f"{task.time(row):.2f}"]
         cells.append(f"{task.mean(row, 'accuracy'):.2f}")
         cells += [signed(task.minus(row, other)) for other in REFERENCES]
@@ -124,6 +132,7 @@ def headline(tasks: dict[str, Found]) -> str:
         "SAM minus SGD 2x, equal compute": ("SAM", "SGD 2x"),
         "SAM minus SGD, early": ("SAM", "SGD, early"),
         "MSAM minus SGD, equal compute": ("MSAM", "SGD"),
+        f"{CAPPED} minus SGD": (CAPPED, "SGD"),
     }
     made = [
         [task.settings["title"], f"{len(task.rows['SGD'])}"]
@@ -134,16 +143,15 @@ def headline(tasks: dict[str, Found]) -> str:
 
 
 def control(tasks: dict[str, Found]) -> str:
-    """Compares vSAM's control with fixed periods, at a cost of at most 1.45."""
-    capped = "vSAM .33 to .4"
-    header = ["task", "row", "gradients / SGD", "minus SAM", f"{capped} minus this row"]
-    names = "vSAM", "vSAM .33", capped, "SAM-3, reuse", "SAM-3", "quarter-batch SAM"
+    """Compares vSAM's control with fixed periods and with a smaller first batch."""
+    header = ["task", "row", "gradients / SGD", "minus SAM", f"{CAPPED} minus this row"]
+    names = ["vSAM", "vSAM .33", CAPPED, "SAM-3, reuse", "SAM-3", "SAM-5", "LookSAM-5"]
     made = [
         [task.settings["title"], name, f"{task.gradients(name):.2f}"]
-        + [signed(task.minus(name, "SAM")), signed(task.minus(capped, name))]
+        + [signed(task.minus(name, "SAM")), signed(task.minus(CAPPED, name))]
         for task in tasks.values()
-        for name in names
-        if name in task.rows and capped in task.rows
+        for name in [*names, "quarter-batch SAM"]
+        if name in task.rows and CAPPED in task.rows
     ]
     return tables.table(header, made)
 
@@ -155,15 +163,17 @@ def luck(tasks: dict[str, Found]) -> str:
         base, _, number = name.partition(SEARCH)
         searches.setdefault(base, {})[int(number or 1)] = task
     numbers = sorted({number for of in searches.values() for number in of})
+    pairs = {f"{row} minus SGD": (row, "SGD") for row in rows.ROWS}
+    pairs["SAM minus SGD 2x, equal compute"] = "SAM", "SGD 2x"
     made = []
     for of in searches.values():
-        for row in rows.ROWS:
-            gains = {i: signed(task.minus(row, "SGD")) for i, task in of.items()}
+        for label, pair in pairs.items():
+            gains = {i: signed(task.minus(*pair)) for i, task in of.items()}
             if sum(map(bool, gains.values())) > 1:
                 title = next(iter(of.values())).settings["title"]
-                made.append([title, row, *(gains.get(i, "") for i in numbers)])
-    columns = [f"search {number}, minus SGD" for number in numbers]
-    return tables.table(["task", "row", *columns], made)
+                made.append([title, label, *(gains.get(i, "") for i in numbers)])
+    columns = [f"search {number}" for number in numbers]
+    return tables.table(["task", "difference", *columns], made)
 
 
 def repeated(lines: list[Line], again: list[Line]) -> str:
@@ -175,8 +185,10 @@ def repeated(lines: list[Line], again: list[Line]) -> str:
     for name, other in others.items():
         differences = []
         for row, of in other.rows.items():
-            known = {x["seed"]: x["accuracy"] for x in tasks[name].rows[row]}
-            differences.append([x["accuracy"] - known[x["seed"]] for x in of])
+            known = {(setting(x), x["seed"]): x for x in tasks[name].rows[row]}
+            pairs = [(x, known.get((setting(x), x["seed"]))) for x in of]
+            differences.append([a["accuracy"] - b["accuracy"] for a, b in pairs if b])
+        differences = [of for of in differences if of]
         all_of = np.concatenate(differences)
         means = [abs(np.mean(of)) for of in differences]
         cells = [other.settings["title"], f"{all_of.size}"]

@@ -143,7 +143,7 @@ ROWS = {
     "vSAM .33 to .4": Row(
         _vsam(initial_rate=0.33, max_rate=0.4),
         RHO,
-        what="likewise, `max_rate=0.4`",
+        what="`initial_rate=0.33, max_rate=0.4`",
     ),
     "MSAM": Row(start={"rho": 0.5}, base="msam"),
     "quarter-batch SAM": Row(lambda v, s: optax_sam.sam(v["rho"]), RHO, divisor=4),
@@ -163,14 +163,14 @@ ROWS = {
     "SAF": Row(_saf, {"coefficient": 0.5}, what="no perturbed gradient"),
     "MESA": Row(start={"coefficient": 1.0}, base="mesa", what="no perturbed gradient"),
     "AdamW": Row(base="adamw"),
-    # Fixed periods at the cost of vSAM with a share of a third, to test its control.
-    "SAM-3": Row(_every(3), RHO, what="a fixed period at vSAM .33's cost"),
+    # Fixed periods that perturb as often as vSAM is told to begin with.
+    "SAM-3": Row(_every(3), RHO, what="a fixed period, no reuse"),
     "SAM-3, reuse": Row(
         lambda v, s: optax_sam.sharpness_aware(
             ascent.l2(v["rho"]), when.every_k(3), blend.reuse_difference()
         ),
         RHO,
-        what="likewise, with vSAM's reuse",
+        what="a fixed period, vSAM's reuse",
     ),
 }
 BASE_START = {"sgd": {"rate": 0.05, "decay": 5e-4}}

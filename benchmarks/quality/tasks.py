@@ -48,7 +48,7 @@ class Task:
     batch_size: int
     augmentation: str = "none"
     redrawn: float = 0.0
-    budget: int = 10
+    budget: int = 20
     search_seeds: tuple[int, ...] = (100,)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     starts: tuple[tuple[str, float], ...] = ()
@@ -60,9 +60,8 @@ TASKS = {
         "Digits, 40 % of the labels redrawn, MLP",
         *("digits", "mlp", 1437, 287, 100, 64),
         redrawn=0.4,
-        budget=16,
         search_seeds=(100, 101),
-        seeds=tuple(range(10)),
+        seeds=tuple(range(20)),
     ),
     "fashion_mlp": Task(
         "Fashion-MNIST, 4,000 images, MLP",
@@ -71,7 +70,6 @@ TASKS = {
     "fashion_cnn": Task(
         "Fashion-MNIST, 2,000 images, CNN",
         *("fashion-mnist", "cnn", 2000, 5000, 60, 64),
-        budget=8,
     ),
     "cifar10": Task(
         "CIFAR-10, 5,000 images, ResNet-8",

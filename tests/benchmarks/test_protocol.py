@@ -313,6 +313,9 @@ MADE = [
     {"task": "digits", "settings": {"title": "Digits"}},
     *(line("SGD", seed, 90.0 + seed) for seed in range(3)),
     *(line("SAM", s, 92.0 + 2 * s, 200.0, cpu_seconds=4.0) for s in range(3)),
+    # Two searched settings, one of them with two seeds.
+    *(line("SAM", s, 90.0, tested=False) for s in (100, 101)),
+    line("SAM", 100, 80.0, tested=False, values={"rho": 0.2, "rate": 0.05}),
     {"task": "fashion_mlp", "settings": {"title": "not tested yet"}},
 ]
 
@@ -323,7 +326,7 @@ def test_differences_are_paired_and_have_intervals(tmp_path):
     cells = [x.strip() for x in found["digits"].splitlines()[-1].strip("|").split("|")]
     # 2, 3 and 4 points: 3 +- 4.303 / sqrt(3)
     assert cells == [
-        *("SAM", "rho 0.1, lr 0.05, wd 0.0005", "2.00", "2.00", "94.00"),
+        *("SAM", "rho 0.1, lr 0.05, wd 0.0005", "2", "2.00", "2.00", "94.00"),
         *("+3.00 ± 2.48", "", ""),
     ]
     assert "not yet run" in found["headline"]
@@ -338,8 +341,10 @@ def test_differences_are_paired_and_have_intervals(tmp_path):
 def test_runs_of_another_machine_are_compared():
     again = [dict(x) for x in MADE if x["task"] == "digits"]
     for x in again:
-        if x.get("row") == "SAM":
+        if x.get("row") == "SAM" and x["tested"]:
             x["accuracy"] += {0: 0.0, 1: 3.0, 2: -1.5}[x["seed"]]
+    again.append(line("SAM", 1, 0.0, values={"rho": 1.0}))  # no such run to compare
+    again = [x for x in again if x.get("tested") is not False]
     cells = report.repeated(MADE, again).splitlines()[-1]
     # The root of (9 + 2.25) / 6; 1.5 / 3; there is no SGD 2x.
     assert cells == "| Digits | 6 | 4 | 1.37 | 0.50 |  |"
@@ -348,17 +353,17 @@ def test_runs_of_another_machine_are_compared():
 def test_another_search_is_reported_beside_the_first(tmp_path):
     again = [x | {"task": "digits, search 2"} for x in MADE if x["task"] == "digits"]
     for x in again:
-        if x.get("row") == "SAM":
+        if x.get("row") == "SAM" and x["tested"]:
             x["accuracy"] -= 1
     found = report.markdown([*MADE, *again])
     assert found["luck"].splitlines()[2:] == [
-        "| Digits | SAM | +3.00 ± 2.48 | +2.00 ± 2.48 |"
+        "| Digits | SAM minus SGD | +3.00 ± 2.48 | +2.00 ± 2.48 |"
     ]
     assert "search" not in found["headline"]
     # A task without this search, or a file without the first one.
     third = [x | {"task": "digits, search 3"} for x in again]
     assert report.markdown([*MADE, *third])["luck"].splitlines()[0] == (
-        "| task | row | search 1, minus SGD | search 3, minus SGD |"
+        "| task | difference | search 1 | search 3 |"
     )
     assert report.markdown(third)["luck"].splitlines()[2:] == []
     assert report.markdown(again)["digits, search 2"]

@@ -290,7 +290,7 @@ METHOD_PAGES = [x for x in PAGES if x.startswith("docs/methods/") and x not in O
 def test_every_row_is_on_the_page_of_a_method(excerpts):
     everything = [label for page in METHOD_PAGES for label in labels(page)]
     no_method = re.compile(r"SGD|AdamW|optax\.contrib\.sam")
-    for page, start, _ in excerpts.TABLES:
+    for page, start, *_ in excerpts.TABLES:
         _, _, *rows = excerpts.table_behind(page, start)
         cells = [row[0] for row in rows if not no_method.match(row[0])]
         assert [c for c in cells if not excerpts.is_about(c, everything)] == [], page
