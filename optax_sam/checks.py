@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 _CALL = (
     "grad_fn = lambda p: jax.grad(loss_fn)(p, batch); "
@@ -37,12 +38,23 @@ class MissingArgument(ValueError):
         self.name = name
 
 
-def check_optimizer(method: str, inner: Any, call: str) -> None:
-    """Raises unless ``inner`` is something that a method can wrap."""
+def wrapped(method: str, inner: Any, call: str) -> Any:
+    """The optimizer that a method wraps, with extra arguments; raises if it is none."""
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise ValueError(
             f"{method} wraps an optimizer: optax_sam.{call}; got {inner!r}."
         )
+    return with_extra_args(inner)
+
+
+def with_extra_args(tx: Any) -> Any:
+    """A transformation that passes extra arguments on if it can, or drops them.
+
+    ``optax.MultiSteps`` passes them on, though its type does not say so.
+    """
+    taken = inspect.signature(tx.update).parameters.values()
+    takes_any = any(x.kind is x.VAR_KEYWORD for x in taken)
+    return tx if takes_any else optax.with_extra_args_support(tx)
 
 
 def is_perturbable(leaf: Any) -> bool:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_sam.checks import with_gradients
 from optax_sam.masks import Mask, resolve_mask
 from optax_sam.schedules import at, check_schedule
 from optax_sam.trees import add, wide
@@ -69,6 +70,7 @@ def decay_after(
                 "decay_after needs the parameters that it decays:"
                 " tx.update(grads, opt_state, params)."
             )
+        params, _ = with_gradients(updates, params)
         rate_now = at(rate, state.count)
 
         def decayed(u: Any, w: Any, decays: bool) -> Any:

@@ -44,7 +44,8 @@ def dispatch(
       ``optax.apply_if_finite``, each call first reads the decision from its state.
     - If the step runs inside a branch, a loop or a ``vmap``, as in
       ``optax.MultiSteps``, or if there are several steps, the single program with the
-      conditional runs. It also runs for a rule that needs the next gradient to decide.
+      conditional runs, with ``ascend=None``. It also runs for a rule that needs the
+      next gradient to decide, and inside another ``jit``, ``scan`` or ``vmap``.
     - If the state is not the one that the last call returned, such as a restored one,
       the call reads its decision, and then the plan from the state after it.
 
@@ -114,9 +115,11 @@ def dispatch(
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal plan, follows, single
         given = (args, kwargs)
-        if single or _decides_late(given):
-            return variants[None](*args, **kwargs)
         clock = _clock(given)
+        # Inside jit, scan or vmap the state cannot be read.
+        is_traced = any(isinstance(x, jax.core.Tracer) for x in clock or ())
+        if single or is_traced or _decides_late(given):
+            return variants[None](*args, **kwargs)
         known = _same(clock, follows)
         if not (known and plan):
             plan = _agreed(given, ahead=known and runs_ahead)

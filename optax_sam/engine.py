@@ -332,15 +332,10 @@ def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
     Also the blend of both gradients, and what is emitted after a rejection.
     """
     g, step = call.g, call.step
-    e, ascent = method.ascent.update(
-        g,
-        state.ascent,
-        call.params,
-        grad_fn=call.grad_fn and call.gradient,
-        step=step,
-        count=state.count,
-        **call.extra,
-    )
+    # The caller's arguments of these names are for other transformations of the chain.
+    own = {"grad_fn": call.grad_fn and call.gradient, "step": step, "count": step.count}
+    given = g, state.ascent, call.params
+    e, ascent = method.ascent.update(*given, **call.extra | own)
     if not isinstance(method.ascent, AscentRule):
         # An Optax transformation, such as scale_by_rms, does not know the axis.
         ascent = mean_of_floats(ascent, mapped_axes(method.axis_name))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_sam import axes
+from optax_sam.checks import with_extra_args
 from optax_sam.value_and_grad import value_and_grad
 
 try:
@@ -162,7 +163,7 @@ class TrainState(train_state.TrainState):
             extra["grad_fn"] = grad_fn
         if ascend is not None:
             extra["ascend"] = ascend
-        tx = optax.with_extra_args_support(self.tx)
+        tx = with_extra_args(self.tx)
         update = functools.partial(tx.update, **extra)
         # Flax's method does the rest, because it knows how to update fp8 scales.
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))

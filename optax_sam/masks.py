@@ -89,7 +89,9 @@ def restrict(
     if mask is None:
         return inner
 
-    def update(g: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        g: Any, state: Any, params: Any = None, /, **extra: Any
+    ) -> tuple[Any, Any]:
         chosen = resolve_mask(mask, g if params is None else params)
         if grad_fn := extra.get("grad_fn"):
             extra["grad_fn"] = lambda p: keep(grad_fn(p), chosen)

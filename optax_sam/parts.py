@@ -121,6 +121,7 @@ def ascent_rule(
         g: Any,
         state: Any,
         params: Any = None,
+        /,
         *,
         step: Step | None = None,
         count: Any = None,
@@ -143,7 +144,7 @@ def offset_rule(
 ) -> AscentRule:
     """An ascent without a state, from ``offset(g, params, step) -> e``."""
     return ascent_rule(
-        lambda g, state, params, step, **extra: (offset(g, params, step), state),
+        lambda g, state, params, step, /, **extra: (offset(g, params, step), state),
         needs=needs,
     )
 
@@ -291,10 +292,10 @@ def refreshed(state: Any, moved: Any) -> Any:
 
     A state made under other settings keeps its clock and its decision.
     """
+    new = {name: getattr(moved, name) for name in getattr(state, "settings", ())}
     if hasattr(state, "rule"):
-        return state._replace(rule=refreshed(state.rule, moved.rule))
-    names = getattr(state, "settings", ())
-    return state._replace(**{name: getattr(moved, name) for name in names})
+        new["rule"] = refreshed(state.rule, moved.rule)
+    return state._replace(**new)
 
 
 def metrics_of(*states: Any) -> dict[str, jax.Array]:

@@ -52,7 +52,9 @@ def replica_drift(tree: Any, axis_name: Any) -> jax.Array:
     bits = sum(_checksum(x) * jnp.uint32(2 * i + 1) for i, x in enumerate(arrays))
     sums = jnp.stack([_sum(x) for x in arrays])
     largest = jax.lax.pmax(jnp.stack([bits, ~bits]), axes.names)
-    extremes = jax.lax.pmax(jnp.stack([sums, -sums]), axes.names)
+    # XLA's maximum over devices may ignore NaN.
+    both = jnp.where(jnp.isnan(sums), jnp.inf, jnp.stack([sums, -sums]))
+    extremes = jax.lax.pmax(both, axes.names)
     apart = jnp.max(extremes[0] + extremes[1])
     apart = jnp.where(jnp.isfinite(apart), jnp.maximum(apart, 1e-30), jnp.inf)
     return jnp.where(largest[0] == ~largest[1], 0.0, apart).astype(jnp.float32)
@@ -64,7 +66,9 @@ def _plain(x: Any) -> jax.Array:
         x = jax.random.key_data(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag])
-    return x.astype(jnp.uint8) if x.dtype == bool else x
+    # A bool or a half byte has no whole bytes to read.
+    narrow = x.dtype == bool or x.dtype in (jnp.int4, jnp.uint4)
+    return x.astype(jnp.int8) if narrow else x
 
 
 def _checksum(x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_sam.checks import MissingArgument
+from optax_sam.checks import MissingArgument, with_extra_args
 from optax_sam.method import METHODS
 from optax_sam.parts import AlwaysState
 from optax_sam.readers import members
@@ -185,10 +185,7 @@ def _built(method: Any) -> Any:
             "summary needs the name of a method, such as 'vsam', a function that makes"
             f" one, or an optimizer, such as {_EXAMPLE}; got {method!r}."
         )
-    # optax.MultiSteps takes extra arguments, though its type does not say so.
-    taken = inspect.signature(method.update).parameters.values()
-    takes_any = any(x.kind is x.VAR_KEYWORD for x in taken)
-    return method if takes_any else optax.with_extra_args_support(method)
+    return with_extra_args(method)
 
 
 def _named(name: str) -> Callable[..., Any]:

@@ -14,12 +14,15 @@ EPS = 1e-12
 
 
 def widest(*values: Any) -> Any:
-    """float64 if a value has it, else float32.
+    """float64 if a value has it, else float32; complex if a value is.
 
     ``jnp.promote_types`` does not work here: in strict mode it refuses mixed dtypes.
     """
-    is_double = lambda x: jnp.result_type(x) in (jnp.float64, jnp.complex128)
-    return jnp.dtype(jnp.float64 if any(map(is_double, values)) else jnp.float32)
+    dtypes = [jnp.result_type(x) for x in values]
+    is_double = any(x in (jnp.float64, jnp.complex128) for x in dtypes)
+    if any(jnp.issubdtype(x, jnp.complexfloating) for x in dtypes):
+        return jnp.dtype(jnp.complex128 if is_double else jnp.complex64)
+    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
 def wide(x: jax.Array) -> jax.Array:

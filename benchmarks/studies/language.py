@@ -230,7 +230,7 @@ def trained(arm: Arm, rate: float, rho: float, seed: int, saved: Path) -> Any:
     steps = arm.steps
     params, opt_state = by_adamw(rate, seed, steps, arm.begin, saved)
     # As if SAM had been in the chain from the start: AdamW's steps do not depend on it.
-    state = params, optax.tree.set(opt_state, left=np.int32(0))
+    state = params, optax.tree.set(opt_state, num_steps=np.int32(arm.begin))
     step = make_step(arm.begin, arm.functional)
     for tokens in batches(corpora()["code"]["train"], seed, steps)[arm.begin :]:
         state = step(state, tokens, rate, float(steps), rho)

@@ -77,7 +77,7 @@ def filter_noise(
     gamma = check_schedule("gamma", gamma, 0.0)
     check_key(key)
 
-    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
+    def update(g: Any, state: Any, params: Any, step: Step, /, **extra: Any) -> Any:
         size, given = at(gamma, step.count), extra.get("noise")
         return unit_noise(size, params, state.key, step, given, roles), state
 

@@ -72,7 +72,7 @@ def n_step(
     if step_size is not None:
         step_size = check_schedule("step_size", step_size, 0.0)
 
-    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
+    def update(g: Any, state: Any, params: Any, step: Step, /, **extra: Any) -> Any:
         radius = at(rho, step.count)
         length = radius if step_size is None else at(step_size, step.count)
 

@@ -58,7 +58,7 @@ def raw_steps(
     if projection not in ("leaf", "global"):
         raise ValueError(f'projection must be "leaf" or "global"; got {projection!r}.')
 
-    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
+    def update(g: Any, state: Any, params: Any, step: Step, /, **extra: Any) -> Any:
         radius, factor = at(epsilon, step.count), at(step_size, step.count)
 
         def shortened(delta: Any) -> Any:

@@ -80,7 +80,7 @@ def random_leaves(
         leaves = len(jax.tree.leaves(params))
         return RandomLeavesState(jnp.ones(leaves, bool), raw_key(key))
 
-    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
+    def update(g: Any, state: Any, params: Any, step: Step, /, **extra: Any) -> Any:
         leaves, structure = jax.tree.flatten(g)
         chosen = [
             jnp.where(active, x, 0)

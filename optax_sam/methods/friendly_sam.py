@@ -69,7 +69,7 @@ def friendly(
     sigma = check_schedule("sigma", sigma, 0.0)
     decay = check_schedule("decay", decay, 0.0, 1.0)
 
-    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
+    def update(g: Any, state: Any, params: Any, step: Step, /, **extra: Any) -> Any:
         g = optax.tree.cast_like(g, state.average)
         a = weighted(jnp.ones(()), g, -at(sigma, step.count), state.average)
         length = beyond_rounding(norm(a), norm(g))

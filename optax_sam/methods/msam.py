@@ -144,8 +144,7 @@ def msam(
       MarlonBecker/MSAM
     """
     rho = schedules.check_schedule("rho", rho, 0.0)
-    checks.check_optimizer("msam", inner, "msam(optax.sgd(0.1, momentum=0.9), rho=3.0)")
-    inner = optax.with_extra_args_support(inner)
+    inner = checks.wrapped("msam", inner, "msam(optax.sgd(0.1, momentum=0.9), rho=3.0)")
 
     # Found once for parameters and states of one form, so that an eager step is quick.
     places: dict[Any, tuple[int, ...]] = {}
@@ -237,18 +236,21 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
     """
     state = the_state(MSAMState, "msam", opt_state, _EXAMPLE)
     live, structure = jax.tree.flatten(params)
-    live = [jnp.asarray(x) for x in live]
     # NNX keeps momenta and parameters in different kinds of variables and mappings.
     inner = with_dicts(state.inner)
     try:
+        if not all(map(checks.is_perturbable, live)):
+            raise ValueError
         where = momentum.locate(inner, with_dicts(without_variables(params)))
     except ValueError as error:
         raise ValueError(
             "msam_eval_params got parameters that differ from the momentum in the state"
-            " in structure or shapes; pass the parameters that this optimizer trains."
+            " in structure or shapes; pass the parameters that this optimizer trains,"
+            " with Equinox eqx.filter(model, eqx.is_inexact_array)."
         ) from error
     kept = jax.tree.leaves(inner)
     offset = scaled([kept[i] for i in where], state.scale)
+    live = [jnp.asarray(x) for x in live]
     w = optax.tree.cast_like(add(live, offset), live)
     return jax.tree.unflatten(structure, w)
 

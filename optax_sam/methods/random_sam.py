@@ -87,7 +87,7 @@ def smoothed(
     gradient_weight = check_schedule("gradient_weight", gradient_weight, 0.0)
     check_key(key)
 
-    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
+    def update(g: Any, state: Any, params: Any, step: Step, /, **extra: Any) -> Any:
         sigma_now, given = at(sigma, step.count), extra.get("noise")
         chosen = resolve_nonempty_mask(mask, params, name="mask")
         delta = unit_noise(sigma_now, params, state.key, step, given, roles)

@@ -156,8 +156,7 @@ def sampa(
             " optimizer's), which is missing. Write sampa(optax.sgd(0.1),"
             ' learning_rate=0.1, predict="gradient").'
         )
-    checks.check_optimizer("sampa", inner, "sampa(optax.sgd(0.1, momentum=0.9))")
-    inner = optax.with_extra_args_support(inner)
+    inner = checks.wrapped("sampa", inner, "sampa(optax.sgd(0.1, momentum=0.9))")
 
     def init(params: Any) -> SAMPaState:
         states.check_not_masked("sampa", params, advice=_OUTSIDE)

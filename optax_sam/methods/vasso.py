@@ -44,7 +44,7 @@ def averaged(
     rho = check_schedule("rho", rho, 0.0)
     theta = check_schedule("theta", theta, 0.0, 1.0)
 
-    def update(g: Any, state: Any, params: Any, step: Step, **extra: Any) -> Any:
+    def update(g: Any, state: Any, params: Any, step: Step, /, **extra: Any) -> Any:
         g = optax.tree.cast_like(g, state.average)
         weight = jnp.where(state.started, at(theta, step.count), 1)
         m = weighted(1 - weight, state.average, weight, g)

@@ -25,7 +25,7 @@ class VarianceControlledState(NamedTuple):
     Attributes:
       ascends: whether the next step is perturbed, () bool.
       count: number of steps taken, () int32; numbers the draws.
-      warmup_left: steps of warm-up to come, () int32.
+      warmup_steps: the first steps, which are all perturbed, () int32.
       position: the next step's place in its window, () int32 in ``[0, K)``.
       used: perturbed steps in this window so far, () int32.
       rate: ``s``, samples per window, () float in ``[1, K * max_rate]``.
@@ -38,7 +38,7 @@ class VarianceControlledState(NamedTuple):
 
     ascends: jax.Array
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
-    warmup_left: jax.Array
+    warmup_steps: jax.Array
     position: jax.Array
     used: jax.Array
     rate: jax.Array
@@ -51,7 +51,12 @@ class VarianceControlledState(NamedTuple):
     @property
     def settings(self) -> tuple[str, ...]:
         """The fields that the current rule rewrites in a state of other settings."""
-        return ("catch_up",)
+        return "catch_up", "warmup_steps"
+
+    @property
+    def warmup_left(self) -> jax.Array:
+        """Steps of warm-up to come, () int32."""
+        return jnp.maximum(self.warmup_steps - self.count, 0)
 
     def turned(self, ascended: jax.Array) -> VarianceControlledState:
         """The clocks after one more step."""
@@ -61,7 +66,6 @@ class VarianceControlledState(NamedTuple):
         used = jnp.where(warm, 1, self.used + ascended.astype(jnp.int32))
         return self._replace(
             count=optax.safe_increment(self.count),
-            warmup_left=jnp.maximum(self.warmup_left - 1, 0),
             position=position,
             used=jnp.where(position == 0, 0, used).astype(jnp.int32),
         )
@@ -207,7 +211,7 @@ def variance_controlled(
         return VarianceControlledState(
             ascends=jnp.array(False),
             count=jnp.zeros((), jnp.int32),
-            warmup_left=jnp.array(warmup_steps, jnp.int32),
+            warmup_steps=jnp.array(warmup_steps, jnp.int32),
             # The authors' clock starts inside a window with a spent quota, so the first
             # window after the warm-up takes no sample.
             position=jnp.ones((), jnp.int32),
@@ -256,8 +260,9 @@ def variance_controlled(
         growth = mean_change(state.ratios) + mean_change(state.variances)
         s = jnp.clip(state.rate * (1 + sensitivity * growth), 1, largest)
         s = jnp.where(state.position == 0, s, state.rate).astype(state.rate.dtype)
-        # The setting of the current rule, also in a state that has another setting.
-        return state._replace(rate=s, catch_up=jnp.array(force_quota)).decided()
+        # The settings of the current rule, also in a state that has other settings.
+        state = state._replace(catch_up=jnp.array(force_quota), rate=s)
+        return state._replace(warmup_steps=jnp.array(warmup_steps, jnp.int32)).decided()
 
     call = f"when.variance_controlled(window={window})"
     return When(init, observe=observe, advance=advance, call=call)

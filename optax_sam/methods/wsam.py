@@ -108,8 +108,7 @@ def wsam(
     gamma = schedules.check_schedule("gamma", gamma, 0.0, 1.0, open_high=True)
     if max_norm is not None:
         max_norm = schedules.check_schedule("max_norm", max_norm, 0.0, open_low=True)
-    checks.check_optimizer("wsam", inner, "wsam(optax.sgd(lr), learning_rate=lr)")
-    inner = optax.with_extra_args_support(inner)
+    inner = checks.wrapped("wsam", inner, "wsam(optax.sgd(lr), learning_rate=lr)")
     axis_name = options.get("axis_name")
     engine = on_engine("wsam", options, ascent=l2(rho))
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_sam.checks import with_gradients
 from optax_sam.method import method
 from optax_sam.schedules import at, check_schedule
 from optax_sam.states import check_not_masked, check_state, registered, the_state
@@ -105,7 +106,7 @@ def mesa(
     def init(params: Any) -> MESAState:
         _check_whole(params)
         # A copy, so that parameters and state can both be donated.
-        wide = lambda x: jnp.array(x, x.dtype if jnp.iscomplexobj(x) else widest(x))
+        wide = lambda x: jnp.array(x, widest(x))
         return MESAState(jnp.zeros((), jnp.int32), jax.tree.map(wide, params))
 
     def update(
@@ -118,6 +119,7 @@ def mesa(
             )
         _check_whole(updates, params)
         check_state("mesa", MESAState, state)
+        params, _ = with_gradients(updates, params)
         old = state.average
         new = optax.tree.cast_like(optax.apply_updates(params, updates), old)
         finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]
@@ -155,7 +157,10 @@ def mesa_params(
       [1.1]
     """
     average = the_state(MESAState, "mesa", opt_state, _CHAIN).average
-    return average if params is None else optax.tree.cast_like(average, params)
+    if params is None:
+        return average
+    some, whole = with_gradients(average, params)
+    return whole(optax.tree.cast_like(average, some))
 
 
 def _check_whole(*trees: Any) -> None:

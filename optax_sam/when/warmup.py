@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optax_sam.parts import Step, When, always, metrics_of, plan_of, refreshed
 from optax_sam.schedules import check_integer
@@ -15,12 +16,24 @@ class AfterState(NamedTuple):
     """State of :func:`after`.
 
     Attributes:
-      left: unperturbed steps to come, () int32.
+      count: number of steps taken, () int32.
+      num_steps: the step at which the rule that follows begins, () int32.
       rule: state of the rule that follows. Its clock starts at its first step.
     """
 
-    left: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    num_steps: jax.Array
     rule: Any
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The fields that the current rule rewrites in a state of other settings."""
+        return ("num_steps",)
+
+    @property
+    def left(self) -> jax.Array:
+        """Unperturbed steps to come, () int32."""
+        return jnp.maximum(self.num_steps - self.count, 0)
 
     @property
     def ascends(self) -> jax.Array:
@@ -65,7 +78,8 @@ def after(num_steps: int, rule: When = always()) -> When:
         raise ValueError(f"rule must be a rule of optax_sam.when; got {rule!r}.")
 
     def init(params: Any) -> AfterState:
-        return AfterState(jnp.array(num_steps, jnp.int32), rule.init(params))
+        start = jnp.array(num_steps, jnp.int32)
+        return AfterState(jnp.zeros((), jnp.int32), start, rule.init(params))
 
     def choose(left: jax.Array, new: Any, old: Any) -> Any:
         return jax.tree.map(lambda x, y: jnp.where(left == 0, x, y), new, old)
@@ -84,7 +98,9 @@ def after(num_steps: int, rule: When = always()) -> When:
     def advance(state: AfterState, ascended: jax.Array) -> AfterState:
         moved = rule.advance(state.rule, ascended)
         return AfterState(
-            left=jnp.maximum(state.left - 1, 0),
+            count=optax.safe_increment(state.count),
+            # The setting of the current rule, also in a state that has another setting.
+            num_steps=jnp.array(num_steps, jnp.int32),
             rule=choose(state.left, moved, refreshed(state.rule, moved)),
         )
 

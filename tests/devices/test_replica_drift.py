@@ -61,7 +61,7 @@ def drift(*copies, dtype=None):
 
 def test_the_largest_difference_of_a_sum_in_every_dtype():
     x, other = np.arange(6), np.arange(6) + 2 * (np.arange(6) == 5)
-    for dtype in ("float32", "bfloat16", "float16", "int32", "uint8"):
+    for dtype in ("float32", "bfloat16", "float16", "int32", "uint8", "int4", "uint4"):
         assert drift(x, x, x, dtype=dtype) == 0
         assert drift(x, x, other, dtype=dtype) == 2
     a = {"w": jnp.ones(3), "b": jnp.zeros(2)}
@@ -88,6 +88,17 @@ def test_numbers_that_are_not_finite():
     assert drift(bad, bad) == 0
     assert drift(bad, jnp.ones(2)) == np.inf
     assert drift(jnp.array([jnp.inf]), jnp.array([1.0])) == np.inf
+
+
+@pytest.mark.parametrize("kind", ["pmap", "shard_map without check_vma"])
+def test_numbers_that_are_not_finite_on_devices(kind):
+    """A maximum over devices may ignore NaN."""
+    step = lambda w, x: optax_sam.replica_drift(x / w, "data")
+    for bad in (np.nan, np.inf, -np.inf):
+        rows = np.ones(8, np.float32)
+        assert over_devices.run(kind, step, jnp.ones(()), (rows,)) == 0
+        rows[3] = bad
+        assert over_devices.run(kind, step, jnp.ones(()), (rows,)) == np.inf
 
 
 def test_keys_flags_and_complex_numbers(x64):

@@ -333,6 +333,30 @@ def test_a_state_continues_under_other_settings(case):
     assert taken == 1 + 30 if case == "every_k" else taken > 0
 
 
+@pytest.mark.parametrize("place", ["jit", "scan", "vmap"])
+def test_a_dispatched_step_inside_another_program(place):
+    """It cannot read the state there, and runs the program with the conditional."""
+    step = optax_sam.dispatch(make_step(EVERY_3))
+    carry, xs = (W, EVERY_3.init(W)), jnp.stack(list(inputs(7)))
+    if place == "jit":
+        run = jax.jit(
+            lambda carry: functools.reduce(lambda c, x: step(*c, x), xs, carry)
+        )
+        w, state = run(carry)
+    elif place == "scan":
+        (w, state), _ = jax.lax.scan(lambda c, x: (step(*c, x), None), carry, xs)
+    else:
+        many = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), carry)
+        for x in xs:
+            many = jax.vmap(lambda w, s, x=x: step(w, s, x))(*many)
+        w, state = jax.tree.map(lambda leaf: leaf[1], many)
+    plain = jax.jit(make_step(EVERY_3))
+    for x in xs:
+        carry = plain(*carry, x)
+    np.testing.assert_allclose(w, carry[0], rtol=1e-6)
+    assert ascents(state) == ascents(carry[1]) == 3
+
+
 def test_any_other_state_is_noticed():
     """Two runs by turns; from the host, an older one, a new one: within a plan."""
     ends = []

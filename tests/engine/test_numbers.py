@@ -142,6 +142,14 @@ def test_strict_promotion_of_what_stands_beside_a_method():
         teach(jnp.ones((2, 3)))
 
 
+def test_decay_of_complex_parameters():
+    """Both parts of them decay, as under Optax's own weight decay."""
+    w, g = jnp.array([1 + 2j, -3j]), jnp.array([0j, 1 + 1j])
+    tx = optax.chain(optax.sgd(0.1), optax_sam.decay_after(0.1))
+    found = optax.apply_updates(w, tx.update(g, tx.init(w), w)[0])
+    np.testing.assert_allclose(found, 0.9 * (w - 0.1 * g), rtol=1e-6)
+
+
 # Derivatives through a step, as meta-learning takes them.
 
 TARGET = harness.tree(9)

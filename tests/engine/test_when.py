@@ -182,6 +182,42 @@ def test_after_is_the_rule_later(name, x64):
         np.testing.assert_array_equal(now, wanted)
 
 
+def resumed(before, after, steps):
+    """The decisions of SAM under one rule, and then under another one."""
+    w, taken = jnp.ones(2), []
+    state = optax_sam.sam(RHO, when=before).init(w)
+    for rule, times in ((before, steps[0]), (after, steps[1])):
+        member = optax_sam.sam(RHO, when=rule)
+        for t in range(times):
+            g = (1.0 + t % 3) * w
+            count = int(state.num_ascents)
+            _, state = member.update(g, state, w, grad_fn=jnp.sin)
+            taken.append(int(state.num_ascents) > count)
+    return np.array(taken)
+
+
+def test_another_start_holds_in_a_state_that_is_continued():
+    """From the second step on, because the first one is decided already."""
+    later, sooner = when.after(100), when.after(10)
+    found = resumed(later, sooner, (8, 12))
+    np.testing.assert_array_equal(found, np.arange(20) >= 10)
+    found = resumed(when.after(3), later, (8, 12))
+    np.testing.assert_array_equal(found, (np.arange(20) >= 3) & (np.arange(20) <= 8))
+    nested = resumed(when.after(2, later), when.after(2, sooner), (8, 12))
+    np.testing.assert_array_equal(nested, np.arange(20) >= 12)
+
+
+def test_another_warm_up_holds_in_a_state_that_is_continued():
+    rule = lambda steps: when.variance_controlled(10, 2, warmup_steps=steps)
+    whole = lambda steps: resumed(rule(steps), rule(steps), (15, 50))
+    np.testing.assert_array_equal(
+        resumed(rule(60), rule(20), (15, 50))[15:], whole(20)[15:]
+    )
+    found = resumed(rule(0), rule(60), (15, 50))
+    assert found[16:60].all()
+    assert not found[60:65].all()
+
+
 @each_rule
 def test_the_plan_of_after_is_what_happens(name, x64):
     if name == "norm_above_trend":

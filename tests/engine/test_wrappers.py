@@ -254,6 +254,51 @@ def test_what_the_page_says_of_lookahead():
     assert (flags(state), harness.member_state(state).count) == (0, 0)
 
 
+@pytest.mark.parametrize("place", ["wsam", "sampa", "msam"])
+def test_multi_steps_inside_a_method_hands_arguments_on(place):
+    """To Optax it is no transformation with extra arguments, but it takes them."""
+    seen = []
+
+    def update(updates, state, params=None, *, value=None, **extra):
+        seen.append(value)
+        return updates, state
+
+    record = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    inner = optax.MultiSteps(optax.chain(record, optax.sgd(0.1, momentum=0.9)), 1)
+    w, extra = jnp.ones(2), {"value": 1.5, "grad_fn": jnp.sin}
+    if place == "wsam":
+        tx = optax_sam.wsam(inner, learning_rate=0.1)
+    else:
+        tx = getattr(optax_sam, place)(inner)
+        extra |= {"previous_grad_fn": jnp.sin} if place == "sampa" else {}
+    tx.update(w, tx.init(w), w, **extra)
+    assert 1.5 in seen
+
+
+@pytest.mark.parametrize("name", ["step", "count", "g"])
+def test_an_extra_argument_of_any_name_is_for_others(name):
+    """Each ascent, with and without a mask, also in shards."""
+    problem = problems.mlp()
+    for method in METHODS:
+        if method.variant or method.place == "around":
+            continue
+        tx = method.optimizer(optax.sgd(0.1))
+        step = harness.make_step(tx, problem.loss_fn, method.extra_args)
+        inside = functools.partial(tx.update, **{name: 3})
+        named = harness.make_step(
+            optax.GradientTransformationExtraArgs(tx.init, inside),
+            *(problem.loss_fn, method.extra_args),
+        )
+        params = problem.params()
+        state, batch = tx.init(params), problem.batch(0)
+        harness.assert_equal(named(params, state, batch), step(params, state, batch))
+    w = jnp.ones(2)
+    masked = optax_sam.sam(0.1, mask=lambda p: True)
+    shards = optax_sam.micro_sharpness(optax_sam.sam(0.1, axis_name="shards"), 2)
+    masked.update(w, masked.init(w), w, grad_fn=jnp.sin, **{name: 3})
+    shards.update(None, shards.init(w), w, grad_fn=lambda p, i: jnp.sin(p), **{name: 3})
+
+
 def test_multi_steps_inside_a_chain_drops_arguments():
     """To Optax it is no transformation with extra arguments, as it is alone."""
     each = optax.chain(optax_sam.sam(0.1), optax.sgd(0.1))

@@ -155,6 +155,27 @@ def test_a_part_of_the_model_trains():
     np.testing.assert_array_equal(after["inner"].weight, model["inner"].weight)
 
 
+def test_the_whole_model_in_place_of_its_floats():
+    """As Optax's own weight decay takes it: what has no gradient stays as it is."""
+    model, _ = started()
+    some, g = floats(model), jax.tree.map(jnp.ones_like, floats(model))
+    for tx in (
+        optax.chain(optax.sgd(RATE), optax_sam.mesa(0.9)),
+        optax.chain(optax.sgd(RATE), optax_sam.decay_after(0.1)),
+    ):
+        state = tx.init(some)
+        harness.assert_equal(tx.update(g, state, model), tx.update(g, state, some))
+    mesa = optax.chain(optax.sgd(RATE), optax_sam.mesa(0.9))
+    _, state = mesa.update(g, mesa.init(some), some)
+    whole = optax_sam.mesa_params(state, model)
+    assert (whole.activation, whole.name) == (jnp.tanh, "net")
+    np.testing.assert_array_equal(whole.order, model.order)
+    harness.assert_equal(floats(whole), optax_sam.mesa_params(state, some))
+    msam = optax_sam.msam(optax.sgd(RATE, momentum=0.9))
+    with pytest.raises(ValueError, match=r"eqx.filter\(model, eqx.is_inexact_array\)"):
+        optax_sam.msam_eval_params(msam.init(some), model)
+
+
 def test_means_over_devices_of_a_state():
     """It is as long as the rows of a device, and averaged all the same.
 

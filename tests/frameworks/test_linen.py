@@ -171,6 +171,18 @@ def test_keywords_are_fields_or_extra_arguments():
     np.testing.assert_array_equal(after.params["w"], 2)
 
 
+def test_multi_steps_around_a_method_gets_the_gradient():
+    """As Flax's own train state takes it; its type does not say that it passes it."""
+    w = {"w": jnp.array([3.0, 4.0])}
+    square = lambda p: jax.tree.map(lambda x: x**2, p)
+    for around in (lambda tx: tx, optax.MultiSteps.gradient_transformation):
+        tx = optax.MultiSteps(optax.chain(optax_sam.sam(5.0), optax.sgd(RATE)), 1)
+        state = TrainState.create(apply_fn=None, params=w, tx=around(tx))
+        after = state.apply_gradients(grads=w, grad_fn=square)
+        # The perturbed weights are (6, 8).
+        np.testing.assert_allclose(after.params["w"], [3 - 3.6, 4 - 6.4], rtol=1e-5)
+
+
 def test_a_baseline_ignores_what_the_loop_gives():
     after = created().apply_gradients(grads=W, grad_fn=abs, ascend=True)
     np.testing.assert_allclose(after.params["w"], 1 - RATE, rtol=1e-6)

@@ -107,3 +107,32 @@ def test_the_steps_of_the_page_run():
         assert abs(params) > 1
     # Compiled once with a quarter and all of it, and for dispatch with all of it alone.
     assert seen == [2, 8, 2, 8, 8]
+
+
+@pytest.mark.parametrize("run", ["dispatch", "jit", "dispatch of MultiSteps"])
+def test_the_step_of_the_page_is_quarter_batch_sam(run):
+    """By hand in NumPy, also if one program has to do for both kinds of step."""
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    loss_fn = lambda w, x, y: jnp.mean(jnp.sum(jnp.cos(x * w), -1) + y * (x @ w) ** 2)
+    names = {"jax": jax, "optax": optax, "optax_sam": optax_sam, "loss_fn": loss_fn}
+    code = harness.code("ascent_batch.md")[1]
+    code = code.replace("every_k(5)", "every_k(2)").replace(
+        "momentum=0.9", "momentum=0"
+    )
+    program, _, last = code.rpartition("train_step = optax_sam.dispatch(train_step)")
+    assert not last.strip()
+    exec(program, names)
+    if run == "dispatch of MultiSteps":
+        names["tx"] = optax.MultiSteps(names["tx"], 1)
+    compiled = jax.jit if run == "jit" else optax_sam.dispatch
+    step = compiled(names["train_step"])
+    w, g = np.ones(3), jax.grad(loss_fn)
+    params, opt_state = jnp.ones(3), names["tx"].init(jnp.ones(3))
+    for t in range(6):
+        params, opt_state = step(params, opt_state, (x, np.ones(8, np.float32)))
+        at = w
+        if t % 2 == 0:
+            e = np.asarray(g(w, x[::4], np.ones(2)))
+            at = w + 0.1 * e / np.linalg.norm(e)
+        w = w - 0.1 * np.asarray(g(at, x, np.ones(8)))
+    np.testing.assert_allclose(params, w, rtol=1e-5)

@@ -32,7 +32,7 @@ CASES = {
     "less than one at the start": {"initial_rate": 0.01, "warmup_steps": 2},
 }
 STEPS = 60
-AT_THE_START, PROGRAMS = ("warmup_steps", "initial_rate"), {}
+PROGRAMS = {}
 
 
 def transcription(**arguments):
@@ -71,8 +71,8 @@ def test_the_steps_and_decisions_meet_the_reference(name, compiled):
     } | CASES[name]
     # The key is part of the state alone.
     optimizer = lambda **key: side_by_side.optimizer(optax_sam.vsam(**arguments, **key))
-    # So is what is known at the start.
-    of_rule = {k: v for k, v in arguments.items() if k not in AT_THE_START}
+    # So is the first rate.
+    of_rule = {k: v for k, v in arguments.items() if k != "initial_rate"}
     step = PROGRAMS.setdefault(repr(of_rule), side_by_side.compiled(optimizer()))
     for seed in range(3 if compiled else 1):
         w, batches = side_by_side.problem(seed, STEPS)
