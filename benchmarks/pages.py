@@ -31,7 +31,7 @@ import optax_sam
 from benchmarks.lib.study import RESULTS, ROOT
 from benchmarks.lib.study import read as read_json
 from benchmarks.pods import pods
-from benchmarks.quality import protocol, report, tasks
+from benchmarks.quality import protocol, report
 from benchmarks.steps import cost_report, overhead, torch_peers
 from benchmarks.studies import (
     correlation,
@@ -45,7 +45,7 @@ from optax_sam.method import METHODS
 
 PAGES = sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "benchmarks/README.md"]
 # Pages that quote tables of other pages are written last.
-PAGES.sort(key=lambda page: "<!-- results " in page.read_text())
+PAGES.sort(key=lambda page: bool(re.search("<!-- (results|budget)", page.read_text())))
 MARKED = re.compile(
     r"(<!-- (\w+) ?([^:\n]*): written by make tables -->\n).*?(<!-- end -->)", re.DOTALL
 )
@@ -55,6 +55,7 @@ KINDS = {
     "modules": lambda _: docstrings.modules(),
     "errors": lambda _: errors.listing(),
     "results": lambda labels: excerpts.results(labels.split("; ")),
+    "budget": lambda _: excerpts.budget(),
     "published": lambda labels: excerpts.published(labels.split("; ")),
     "parity": lambda part: getattr(parity, part)(),
 }
@@ -74,8 +75,7 @@ def tables() -> dict[str, str]:
     }
     lines = protocol.read(RESULTS / "protocol.jsonl")
     for part, text in report.markdown(lines).items():
-        if tasks.SEARCH not in part:  # the table "luck" has what the pages need of it
-            found[f"protocol, {part}"] = text
+        found[f"protocol, {part}"] = text
     again = protocol.read(RESULTS / "protocol_repeated.jsonl")
     found["protocol, repeated"] = report.repeated(lines, again)
     lines = protocol.read(RESULTS / "language.jsonl")

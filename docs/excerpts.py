@@ -28,6 +28,29 @@ TABLES = [
 ]
 # These rows stand beside those of the method.
 BASELINES = {"SGD", "SGD 2x", "SAM", "sam"}
+# The rows of choosing.md, and how each is written.
+BUDGET = {
+    "SAM": "[`sam`](../methods/sam.md)",
+    "SGD 2x": "SGD for twice the epochs, at the cost of SAM",
+    "MSAM": "[`msam`](../methods/msam.md)",
+    "quarter-batch SAM": "[`sam`, a quarter of the batch](../methods/ascent_batch.md)",
+    "SAM-5": "[`sam(when=when.every_k(5))`](../methods/sam.md)",
+    "SAM-3, reuse": "`when.every_k(3)` with `optax_sam.blend.reuse_difference`",
+    "LookSAM-5": "[`looksam`](../methods/looksam.md)",
+    "AE-SAM": "[`ae_sam`](../methods/ae_sam.md)",
+    "vSAM .33 to .4": (
+        "[`vsam`](../methods/vsam.md) with `initial_rate=0.33, max_rate=0.4`"
+    ),
+    "vSAM .33": "`vsam` with `initial_rate=0.33`",
+    "vSAM": "`vsam` from the authors' start, which is the default",
+    "ASAM": "[`asam`](../methods/asam.md)",
+    "GSAM": "[`gsam`](../methods/gsam.md)",
+    "ESAM": "[`esam`](../methods/esam.md)",
+    "R-SAM": "[`random_sam`](../methods/random_sam.md)",
+    "RSAM": "[`renyi_sam`](../methods/renyi_sam.md)",
+    "SAF": "[`saf`](../methods/saf.md), which does not perturb",
+    "MESA": "[`mesa`](../methods/mesa.md), which does not perturb",
+}
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 MODELS = {
     "resnet18": "ResNet-18",
@@ -109,6 +132,26 @@ def across(labels, column):
                 cells.setdefault(row[0], {})[name] = value
     row = lambda label: [label, *(cells[label].get(x, "") for x in names)]
     return cells and markdown(["row", *names], *map(row, cells))
+
+
+def budget():
+    """The gains of the rows of BUDGET on all tasks, and their cost."""
+    names, costs, gains = [], {row: [] for row in BUDGET}, {row: {} for row in BUDGET}
+    for page, start, name, quoted in TABLES:
+        if quoted != GAIN:
+            continue
+        names.append(name)
+        head, _, *rows = table_behind(page, start)
+        for row in rows:
+            label = row[0].partition(" (")[0]
+            if label in BUDGET:
+                costs[label].append(float(row[head.index("gradients / SGD")]))
+                gains[label][name] = row[head.index(GAIN)]
+    made = []
+    for label, of in costs.items():
+        span = " to ".join(dict.fromkeys((f"{min(of):.2f}", f"{max(of):.2f}")))
+        made.append([span, BUDGET[label], *(gains[label].get(x, "") for x in names)])
+    return markdown(["gradients / SGD", "method", *names], *made)
 
 
 def results(labels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,17 @@ CAPPED = "vSAM .33 to .4"
 
 
 class Found:
-    """One task in a file: its settings, and the tested lines by row."""
+    """One search of a task in a file: its settings, and the tested lines by row.
+
+    Attributes:
+      settings: of the task.
+      rows: the tested lines of each row, in the order of their seeds.
+      tried: the number of settings that each row's search tried, for each search.
+      held: the mean held-out accuracy of each row's setting, which chose it.
+    """
 
     def __init__(self, name: str, lines: list[Line]) -> None:
-        """Sorts the lines of the task."""
+        """Sorts the lines of the search."""
         of = [line for line in lines if line["task"] == name]
         self.settings = next(line["settings"] for line in of if "settings" in line)
         tested = [line for line in of if line.get("tested")]
@@ -36,13 +44,17 @@ class Found:
             )
             for row in rows.ROWS
         }
-        self.tried: dict[str, set[str]] = {}
-        for line in of:
-            if line.get("tested") is False:
-                self.tried.setdefault(line["row"], set()).add(setting(line))
         # A row with a single seed has no interval yet, and is not shown.
         few = max(1, min(2, len(self.rows["SGD"])))
         self.rows = {row: x for row, x in self.rows.items() if len(x) >= few}
+        self.tried: dict[str, list[int]] = {}
+        self.held: dict[str, float] = {}
+        for row, made in self.rows.items():
+            judge = "SGD" if rows.ROWS[row].early else row
+            judged = [x for x in of if x.get("tested") is False and x["row"] == judge]
+            self.tried[row] = [len({setting(line) for line in judged})]
+            chosen = [x["accuracy"] for x in judged if x["values"] == made[0]["values"]]
+            self.held[row] = float(np.mean(chosen)) if chosen else -np.inf
 
     def mean(self, row: str, field: str) -> float:
         """Over the seeds."""
@@ -52,15 +64,14 @@ class Found:
         """The gradients of a run, relative to a run of SGD."""
         return self.mean(row, "gradients") / self.mean("SGD", "gradients")
 
-    def time(self, row: str) -> float:
-        """The processor time of a run, relative to a run of SGD on the same machine."""
-        # The first lines of the file have no time of SGD in the same process.
-        sgd = np.median([line["cpu_seconds"] for line in self.rows["SGD"]])
-        ratios = [
-            line["cpu_seconds"] / line.get("sgd_cpu_seconds", sgd)
-            for line in self.rows[row]
-        ]
-        return float(np.median(ratios))
+    def time(self, row: str) -> float | None:
+        """The processor time of a run, relative to a run of SGD in the same process."""
+        lines = self.rows[row]
+        if any("sgd_cpu_seconds" not in line for line in lines):
+            return None  # the oldest lines
+        return float(
+            np.median([x["cpu_seconds"] / x["sgd_cpu_seconds"] for x in lines])
+        )
 
     def gains(self, row: str, other: str) -> list[float]:
         """Differences in accuracy, paired by seed."""
@@ -83,13 +94,29 @@ def interval(differences: Any) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, max(len(differences) - 1, 1)) * error)
 
 
-def found(lines: list[Line]) -> tuple[dict[str, Found], dict[str, Found]]:
-    """The tasks of a file that have tested runs of SGD, and their further searches."""
-    names = {line["task"]: None for line in lines}
-    made = {name: Found(name, lines) for name in names}
-    made = {name: task for name, task in made.items() if "SGD" in task.rows}
-    others = {name: task for name, task in made.items() if SEARCH in name}
-    return {name: x for name, x in made.items() if name not in others}, others
+def found(lines: list[Line]) -> dict[str, dict[int, Found]]:
+    """The searches that have tested runs of SGD, by task and by their numbers."""
+    made: dict[str, dict[int, Found]] = {}
+    for name in {line["task"]: None for line in lines}:
+        one = Found(name, lines)
+        if "SGD" in one.rows:
+            base, _, number = name.partition(SEARCH)
+            made.setdefault(base, {})[int(number or 1)] = one
+    return made
+
+
+def best(searches: dict[int, Found]) -> Found:
+    """Each row at the setting that is best on held-out images, of all its searches."""
+    merged = copy.copy(next(iter(searches.values())))
+    merged.rows, merged.tried = {}, {}
+    for row in rows.ROWS:
+        having = [one for one in searches.values() if row in one.rows]
+        if having:
+            seeds = max(len(one.rows[row]) for one in having)
+            whole = [one for one in having if len(one.rows[row]) == seeds]
+            merged.rows[row] = max(whole, key=lambda one: one.held[row]).rows[row]
+            merged.tried[row] = [count for one in having for count in one.tried[row]]
+    return merged
 
 
 def signed(difference: tuple[float, float] | None) -> str:
@@ -116,9 +143,9 @@ def table(task: Found) -> str:
         if len(made) < len(task.rows["SGD"]):
             note = f"{len(made)} seeds"
         cells = [row + f" ({note})" * bool(note), setting(made[0])]
-        of = "SGD" if rows.ROWS[row].early else row
-        cells.append(f"{len(task.tried.get(of, ()))}")
-        cells += [f"{task.gradients(row):.2f}", f"{task.time(row):.2f}"]
+        cells.append(" + ".join(map(str, task.tried[row])))
+        time = task.time(row)
+        cells += [f"{task.gradients(row):.2f}", "" if time is None else f"{time:.2f}"]
         cells.append(f"{task.mean(row, 'accuracy'):.2f}")
         cells += [signed(task.minus(row, other)) for other in REFERENCES]
         lines.append(cells)
@@ -156,17 +183,13 @@ def control(tasks: dict[str, Found]) -> str:
     return tables.table(header, made)
 
 
-def luck(tasks: dict[str, Found]) -> str:
+def luck(tasks: dict[str, dict[int, Found]]) -> str:
     """The gain over SGD after each search, of the rows that several searches tuned."""
-    searches: dict[str, dict[int, Found]] = {}
-    for name, task in tasks.items():
-        base, _, number = name.partition(SEARCH)
-        searches.setdefault(base, {})[int(number or 1)] = task
-    numbers = sorted({number for of in searches.values() for number in of})
+    numbers = sorted({number for of in tasks.values() for number in of})
     pairs = {f"{row} minus SGD": (row, "SGD") for row in rows.ROWS}
     pairs["SAM minus SGD 2x, equal compute"] = "SAM", "SGD 2x"
     made = []
-    for of in searches.values():
+    for of in tasks.values():
         for label, pair in pairs.items():
             gains = {i: signed(task.minus(*pair)) for i, task in of.items()}
             if sum(map(bool, gains.values())) > 1:
@@ -177,38 +200,38 @@ def luck(tasks: dict[str, Found]) -> str:
 
 
 def repeated(lines: list[Line], again: list[Line]) -> str:
-    """Compares the tested runs with the same runs on another machine."""
-    (tasks, _), (others, _) = found(lines), found(again)
+    """Compares tested runs with the same runs on another machine."""
+    identity = lambda x: (x["task"], x["row"], setting(x), x["seed"])
+    known = {identity(x): x["accuracy"] for x in lines if x.get("tested")}
     header = ["task", "training runs", "the same accuracy", "a run differs by"]
     header += ["the mean of a row by, at most", "SAM minus SGD 2x, again"]
     made = []
-    for name, other in others.items():
-        differences = []
-        for row, of in other.rows.items():
-            known = {(setting(x), x["seed"]): x for x in tasks[name].rows[row]}
-            pairs = [(x, known.get((setting(x), x["seed"]))) for x in of]
-            differences.append([a["accuracy"] - b["accuracy"] for a, b in pairs if b])
-        differences = [of for of in differences if of]
-        all_of = np.concatenate(differences)
-        means = [abs(np.mean(of)) for of in differences]
-        cells = [other.settings["title"], f"{all_of.size}"]
-        cells += [f"{np.sum(all_of == 0)}", f"{np.sqrt(np.mean(all_of**2)):.2f}"]
-        cells += [f"{max(means):.2f}", signed(other.minus("SAM", "SGD 2x"))]
-        made.append(cells)
+    for searches in found(again).values():
+        for one in searches.values():
+            differences = []
+            for of in one.rows.values():
+                pairs = [(x["accuracy"], known.get(identity(x))) for x in of]
+                differences.append([x - y for x, y in pairs if y is not None])
+            differences = [of for of in differences if of]
+            all_of = np.concatenate(differences)
+            means = [abs(np.mean(of)) for of in differences]
+            cells = [one.settings["title"], f"{all_of.size}", f"{np.sum(all_of == 0)}"]
+            cells += [f"{np.sqrt(np.mean(all_of**2)):.2f}", f"{max(means):.2f}"]
+            made.append([*cells, signed(one.minus("SAM", "SGD 2x"))])
     return tables.table(header, made)
 
 
 def markdown(lines: list[Line]) -> dict[str, str]:
     """The tables of docs/results/accuracy.md, by name."""
-    tasks, others = found(lines)
-    made = {name: table(task) for name, task in (tasks | others).items()}
-    given = {"headline": headline(tasks), "vsam": control(tasks)}
-    return given | {"luck": luck(tasks | others), **made}
+    searches = found(lines)
+    tasks = {name: best(of) for name, of in searches.items()}
+    made = {"headline": headline(tasks), "vsam": control(tasks), "luck": luck(searches)}
+    return made | {name: table(task) for name, task in tasks.items()}
 
 
 def draw(lines: list[Line], path: Path) -> None:
     """Draws the gain over tuned SGD against gradients: seeds as dots, intervals."""
-    tasks, _ = found(lines)
+    tasks = {name: best(of) for name, of in found(lines).items()}
     columns = min(2, len(tasks))
     size = -(-len(tasks) // columns), columns
     figure = Figure(figsize=(4.2 * columns, 3.0 * size[0]), dpi=120)
