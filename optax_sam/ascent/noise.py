@@ -97,7 +97,11 @@ def unit_noise(
             " shapes of the parameters: optax.tree.random_like(key, params,"
             " jax.random.normal)."
         )
-    of_leaf = lambda w, z, role: size * _sizes(w, role) * z
+
+    def of_leaf(w: jax.Array, z: jax.Array, role: Role) -> jax.Array:
+        sizes = _sizes(w, role)
+        return size.astype(sizes.dtype) * sizes * jnp.asarray(z, sizes.dtype)
+
     return jax.tree.map(of_leaf, params, given, resolve_roles(roles, params))
 
 

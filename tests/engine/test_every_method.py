@@ -137,6 +137,8 @@ def trained(target, method=None):
         smaller = {name: x for name, x in smaller.items() if name in method.settings}
         if method.factory is optax_sam.renyi_sam:
             smaller["max_offset_norm"] = 0.02  # else it grows as the gradient vanishes
+        if "max_rho" in method.settings:
+            smaller["max_rho"] = 0.02  # likewise
         tx, extra_args = method.optimizer(base, **smaller), method.extra_args
     step = harness.make_step(tx, problem.loss_fn, extra_args)
     body = lambda carry, batch: (step(*carry, batch), None)
