@@ -88,7 +88,8 @@ def to_scipy(operator: Operator) -> Any:
     from scipy.sparse.linalg import LinearOperator
 
     dtype = widest(*jax.tree.leaves(operator.like))
-    times = operator.times if operator.on_host else jax.jit(operator.times)
+    times = lambda v: operator.times(v)
+    times = times if operator.on_host else jax.jit(times)
     product = lambda v: np.asarray(times(jnp.asarray(np.ravel(v), dtype)))
     shape = (operator.size, operator.size)
     return LinearOperator(shape, matvec=product, rmatvec=product, dtype=dtype)
@@ -137,7 +138,9 @@ def hessian(
       axis_name: name of a mapped axis over which the batches are spread.
 
     Returns:
-      The operator. Inside ``jit``, use it within the same ``jit``.
+      The operator. Inside ``jit``, use it within the same ``jit``. With a list or a
+      loader it keeps its compiled program, with the values that the loss closes over;
+      make a new operator when they change.
 
     Raises:
       ValueError: if the loss is no scalar, the batches are empty or were not stacked, a

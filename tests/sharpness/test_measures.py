@@ -1,7 +1,9 @@
 """What all measures share: counted costs, memory, devices, weights, widened weights."""
 
 import functools
+import gc
 import itertools
+import weakref
 
 import curvature
 import harness
@@ -310,12 +312,59 @@ def test_a_stream_compiles_once_and_is_counted():
         run = bind(sharpness.hessian_trace, counted, params, split(batches), 0)
         run(num_matvecs=4, method="hutchinson")
         assert counted.count == 4 * 8
-    of = jax.jit(sharpness.operators._fwd_rev)
-    before = of._cache_size()
-    for scale in (1.0, 2.0):
-        w = jax.tree.map(lambda x: scale * x, params)  # noqa: B023
-        sharpness.hvp(loss_fn, w, split(batches), w)
-    assert of._cache_size() == before + 1
+
+    def traces(number, products):
+        calls = []
+        loss = lambda *args: calls.append(1) or loss_fn(*args)
+        sharpness.hessian_trace(
+            loss,
+            params,
+            split(batches)[:number],
+            0,
+            num_matvecs=products,
+            method="hutchinson",
+        )
+        return len(calls)
+
+    assert traces(8, 6) == traces(2, 2) > 0
+
+
+class Model:
+    """Its method is another object each time, and all of them are equal."""
+
+    scale = 1.0
+
+    def loss(self, params, batch):
+        return self.scale * loss_fn(params, batch)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trace hutchinson",
+        "keskar",
+        pytest.param("average", marks=pytest.mark.slow),
+        pytest.param("worst", marks=pytest.mark.slow),
+        pytest.param("line", marks=pytest.mark.slow),
+    ],
+)
+def test_a_list_sees_what_the_loss_closes_over_and_keeps_nothing(name):
+    params, batches = problem()
+    measure, two = MEASURES[name][0], split(batches)[:2]
+    model = Model()
+    measure(model.loss, params, two, key=0)
+    model.scale = 3.0
+    found = measure(model.loss, params, two, key=0)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *two)
+    expected = jax.jit(
+        lambda w, b: measure(lambda *args: 3 * loss_fn(*args), w, b, key=0)
+    )(params, stacked)
+    pair = (jax.tree.leaves(x)[0] for x in (found, expected))
+    np.testing.assert_allclose(*pair, rtol=1e-4)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("name", ["trace hutchinson", "worst", "line"])
