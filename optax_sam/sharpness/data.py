@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -71,23 +72,40 @@ class Streamed:
     on_host = True
 
     def __init__(self, source: Any, weights: Any = None):
-        self._kept: list[Any] | None = None
         self._source, self._weights = source, weights
         self._share: Any = None  # of each batch, in the order of the last pass
+        self._first: int | None = None  # a checksum of the first batch
         if isinstance(source, Iterator):
-            self._source = self._kept = [jax.tree.map(np.asarray, x) for x in source]
+            self._source = [jax.tree.map(np.asarray, x) for x in source]
+
+    def _read(self) -> Iterator[Any]:
+        source = self._source
+        for i, batch in enumerate(source() if callable(source) else source):
+            batch = _arrays(batch)
+            if i == 0 and not isinstance(source, list):
+                self._check_first(batch)
+            yield batch
+
+    def _check_first(self, batch: Any) -> None:
+        found = _checksum(batch)
+        if self._first not in (None, found):
+            raise ValueError(
+                "batches must be the same in each pass, because a measure reads them"
+                " several times; this pass began with another batch than the one"
+                " before. Make the loader with shuffle=False and without augmentation,"
+                " or keep one pass: batches=list(loader)."
+            )
+        self._first = found
 
     def _weighed(self) -> Iterator[tuple[Any, Any]]:
-        batches: Iterable[Any] = self._source
-        batches = batches() if callable(batches) else batches
         if self._weights is None or callable(self._weights):
             count = self._weights or count_examples
-            yield from ((batch, count(batch)) for batch in map(_arrays, batches))
+            yield from ((batch, count(batch)) for batch in self._read())
             return
         given = np.asarray(self._weights, float)
         given = given.reshape(len(given), -1).sum(1)
         number = 0
-        for number, batch in enumerate(map(_arrays, batches), 1):  # noqa: B007
+        for number, batch in enumerate(self._read(), 1):  # noqa: B007
             if number <= len(given):
                 yield batch, given[number - 1]
         if number != len(given):
@@ -236,6 +254,15 @@ def _arrays(batch: Any) -> Any:
     return jax.tree.map(
         lambda x: x if isinstance(x, (jax.Array, np.ndarray)) else np.asarray(x), batch
     )
+
+
+def _checksum(batch: Any) -> int:
+    """A number that differs between batches of different values."""
+    found = 0
+    for x in jax.tree.leaves(batch):
+        if getattr(x, "is_fully_addressable", True):  # a part may be on other hosts
+            found = zlib.crc32(np.asarray(x).tobytes(), found)
+    return found
 
 
 def _number_of_batches(batches: Any, weights: Any) -> int:

@@ -125,8 +125,8 @@ def hessian(
       params: the weights ``w``; leaves in half precision are widened to float32.
       batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples. Or a
         list of batches, a loader or a generator. The host reads it batch by batch, once
-        for each product. A generator gives its batches only once, so they are kept on
-        the host.
+        for each product. A loader must give the same batches each time. A generator
+        gives its batches only once, so they are kept on the host.
       mode: ``"fwd_rev"``, or ``"rev_rev"``, which costs about 1.7 times as much, for
         models whose backward pass has no forward derivative (a ``custom_vjp`` inside
         another one).
@@ -143,8 +143,8 @@ def hessian(
       make a new operator when they change.
 
     Raises:
-      ValueError: if the loss is no scalar, the batches are empty or were not stacked, a
-        chosen leaf is not real, or the mask selects nothing.
+      ValueError: if the loss is no scalar, the batches are empty, were not stacked or
+        change between products, a chosen leaf is not real, or the mask selects nothing.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -306,6 +306,33 @@ def test_data_of_all_kinds_are_one(x64):
     jax.tree.map(bind(np.testing.assert_allclose, rtol=1e-10), found, last)
 
 
+@pytest.mark.parametrize("as_jax", [False, True])
+def test_a_loader_that_changes_is_refused_where_it_is_read_again(as_jax):
+    """As one that shuffles and drops the rest, or one that augments."""
+    rng = np.random.default_rng(0)
+    X, w = rng.normal(size=(20, 3)).astype("float32"), jnp.ones(3)
+    quadratic = lambda w, x: jnp.mean((x @ w) ** 2)
+    seen = []
+
+    def loader():
+        seen.append(X[rng.permutation(20)[:16]])
+        halves = seen[-1].reshape(2, 8, 3)
+        yield from map(jnp.asarray, halves) if as_jax else halves
+
+    for measure in (
+        sharpness.hessian_trace,
+        bind(sharpness.average_sharpness, rho=RHO),
+        sharpness.keskar_sharpness,
+    ):
+        with pytest.raises(ValueError, match=r"shuffle=False.*batches=list\(loader\)"):
+            measure(quadratic, w, loader, key=0)
+    # One pass is a measure of the examples that it gave.
+    found = sharpness.hvp(quadratic, w, loader, w)
+    np.testing.assert_allclose(found, 2 * seen[-1].T @ seen[-1] @ w / 16, rtol=1e-5)
+    kept = sharpness.hessian_trace(quadratic, w, list(loader()), 0)
+    np.testing.assert_allclose(kept.estimate, 2 * (seen[-1] ** 2).sum() / 16, rtol=1e-5)
+
+
 def test_a_stream_compiles_once_and_is_counted():
     params, batches = problem()
     with sharpness.progress(loss_fn) as counted:
