@@ -214,6 +214,15 @@ def test_a_probe_sees_what_the_loss_closes_over(as_list):
         assert found == pytest.approx(top, rel=1e-4)
 
 
+def test_a_probe_gives_weights_to_the_batches_of_a_list():
+    x = np.array([[[1.0]], [[2.0]]], "float32")
+    of = functools.partial(sharpness.hvp, v=jnp.ones(1), weights=[3, 1])
+    loss = lambda w, batch: jnp.mean((batch @ w) ** 2)
+    probe = sharpness.Probe(loss, [*x], every=1, measures={"hvp": of})
+    scalars, _ = probe(0, jnp.ones(1), probe.init(jnp.ones(1)))
+    assert scalars["sharpness/hvp/0"] == 2 * (3 * 1 + 1 * 4) / 4
+
+
 def test_a_restored_probe_goes_on_to_the_bit():
     probe, w, _, state = mixed()
     saved = jax.tree.map(np.array, state)  # as a checkpoint holds it

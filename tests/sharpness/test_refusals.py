@@ -76,8 +76,19 @@ REFUSED = {
     "hessian_trace: params is empty": dict(params={}),
     "hessian_trace loss_line: selects nothing": dict(mask=False),
     r"hessian_trace: \(2,\).*got \(3,\)": dict(weights=jnp.ones(3)),
-    "hessian_trace: not all zero": dict(weights=jnp.zeros(2)),
-    "hessian_trace: >= 0": dict(weights=jnp.array([1.0, -1])),
+    "hessian_trace: positive sum": dict(weights=jnp.zeros(2)),
+    "hessian_trace: finite and >= 0": dict(weights=jnp.array([1.0, -1])),
+    "hvp: finite and >= 0": dict(weights=jnp.array([[1.0] * 4, [3, 3, 3, jnp.inf]])),
+    # Of a list, whether the mean is taken of products or of results of the batches.
+    "hvp sam_sharpness: positive sum": dict(batches=[*DATA], weights=[0, 0]),
+    "hvp sam_sharpness: finite and >= 0; got -1": dict(
+        batches=[*DATA], weights=[2, -1]
+    ),
+    "hvp average_sharpness: finite and >= 0; got nan": dict(
+        batches=[*DATA], weights=lambda batch: jnp.nan
+    ),
+    "hvp: a number for each batch.*got 3": dict(batches=[*DATA], weights=3),
+    "hvp sam_sharpness: weights=lambda batch": dict(batches=[{"x": W, "epoch": 3}]),
     # Of products and estimates.
     "hvp: tree like params": dict(v={"w": W}),
     "hvp: fwd_rev": dict(mode="fwd"),
