@@ -147,8 +147,8 @@ class Streamed:
             counts.append(count)
         if not found:
             accumulate(f, [])  # raises the error for no batch
-        check_total(np.sum(counts))
-        self._share = jnp.asarray(counts, jnp.result_type(float)) / np.sum(counts)
+        check_total(sum(counts))
+        self._share = jnp.asarray(np.divide(counts, sum(counts)))
         return jax.tree.map(lambda *x: jnp.stack(x), *found)
 
     def mean_of(self, per_batch: jax.Array) -> jax.Array:

@@ -394,6 +394,49 @@ def test_a_list_sees_what_the_loss_closes_over_and_keeps_nothing(name):
     assert alive() is None
 
 
+MODES = {
+    "rank": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype": lambda: jax.numpy_dtype_promotion("strict"),
+    "nan": lambda: jax.debug_nans(True),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "as_list"),
+    [
+        ("trace", "rank", False),
+        ("density", "rank", False),
+        ("renyi", "dtype", False),
+        ("sam", "dtype", True),
+        ("keskar", "nan", False),
+        pytest.param("worst", "nan", False, marks=pytest.mark.slow),
+        pytest.param("average", "dtype", True, marks=pytest.mark.slow),
+    ],
+)
+def test_measures_pass_where_jax_is_strict(name, mode, as_list):
+    x = jnp.sin(jnp.arange(192.0)).reshape(1, 8, 24)
+    loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+    run = lambda: MEASURES[name][0](loss, jnp.ones(24), [*x] if as_list else x, key=0)
+    with MODES[mode]():
+        found = run()
+    for a, b in zip(*map(jax.tree.leaves, (found, run())), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_one_draw_has_no_standard_error():
+    with jax.debug_nans(True):
+        result = sharpness.average_sharpness(
+            lambda w, x: jnp.mean(x * w**2),
+            jnp.ones(2),
+            jnp.ones((1, 3, 2)),
+            RHO,
+            0,
+            num_samples=1,
+        )
+    assert np.isnan(result.stderr)
+    assert result.value > 0
+
+
 @pytest.mark.parametrize("name", ["trace hutchinson", "worst", "line"])
 def test_half_precision_is_widened(name):
     params, batches = problem()
