@@ -334,7 +334,7 @@ def _shares(number: int, weights: ArrayLike | None) -> jax.Array:
     shares = weights.reshape(number, -1).sum(1)
     if not isinstance(weights, jax.core.Tracer):
         _check_weights(np.asarray(weights))
-        check_total(shares.sum())
+        check_total(np.asarray(weights).sum())
     return shares
 
 

@@ -189,7 +189,7 @@ def test_a_probe_compiles_once_and_sees_the_current_parameters(caplog):
         at_9, state = probe(9, w, state)
         at_12, _ = probe(jnp.int32(12), twice, state)
         assert "Finished tracing" in caplog.text
-        assert "Finished XLA compilation" not in caplog.text
+        assert "Finished XLA compilation of jit(<lambda>)" not in caplog.text
     assert at_9["probe/loss"] == at_6["probe/loss"] != at_12["probe/loss"]
     assert at_9["probe/trace/estimate"] != at_6["probe/trace/estimate"]  # other probes
 
