@@ -243,7 +243,9 @@ def sharpness_history(
             label = told(label, edges[name])
             ax.plot(x, edges[name], ":", label=label, color=style["color"], lw=1.4)
     if learning_rate is not None:
-        rate = learning_rate(x) if callable(learning_rate) else learning_rate
+        rate = learning_rate
+        if callable(rate):
+            rate = [rate(step) for step in x]  # one-cycle schedules take no vector
         rate = np.asarray(rate, float)
         if rate.shape not in ((), x.shape):
             raise ValueError(

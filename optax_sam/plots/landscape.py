@@ -155,8 +155,8 @@ def loss_surface(
       The axes; an array of them for several by name.
 
     Raises:
-      ValueError: if the losses are not of shape ``(A, B)``, there are more surfaces
-        than axes, or nothing is finite.
+      ValueError: if the losses are not of shape ``(A, B)``, ``A`` or ``B`` is 1, there
+        are more surfaces than axes, or nothing is finite.
       ImportError: if there is no matplotlib.
 
     Examples:
@@ -170,6 +170,11 @@ def loss_surface(
     """
     check_integer("num_levels", num_levels, 2)
     x, y = np.asarray(alphas), np.asarray(betas)
+    if min(x.size, y.size) < 2:
+        raise ValueError(
+            f"A surface needs two or more alphas and betas; got {x.size} and {y.size}."
+            " To draw the loss along one direction, write loss_line(alphas, losses)."
+        )
     named = by_name("losses", losses, x.shape + y.shape)
     shown = {name: np.ma.masked_invalid(values) for name, values in named.items()}
     known = finite("losses", named.values())

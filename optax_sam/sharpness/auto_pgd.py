@@ -23,7 +23,7 @@ class Ascent(NamedTuple):
     """The best point of one ascent.
 
     Attributes:
-      value: the objective there.
+      value: the objective there; -inf if no point had a number.
       earlier: the best value found before the last quarter of the steps.
       u: the point.
     """
@@ -101,15 +101,16 @@ def maximize(
 
         def attempt(best: Ascent, key: jax.Array) -> tuple[Ascent, None]:
             new = climb(random_start(key, like, rho, ball=ball, project=project))
-            return _select(_is_better(new.value, best.value), new, best), None
+            return _select(new.value > best.value, new, best), None
 
-        nothing = jnp.full_like(at_zero, jnp.nan)
+        nothing = jnp.full_like(at_zero, -jnp.inf)
         first = vary(Ascent(nothing, nothing, zeros), axis_name)
         keys = jax.random.split(typed_key(key), num_restarts)
         found = scan(on_host, attempt, first, keys)[0]
     # Zero is in the ball, so the gain is at least 0; but NaN must not become 0.
-    better = ~(found.value <= at_zero)
-    gain = jnp.where(better, found.value - at_zero, 0)
+    value = jnp.where(found.value == -jnp.inf, jnp.nan, found.value)
+    better = ~(value <= at_zero)
+    gain = jnp.where(better, value - at_zero, 0)
     before = jnp.where(found.earlier > at_zero, found.earlier - at_zero, 0)
     u = jax.tree.map(lambda x: jnp.where(better, x, 0), found.u)
     return Maximum(gain, gain - jnp.where(better, before, 0), u)
@@ -214,7 +215,7 @@ def auto_pgd(
     def climb(k: jax.Array, state: _Climb) -> _Climb:
         u, previous, best, best_g, eta, rises = state
         value, g = value_and_grad(u)
-        better = _is_better(value, best.value)
+        better = value > best.value
         top = jnp.where(better, value, best.value)
         earlier = jnp.where(k == late, top, best.earlier)
         best = Ascent(top, earlier, _select(better, u, best.u))
@@ -236,7 +237,7 @@ def auto_pgd(
     dtype = widest(*jax.tree.leaves(u0))
     if not on_host:
         dtype = jax.eval_shape(value_and_grad, u0)[0].dtype
-    nothing = jnp.full((), jnp.nan, dtype)
+    nothing = jnp.full((), -jnp.inf, dtype)
     zeros = jax.tree.map(jnp.zeros_like, u0)
     start = _Climb(
         u=u0,
@@ -266,10 +267,6 @@ def checkpoint_demands(num_steps: int) -> np.ndarray:
     demands[0] = 1
     demands[positions] = 3 * np.diff([0, *positions])
     return demands
-
-
-def _is_better(value: jax.Array, best: jax.Array) -> jax.Array:
-    return (value > best) | jnp.isnan(best)  # NaN until there was a number
 
 
 def _select(choice: jax.Array, x: Any, y: Any) -> Any:

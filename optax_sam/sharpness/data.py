@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optax_sam import axes, schedules
-from optax_sam.sharpness.stream import accumulate, count_examples
+from optax_sam.sharpness.stream import accumulate, check_total, count_examples
 
 
 class Stacked:
@@ -26,7 +28,14 @@ class Stacked:
             share = axes.vary(share, axis_name)
             total = jax.lax.psum(share.sum(), axis_name)
         self.batches, self.share, self._axis_name = batches, share / total, axis_name
-        self.number = len(share)
+        self.number, self._weights = len(share), weights
+
+    def beside_weights(self) -> Stacked:
+        """The same batches, each in a pair with its ``weights``."""
+        pairs, given = copy.copy(self), self._weights
+        weights = None if given is None else jnp.asarray(given, jnp.result_type(float))
+        pairs.batches = (self.batches, weights)
+        return pairs
 
     def mean(self, f: Callable[[Any], Any]) -> Any:
         """The mean of ``f(batch)``, a pytree of arrays, over the batches here."""
@@ -71,23 +80,48 @@ class Streamed:
     on_host = True
 
     def __init__(self, source: Any, weights: Any = None):
-        self._kept: list[Any] | None = None
-        self._source, self._weights = source, weights
+        if not (weights is None or callable(weights) or hasattr(weights, "__iter__")):
+            raise ValueError(
+                "weights must have a number for each batch, or be a function from a"
+                f" batch to its number; got {weights!r}."
+            )
+        self.source, self._weights = source, weights
         self._share: Any = None  # of each batch, in the order of the last pass
+        self._first: int | None = None  # a checksum of the first batch
         if isinstance(source, Iterator):
-            self._source = self._kept = [jax.tree.map(np.asarray, x) for x in source]
+            self.source = [jax.tree.map(np.asarray, x) for x in source]
 
-    def _weighed(self) -> Iterator[tuple[Any, Any]]:
-        batches: Iterable[Any] = self._source
-        batches = batches() if callable(batches) else batches
-        if self._weights is None or callable(self._weights):
-            count = self._weights or count_examples
-            yield from ((batch, count(batch)) for batch in map(_arrays, batches))
+    def beside_weights(self) -> Streamed:
+        """The same batches, each in a pair with its ``weights``."""
+        return Streamed(self._pairs, lambda pair: _count(*pair))
+
+    def _read(self) -> Iterator[Any]:
+        source = self.source
+        for i, batch in enumerate(source() if callable(source) else source):
+            batch = _arrays(batch)
+            if i == 0 and not isinstance(source, list):
+                self._check_first(batch)
+            yield batch
+
+    def _check_first(self, batch: Any) -> None:
+        found = _checksum(batch)
+        if self._first not in (None, found):
+            raise ValueError(
+                "batches must be the same in each pass, because a measure reads them"
+                " several times; this pass began with another batch than the one"
+                " before. Make the loader with shuffle=False and without augmentation,"
+                " or keep one pass: batches=list(loader)."
+            )
+        self._first = found
+
+    def _pairs(self) -> Iterator[tuple[Any, Any]]:
+        given = self._weights
+        if given is None or callable(given):
+            of = given or (lambda batch: None)
+            yield from ((batch, of(batch)) for batch in self._read())
             return
-        given = np.asarray(self._weights, float)
-        given = given.reshape(len(given), -1).sum(1)
         number = 0
-        for number, batch in enumerate(map(_arrays, batches), 1):  # noqa: B007
+        for number, batch in enumerate(self._read(), 1):  # noqa: B007
             if number <= len(given):
                 yield batch, given[number - 1]
         if number != len(given):
@@ -96,6 +130,9 @@ class Streamed:
                 " Give one for each, or a function from a batch to its number:"
                 ' weights=lambda batch: batch["mask"].sum().'
             )
+
+    def _weighed(self) -> Iterator[tuple[Any, Any]]:
+        return ((batch, _count(batch, weights)) for batch, weights in self._pairs())
 
     def mean(self, f: Callable[[Any], Any]) -> Any:
         """The mean of ``f(batch)``, a pytree of arrays, weighted by examples."""
@@ -110,7 +147,8 @@ class Streamed:
             counts.append(count)
         if not found:
             accumulate(f, [])  # raises the error for no batch
-        self._share = jnp.asarray(counts, jnp.result_type(float)) / np.sum(counts)
+        check_total(sum(counts))
+        self._share = jnp.asarray(np.divide(counts, sum(counts)))
         return jax.tree.map(lambda *x: jnp.stack(x), *found)
 
     def mean_of(self, per_batch: jax.Array) -> jax.Array:
@@ -123,6 +161,8 @@ Data = Stacked | Streamed
 
 def data_of(batches: Any, weights: Any, axis_name: Any) -> Data:
     """Brings ``batches`` (arrays, a list, a loader, a generator) into one form."""
+    if isinstance(batches, Streamed) and weights is not None:
+        return Streamed(batches.source, weights)
     if isinstance(batches, (Stacked, Streamed)):
         return batches
     is_stream = is_streamed(batches)
@@ -238,6 +278,15 @@ def _arrays(batch: Any) -> Any:
     )
 
 
+def _checksum(batch: Any) -> int:
+    """A number that differs between batches of different values."""
+    found = 0
+    for x in jax.tree.leaves(batch):
+        if getattr(x, "is_fully_addressable", True):  # a part may be on other hosts
+            found = zlib.crc32(np.asarray(x).tobytes(), found)
+    return found
+
+
 def _number_of_batches(batches: Any, weights: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(batches)
     lengths = {jnp.shape(x)[:1] for _, x in leaves}
@@ -283,8 +332,21 @@ def _shares(number: int, weights: ArrayLike | None) -> jax.Array:
             f" then use in its mean, too; got {weights.shape}."
         )
     shares = weights.reshape(number, -1).sum(1)
-    if not isinstance(shares, jax.core.Tracer) and not (
-        bool((shares >= 0).all()) and bool(shares.sum() > 0)
-    ):
-        raise ValueError(f"weights must be >= 0 and not all zero; got {weights}.")
+    if not isinstance(weights, jax.core.Tracer):
+        _check_weights(np.asarray(weights))
+        check_total(np.asarray(weights).sum())
     return shares
+
+
+def _count(batch: Any, weights: Any) -> Any:
+    """The examples of a batch that count."""
+    if weights is None:
+        return count_examples(batch, "weights")
+    weights = np.asarray(weights, float)
+    _check_weights(weights)
+    return weights.sum()
+
+
+def _check_weights(weights: np.ndarray) -> None:
+    if not ((weights >= 0) & np.isfinite(weights)).all():
+        raise ValueError(f"weights must be finite and >= 0; got {weights}.")

@@ -52,7 +52,12 @@ def normalize_logits(
 
 
 def chunked_cross_entropy(
-    features: jax.Array, kernel: jax.Array, labels: ArrayLike, *, num_chunks: int = 16
+    features: jax.Array,
+    kernel: jax.Array,
+    labels: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    num_chunks: int = 16,
 ) -> jax.Array:
     r"""The mean cross-entropy over many classes, a part of the logits at a time.
 
@@ -65,11 +70,14 @@ def chunked_cross_entropy(
     Args:
       features: ``h``, ``(..., d)``.
       kernel: ``W``, ``(d, classes)``.
-      labels: ``y``, integers ``(...)``.
+      labels: ``y``, integers ``(...)``. A label of no class, such as -100, makes the
+        loss NaN if its token counts.
+      where: bools ``(...)``, which tokens count; ``None``: all, so give it if some are
+        padding.
       num_chunks: into how many parts the tokens are split; the last may be padded.
 
     Returns:
-      The scalar mean over all tokens, in float32 or wider.
+      The scalar mean over the tokens that count, in float32 or wider; 0 if none does.
 
     Raises:
       ValueError: if the shapes do not fit, or ``num_chunks`` is not above 0.
@@ -84,26 +92,32 @@ def chunked_cross_entropy(
     """
     schedules.check_integer("num_chunks", num_chunks, 1)
     labels = jnp.asarray(labels)
-    if features.shape[:-1] != labels.shape or features.shape[-1:] != kernel.shape[:1]:
+    counts = jnp.ones(labels.shape, bool) if where is None else jnp.asarray(where, bool)
+    if (
+        features.shape != (*labels.shape, kernel.shape[0])
+        or counts.shape != labels.shape
+    ):
         raise ValueError(
-            "features (..., d), kernel (d, classes) and labels (...) must fit; their"
-            f" shapes are {features.shape}, {kernel.shape} and {labels.shape}."
+            "features (..., d), kernel (d, classes), labels (...) and where (...) must"
+            f" fit; their shapes are {features.shape}, {kernel.shape}, {labels.shape}"
+            f" and {counts.shape}."
         )
     number = labels.size
     size = -(-number // num_chunks)
     pad = lambda x: jnp.pad(x, [(0, -number % size)] + [(0, 0)] * (x.ndim - 1))
     rows = pad(features.reshape(number, -1)).reshape(-1, size, features.shape[-1])
-    parts = rows, pad(labels.ravel()).reshape(-1, size), pad(jnp.ones(number))
+    parts = rows, *(pad(x.ravel()).reshape(-1, size) for x in (labels, counts))
 
     @jax.checkpoint
     def of_chunk(h: jax.Array, y: jax.Array, real: jax.Array) -> jax.Array:
         z = wide(h @ kernel)
-        chosen = jnp.take_along_axis(z, y[:, None], 1)[:, 0]
-        return jnp.sum(real * (jax.nn.logsumexp(z, -1) - chosen))
+        chosen = jnp.take_along_axis(z, y[:, None], 1, mode="fill")[:, 0]
+        chosen = jnp.where(y < 0, jnp.nan, chosen)  # else -1 would be the last class
+        return jnp.sum(jax.nn.logsumexp(z, -1) - chosen, where=real)
 
     def add(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         return total + of_chunk(*part), None
 
     zero = jnp.zeros((), jnp.result_type(jnp.float32, features, kernel))
-    parts = (*parts[:2], parts[2].reshape(-1, size).astype(zero.dtype))
-    return jax.lax.scan(add, zero, parts)[0] / number
+    total = jax.lax.scan(add, zero, parts)[0]
+    return total / jnp.maximum(counts.sum(), 1).astype(zero.dtype)

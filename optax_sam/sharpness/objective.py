@@ -25,15 +25,14 @@ LossFn = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss of the 
 class Objective:
     """A loss as a function of the chosen leaves, and the batches to evaluate it on.
 
-    It is a pytree, so that a program compiled for a batch gets the weights as
-    arguments. The batches are not among its leaves.
-
     Attributes:
       loss_fn: ``loss_fn(params, batch)``, the mean loss of one batch.
       params: all parameters, as the user gave them.
       w: the chosen leaves, in float32 or wider; ``None`` in the place of the others.
       axis_name: the mapped axis over which the batches are spread, or ``None``.
       data: the batches.
+      compiled: the programs for one batch of the host, by function. They live as long
+        as the objective, because they keep the values that the loss closes over.
     """
 
     loss_fn: LossFn
@@ -41,6 +40,7 @@ class Objective:
     w: Any
     axis_name: Any = None
     data: Data = cast(Data, None)
+    compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def on_host(self) -> bool:
@@ -80,7 +80,7 @@ class Objective:
 
         It takes one batch at a time, so that only one is in memory, with the arrays
         that its gradient keeps. On the host each batch runs through one compiled
-        program, which is kept for the next call with the same ``f``.
+        program, which the objective keeps for the next pass with the same ``f``.
         """
         return self.total(self.data.mean(self._bound(f, args)))
 
@@ -89,8 +89,16 @@ class Objective:
         return self.data.each(self._bound(f, args))
 
     def _bound(self, f: Callable[..., Any], args: Any) -> Callable[[Any], Any]:
-        run = jax.jit(f) if self.on_host else f
-        return lambda batch: run(self, batch, *args)
+        if not self.on_host:
+            return lambda batch: f(self, batch, *args)
+        loss_fn, axis_name = self.loss_fn, self.axis_name
+
+        # It is new for each objective, because JAX shares the programs of a function.
+        def of_batch(params: Any, w: Any, batch: Any, *args: Any) -> Any:
+            return f(Objective(loss_fn, params, w, axis_name), batch, *args)
+
+        run = self.compiled.setdefault(f, jax.jit(of_batch))
+        return lambda batch: run(self.params, self.w, batch, *args)
 
     def mean_of(self, per_batch: jax.Array) -> jax.Array:
         """The mean over all batches of what ``each`` has returned, ``(B, ...)``."""
@@ -103,14 +111,6 @@ class Objective:
     def total(self, tree: Any) -> Any:
         """The sum over devices, where there are several."""
         return tree if self.axis_name is None else jax.lax.psum(tree, self.axis_name)
-
-
-# Without the data, because a compiled program gets one batch at a time.
-jax.tree_util.register_pytree_node(
-    Objective,
-    lambda o: ((o.params, o.w), (o.loss_fn, o.axis_name)),
-    lambda static, leaves: Objective(static[0], *leaves, static[1]),
-)
 
 
 def objective(

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
 
 from optax_sam.masks import Mask
+from optax_sam.sharpness.data import data_of
 from optax_sam.sharpness.loss_check import check_loss
 from optax_sam.sharpness.objective import (
     LossFn,
@@ -88,7 +90,8 @@ def to_scipy(operator: Operator) -> Any:
     from scipy.sparse.linalg import LinearOperator
 
     dtype = widest(*jax.tree.leaves(operator.like))
-    times = operator.times if operator.on_host else jax.jit(operator.times)
+    times = lambda v: operator.times(v)
+    times = times if operator.on_host else jax.jit(times)
     product = lambda v: np.asarray(times(jnp.asarray(np.ravel(v), dtype)))
     shape = (operator.size, operator.size)
     return LinearOperator(shape, matvec=product, rmatvec=product, dtype=dtype)
@@ -124,24 +127,27 @@ def hessian(
       params: the weights ``w``; leaves in half precision are widened to float32.
       batches: a pytree of arrays ``(B, m, ...)``: ``B`` batches of ``m`` examples. Or a
         list of batches, a loader or a generator. The host reads it batch by batch, once
-        for each product. A generator gives its batches only once, so they are kept on
-        the host.
+        for each product. A loader must give the same batches each time. A generator
+        gives its batches only once, so they are kept on the host.
       mode: ``"fwd_rev"``, or ``"rev_rev"``, which costs about 1.7 times as much, for
         models whose backward pass has no forward derivative (a ``custom_vjp`` inside
         another one).
       mask: the leaves to look at: a pytree of bools like the parameters or a prefix of
         it, or a function from the parameters to one; ``None`` means all. Vectors have
         no entries for the others, and the operator is the diagonal block.
-      weights: ``(B,)``, the examples that count in each batch; for a list or a loader
-        also a function from a batch to their number. ``None``: all alike.
+      weights: ``(B,)``, the examples that count in each batch, or ``(B, m)``, a weight
+        for each example, which ``loss_fn`` must then use in its mean, too; for a list
+        or a loader also a function from a batch to its weights. ``None``: all alike.
       axis_name: name of a mapped axis over which the batches are spread.
 
     Returns:
-      The operator. Inside ``jit``, use it within the same ``jit``.
+      The operator. Inside ``jit``, use it within the same ``jit``. With a list or a
+      loader it keeps its compiled program, with the values that the loss closes over;
+      make a new operator when they change.
 
     Raises:
-      ValueError: if the loss is no scalar, the batches are empty or were not stacked, a
-        chosen leaf is not real, or the mask selects nothing.
+      ValueError: if the loss is no scalar, the batches are empty, were not stacked or
+        change between products, a chosen leaf is not real, or the mask selects nothing.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -255,14 +261,17 @@ def fisher(
       batches: as in :func:`hessian`; keep them small where there are many classes, see
         :func:`ggn`.
       mask: as in :func:`hessian`.
-      weights: as in :func:`hessian`.
+      weights: ``(B, m)``, a weight for each example, 0 for padding, or ``(B, m,
+        tokens)`` for each token; for a list or a loader also a function from a batch to
+        ``(m,)``. ``None``: all alike.
       axis_name: as in :func:`hessian`.
 
     Returns:
       The operator; positive semidefinite.
 
     Raises:
-      ValueError: as :func:`hessian` does, and if there are no logits of examples.
+      ValueError: as :func:`hessian` does, and if there are no logits of examples, or
+        no weights of examples.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -277,7 +286,7 @@ def fisher(
       <https://arxiv.org/abs/1412.1193>`_, 2020
     """
 
-    def curvature(z: jax.Array, u: jax.Array, _batch: Any) -> jax.Array:
+    def curvature(z: jax.Array, u: jax.Array, pair: Any) -> jax.Array:
         if jnp.ndim(z) < 2:
             raise ValueError(
                 "The model_fn of fisher must return logits (m, classes); got shape"
@@ -286,11 +295,12 @@ def fisher(
             )
         p = jax.nn.softmax(z)
         mean = jnp.sum(p * u, -1, keepdims=True)
-        return p * (u - mean) * (z.shape[-1] / z.size)
+        return p * (u - mean) * _share(pair[1], mean)
 
     loss = lambda params, batch: jax.nn.logsumexp(model_fn(params, batch), -1).mean()
-    product = _through(model_fn, curvature)
-    return _operator(product, loss, params, batches, mask, weights, axis_name)
+    product = _through(_of_first(model_fn), curvature)
+    pairs = data_of(batches, weights, axis_name).beside_weights()
+    return _operator(product, _of_first(loss), params, pairs, mask, None, axis_name)
 
 
 def empirical_fisher(
@@ -314,14 +324,15 @@ def empirical_fisher(
       params: as in :func:`hessian`, and so are the other arguments.
       batches: as in :func:`hessian`.
       mask: as in :func:`hessian`.
-      weights: as in :func:`hessian`.
+      weights: as in :func:`fisher`.
       axis_name: as in :func:`hessian`.
 
     Returns:
       The operator; positive semidefinite, of rank at most the number of examples.
 
     Raises:
-      ValueError: as :func:`hessian` does, and if there are no losses of examples.
+      ValueError: as :func:`hessian` does, and if there are no losses of examples, or
+        no weights of examples.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -336,17 +347,18 @@ def empirical_fisher(
       for Natural Gradient Descent <https://arxiv.org/abs/1905.12558>`_, 2019
     """
 
-    def curvature(z: jax.Array, u: jax.Array, _batch: Any) -> jax.Array:
+    def curvature(z: jax.Array, u: jax.Array, pair: Any) -> jax.Array:
         if not jnp.shape(z):
             raise ValueError(
                 "losses_fn must return the loss of each example, (m,); got a scalar."
                 " Drop .mean(): the mean is over outer products."
             )
-        return u / z.size
+        return u * _share(pair[1], z)
 
     loss = lambda params, batch: losses_fn(params, batch).mean()
-    product = _through(losses_fn, curvature)
-    return _operator(product, loss, params, batches, mask, weights, axis_name)
+    product = _through(_of_first(losses_fn), curvature)
+    pairs = data_of(batches, weights, axis_name).beside_weights()
+    return _operator(product, _of_first(loss), params, pairs, mask, None, axis_name)
 
 
 def hvp(loss_fn: LossFn, params: Any, batches: Any, v: Any, **options: Any) -> Any:
@@ -463,3 +475,27 @@ def _through(model_fn: ModelFn, curvature: Callable[..., Any]) -> Callable[..., 
         return pull(curvature(z, push(o.vary(v)), batch))[0]
 
     return product
+
+
+def _of_first(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A function of a batch as one of a batch beside its weights."""
+    return lambda params, pair: f(params, pair[0])
+
+
+def _share(weights: ArrayLike | None, like: jax.Array) -> Any:
+    """The share of each entry of ``like`` in the mean over the examples of a batch."""
+    if weights is None:
+        return 1 / like.size
+    shape = jnp.shape(weights)
+    if not shape or shape != like.shape[: len(shape)]:
+        raise ValueError(
+            "fisher and empirical_fisher take the mean over the examples of a batch, so"
+            " they need to know which ones count. weights must have a number for each"
+            f" example, (B, m), 0 for padding; got {shape} for a batch of"
+            f" {like.shape[0]}. If all of a batch count alike, write"
+            " weights[:, None] * jnp.ones((B, m))."
+        )
+    each = jnp.asarray(weights, like.dtype)
+    each = each.reshape(shape + (1,) * (like.ndim - len(shape)))
+    total = each.sum() * (like.size // each.size)
+    return each / jnp.where(total > 0, total, 1)  # one batch may be all padding

@@ -38,8 +38,9 @@ def standard_error(draws: jax.Array) -> jax.Array:
     """
     N = len(draws)
     if N == 1:
-        return jnp.full_like(draws[0], jnp.nan)
-    off = draws - draws.mean(0)
+        with jax.debug_nans(False):  # it is no fault here
+            return jnp.full_like(draws[0], jnp.nan)
+    off = draws - draws.mean(0, keepdims=True)
     variance = jnp.sum(off**2, 0) / (N - 1)
     skew = jnp.mean(off**3, 0) / jnp.where(variance > 0, variance, 1)
     return student(N) * jnp.sqrt(variance / N) + 0.5 * jnp.abs(skew) / N
@@ -304,7 +305,7 @@ def _sketch(operator: Operator, key: ArrayLike, num_matvecs: int) -> _Sketch:
     identity = jnp.eye(len(R), dtype=R.dtype)
     regular = jnp.where(spanned, identity, R)
     S = jax.scipy.linalg.solve_triangular(regular, identity, trans="T")
-    S = S / jnp.linalg.norm(S, axis=0)
+    S = S / jnp.linalg.norm(S, axis=0, keepdims=True)
     return _Sketch(Omega.T, Q, R, Z, S, spanned)
 
 
@@ -315,7 +316,7 @@ def _xtrace(x: _Sketch) -> jax.Array:
     W, T = x.Q.T @ x.Omega, x.Z.T @ x.Omega
     dots = lambda a, b: jnp.sum(a * b, axis=0)
     s_w, s_r = dots(x.S, W), dots(x.S, x.R)
-    X = W - x.S * s_w
+    X = W - x.S * s_w[None]
     low_rank = jnp.trace(H) - dots(x.S, H @ x.S)
     residual = s_w * s_r - dots(T, X) + dots(X, H @ X)
     # The rest of a normal probe has a random length, whose mean is known.
@@ -328,7 +329,7 @@ def _xdiag(x: _Sketch) -> jax.Array:
     """XDiag's estimates ``(N, n)``, each from its own probe and the others' images."""
     QS = x.Q @ x.S
     low_rank = jnp.sum(x.Q * x.Z, axis=1)[:, None] - QS * (x.Z @ x.S)
-    residual = x.Omega * QS * jnp.sum(x.S * x.R, axis=0)
+    residual = x.Omega * QS * jnp.sum(x.S * x.R, axis=0, keepdims=True)
     exact = jnp.sum(x.Q * x.Z, axis=1)[:, None]
     return jnp.where(x.spanned, exact, low_rank + residual).T
 

@@ -223,6 +223,7 @@ def deflated_quadrature(
         z = project(random_vector(key, operator))
         krylov = lanczos(rest, z, num_lanczos)
         left = jnp.where(jnp.linalg.norm(z) > 0, operator.size - found.sum(), 0)
+        left = left.astype(z.dtype)
 
         def rules(m: int) -> tuple[jax.Array, jax.Array]:
             # With and without a node near zero, where most eigenvalues lie and powers
@@ -316,7 +317,7 @@ def spectral_density(
 
     def density_of(one: tuple[jax.Array, jax.Array]) -> jax.Array:
         theta, omega = one
-        bumps = jax.scipy.stats.norm.pdf(grid[:, None], theta, sigma)
+        bumps = jax.scipy.stats.norm.pdf(grid[:, None], theta[None], sigma)
         return bumps @ omega
 
     densities = jax.lax.map(density_of, (nodes, weights))

@@ -77,21 +77,26 @@ def accumulate(
             "There was no batch to take the mean over. An iterator is used up after one"
             " pass: make a new one for each call, or give a list."
         )
+    check_total(total)
+    return _scale(1 / total, sum_)
+
+
+def check_total(total: Any) -> None:
+    """Raises unless something counts."""
     if not float(total) > 0:
         raise ValueError(
             f"The weights of all batches must have a positive sum; got {total}."
         )
-    return _scale(1 / total, sum_)
 
 
-def count_examples(batch: Any) -> int:
-    """The length of a batch's arrays."""
+def count_examples(batch: Any, option: str = "weight") -> int:
+    """The length of a batch's arrays; ``option`` gives another number."""
     lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(
             "The arrays of a batch must have the same number of examples along their"
             f" first axis; these have {sorted(lengths)}. Otherwise give the number of"
-            " examples that count: weight=lambda batch: ...."
+            f" examples that count: {option}=lambda batch: ...."
         )
     return lengths.pop()[0]
 

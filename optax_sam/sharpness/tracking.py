@@ -33,11 +33,16 @@ class ProbeState(NamedTuple):
 class Probe:
     """Measures at intervals, and returns numbers for any logger.
 
-    All measures are compiled together, once, on the first call. Parameters and batches
-    are arguments of that program, so it always sees the current ones. It keeps the
-    eigenvectors, and Lanczos starts near the last ones. This saves a part of the
-    products (half of them, in the tests). The key is folded with the step, so the
-    result at a step does not depend on when the training run was resumed.
+    All measures are compiled together on the first call. Parameters and batches are
+    arguments of that program. What the loss closes over is a part of it, so each
+    measurement traces the measures again, and compiles them again if the program has
+    changed. To compile once, put what changes, such as running statistics, into
+    ``params``, and leave it out by the ``mask=`` of the measures. With a list or a
+    loader, the product with a batch is compiled in each measurement.
+
+    The probe keeps the eigenvectors, and Lanczos starts near the last ones. This saves
+    a part of the products (half of them, in the tests). The key is folded with the
+    step, so the result at a step does not depend on when the training run was resumed.
 
     Give it a fixed subset without augmentation, and a loss in evaluation mode. A few
     thousand examples of the training data are enough (Cohen et al. 2021 took 5,000), in
@@ -135,7 +140,7 @@ class Probe:
 
         # A measure whose batches the host reads cannot run inside jit. It then compiles
         # its programs itself.
-        self._run = run if on_host else jax.jit(run)
+        self._run = run if on_host else _Current(run)
 
     def init(self, params: Any) -> ProbeState:
         """The state before the first measurement."""
@@ -159,6 +164,21 @@ class Probe:
         key = jax.random.fold_in(typed_key(self._key), int(step))
         values, state = self._run(params, self._batches, key, state)
         return to_scalars(values, self._prefix), state
+
+
+class _Current:
+    """A compiled function that sees the current values of what it closes over."""
+
+    def __init__(self, f: Callable[..., Any]):
+        self._f, self._program, self._compiled = f, 0, f
+
+    def __call__(self, *args: Any) -> Any:
+        # A function of its own, because JAX would not trace an equal one again.
+        now = jax.jit(lambda *args: self._f(*args))
+        program = hash(now.lower(*args).as_text())
+        if program != self._program:
+            self._program, self._compiled = program, now
+        return self._compiled(*args)
 
 
 def _arguments(measure: Callable[..., Any]) -> set[str]:

@@ -56,7 +56,13 @@ def _weight(at: str, path: Any, node: Any, leaf: Any) -> jax.Array:
         )
     if "State" in kinds or (callable(leaf) and not hasattr(leaf, "dtype")):
         raise ValueError(f"{at} is a {type(node).__name__}, not a weight. {EQUINOX}")
-    dtype = jnp.result_type(leaf)
+    try:
+        dtype = jnp.result_type(leaf)
+    except TypeError:
+        raise ValueError(
+            f"{at} is {leaf!r}, not a weight. Leave it out of params, and let loss_fn"
+            " close over it: lambda params, batch: loss({**params, **rest}, batch)."
+        ) from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"{at} has dtype {dtype}, but a measure needs real floats. Leave it out"

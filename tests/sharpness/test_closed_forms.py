@@ -111,6 +111,42 @@ def test_blocks_masks_and_weights(dtype, x64):
     close(found.estimate, 2 * (counted**2).sum() / 30)
 
 
+@pytest.mark.parametrize("kind", ["stacked", "list", "function"])
+@pytest.mark.parametrize("shape", [(4, 10), (4, 2, 5)], ids=["examples", "tokens"])
+def test_weights_of_examples_leave_out_padding(kind, shape, x64):
+    """Padding within a batch, a batch of padding, and examples that count twice."""
+    X, labels, W, _ = data("float64")
+    real = np.concatenate([np.ones(18), 2 * np.ones(3), np.zeros(19)])
+    rest = lambda x: np.concatenate([x, x[:10] + 1])  # the padding is not zero
+    stacked = [x.reshape(*shape, *x.shape[1:]) for x in (rest(X), rest(labels) % 3)]
+    weights, batches = real.reshape(shape), tuple(stacked)
+    if kind != "stacked":
+        batches = [tuple(x[i] for x in (*stacked, weights)) for i in range(4)]
+        weights = list(weights) if kind == "list" else lambda batch: batch[2]
+    model = lambda w, b: b[0] @ w
+    losses = lambda w, b: optax.softmax_cross_entropy_with_integer_labels(
+        model(w, b), b[1]
+    )
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
+    p = np.asarray(jax.nn.softmax(X @ W))
+    of_one = lambda x, p: np.kron(np.outer(x, x), np.diag(p) - np.outer(p, p))
+    F = list(map(of_one, X, p))
+    found = sharpness.fisher(model, W, batches, weights=weights)
+    close(dense(found), np.average(F, 0, real[:30]))
+    g = np.einsum("ni,nc->nic", X, p - np.eye(3)[labels]).reshape(30, -1)
+    E = np.einsum("ni,nj->nij", g, g)
+    found = sharpness.empirical_fisher(losses, W, batches, weights=weights)
+    close(dense(found), np.average(E, 0, real[:30]))
+
+
+def test_weights_of_batches_do_not_say_which_examples_count():
+    X, labels, W, _ = data("float32")
+    for batches in (batched("stacked", X, labels), batched("unequal", X, labels)):
+        F = sharpness.fisher(lambda w, b: b[0] @ w, W, batches, weights=[10, 10, 4])
+        with pytest.raises(ValueError, match=r"each example, \(B, m\), 0 for padding"):
+            F.matvec(W)
+
+
 @pytest.mark.parametrize("measure", ["trace", "diagonal", "frobenius_norm"])
 @pytest.mark.parametrize("slope", [0.0, 2.0])
 def test_one_parameter_and_no_curvature(measure, slope):

@@ -1,7 +1,9 @@
 """What all measures share: counted costs, memory, devices, weights, widened weights."""
 
 import functools
+import gc
 import itertools
+import weakref
 
 import curvature
 import harness
@@ -304,18 +306,135 @@ def test_data_of_all_kinds_are_one(x64):
     jax.tree.map(bind(np.testing.assert_allclose, rtol=1e-10), found, last)
 
 
+@pytest.mark.parametrize("as_jax", [False, True])
+def test_a_loader_that_changes_is_refused_where_it_is_read_again(as_jax):
+    """As one that shuffles and drops the rest, or one that augments."""
+    rng = np.random.default_rng(0)
+    X, w = rng.normal(size=(20, 3)).astype("float32"), jnp.ones(3)
+    quadratic = lambda w, x: jnp.mean((x @ w) ** 2)
+    seen = []
+
+    def loader():
+        seen.append(X[rng.permutation(20)[:16]])
+        halves = seen[-1].reshape(2, 8, 3)
+        yield from map(jnp.asarray, halves) if as_jax else halves
+
+    for measure in (
+        sharpness.hessian_trace,
+        bind(sharpness.average_sharpness, rho=RHO),
+        sharpness.keskar_sharpness,
+    ):
+        with pytest.raises(ValueError, match=r"shuffle=False.*batches=list\(loader\)"):
+            measure(quadratic, w, loader, key=0)
+    # One pass is a measure of the examples that it gave.
+    found = sharpness.hvp(quadratic, w, loader, w)
+    np.testing.assert_allclose(found, 2 * seen[-1].T @ seen[-1] @ w / 16, rtol=1e-5)
+    kept = sharpness.hessian_trace(quadratic, w, list(loader()), 0)
+    np.testing.assert_allclose(kept.estimate, 2 * (seen[-1] ** 2).sum() / 16, rtol=1e-5)
+
+
 def test_a_stream_compiles_once_and_is_counted():
     params, batches = problem()
     with sharpness.progress(loss_fn) as counted:
         run = bind(sharpness.hessian_trace, counted, params, split(batches), 0)
         run(num_matvecs=4, method="hutchinson")
         assert counted.count == 4 * 8
-    of = jax.jit(sharpness.operators._fwd_rev)
-    before = of._cache_size()
-    for scale in (1.0, 2.0):
-        w = jax.tree.map(lambda x: scale * x, params)  # noqa: B023
-        sharpness.hvp(loss_fn, w, split(batches), w)
-    assert of._cache_size() == before + 1
+
+    def traces(number, products):
+        calls = []
+        loss = lambda *args: calls.append(1) or loss_fn(*args)
+        sharpness.hessian_trace(
+            loss,
+            params,
+            split(batches)[:number],
+            0,
+            num_matvecs=products,
+            method="hutchinson",
+        )
+        return len(calls)
+
+    assert traces(8, 6) == traces(2, 2) > 0
+
+
+class Model:
+    """Its method is another object each time, and all of them are equal."""
+
+    scale = 1.0
+
+    def loss(self, params, batch):
+        return self.scale * loss_fn(params, batch)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trace hutchinson",
+        "keskar",
+        pytest.param("average", marks=pytest.mark.slow),
+        pytest.param("worst", marks=pytest.mark.slow),
+        pytest.param("line", marks=pytest.mark.slow),
+    ],
+)
+def test_a_list_sees_what_the_loss_closes_over_and_keeps_nothing(name):
+    params, batches = problem()
+    measure, two = MEASURES[name][0], split(batches)[:2]
+    model = Model()
+    measure(model.loss, params, two, key=0)
+    model.scale = 3.0
+    found = measure(model.loss, params, two, key=0)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *two)
+    expected = jax.jit(
+        lambda w, b: measure(lambda *args: 3 * loss_fn(*args), w, b, key=0)
+    )(params, stacked)
+    pair = (jax.tree.leaves(x)[0] for x in (found, expected))
+    np.testing.assert_allclose(*pair, rtol=1e-4)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+MODES = {
+    "rank": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype": lambda: jax.numpy_dtype_promotion("strict"),
+    "nan": lambda: jax.debug_nans(True),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "as_list"),
+    [
+        ("trace", "rank", False),
+        ("density", "rank", False),
+        ("renyi", "dtype", False),
+        ("sam", "dtype", True),
+        ("keskar", "nan", False),
+        pytest.param("worst", "nan", False, marks=pytest.mark.slow),
+        pytest.param("average", "dtype", True, marks=pytest.mark.slow),
+    ],
+)
+def test_measures_pass_where_jax_is_strict(name, mode, as_list):
+    x = jnp.sin(jnp.arange(192.0)).reshape(1, 8, 24)
+    loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+    run = lambda: MEASURES[name][0](loss, jnp.ones(24), [*x] if as_list else x, key=0)
+    with MODES[mode]():
+        found = run()
+    for a, b in zip(*map(jax.tree.leaves, (found, run())), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_one_draw_has_no_standard_error():
+    with jax.debug_nans(True):
+        result = sharpness.average_sharpness(
+            lambda w, x: jnp.mean(x * w**2),
+            jnp.ones(2),
+            jnp.ones((1, 3, 2)),
+            RHO,
+            0,
+            num_samples=1,
+        )
+    assert np.isnan(result.stderr)
+    assert result.value > 0
 
 
 @pytest.mark.parametrize("name", ["trace hutchinson", "worst", "line"])

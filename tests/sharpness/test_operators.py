@@ -172,6 +172,29 @@ def test_many_classes_fit(x64):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * abs(b).max())
 
 
+@pytest.mark.parametrize("label", [-1, -100, 5, 1000])
+def test_padded_tokens_do_not_count(label, x64):
+    rng = np.random.default_rng(0)
+    h, W = rng.normal(size=(2, 6, 4)), jnp.asarray(rng.normal(size=(4, 5)))
+    y = rng.integers(5, size=(2, 6))
+    real = np.arange(12).reshape(2, 6) % 3 > 0
+    padded = np.where(real, y, label)
+    chunked = lambda W, b: sharpness.chunked_cross_entropy(
+        *(b[0], W, b[1]), where=b[2], num_chunks=3
+    )
+    one = jax.tree.map(lambda x: jnp.asarray(x)[None], (h, padded, real))
+    H = sharpness.hessian(chunked, W, one)
+    p = np.asarray(jax.nn.softmax(h[real] @ W))
+    of_one = lambda h, p: np.kron(np.outer(h, h), np.diag(p) - np.outer(p, p))
+    expected = np.mean(list(map(of_one, h[real], p)), 0)
+    np.testing.assert_allclose(dense(H), expected, atol=1e-12)
+    right = -np.log(p[np.arange(len(p)), y[real]]).mean()
+    np.testing.assert_allclose(chunked(W, (h, padded, real)), right)
+    # Without saying so, they are no class; and nothing at all counts as zero.
+    assert np.isnan(sharpness.chunked_cross_entropy(h, W, padded))
+    assert chunked(W, (h, padded, real & False)) == 0
+
+
 OF_EXAMPLES = lambda z, b: optax.softmax_cross_entropy_with_integer_labels(z, b[1])
 
 

@@ -87,17 +87,15 @@ def valley():
     rng = np.random.default_rng(0)
     Q, _ = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))
     H = jnp.asarray(Q * np.linspace(0, 3, SIZE) @ Q.T, jnp.float32)
-    traces = []
 
     def loss_fn(w, batch):
-        traces.append(1)
         flat = jnp.concatenate([w["a"].ravel(), w["b"]])
         return jnp.mean(batch) * (flat @ H @ flat / 2 + jnp.sum(flat**4) / 12)
 
     w = jnp.asarray(rng.normal(size=SIZE) / 5, jnp.float32)
     tree = lambda w: {"a": w[:40].reshape(5, 8), "b": w[40:]}
     exact = lambda w: np.linalg.eigvalsh(np.asarray(H) + np.diag(w**2))
-    return loss_fn, jnp.ones((2, 4)), tree, w, exact, traces
+    return loss_fn, jnp.ones((2, 4)), tree, w, exact
 
 
 def probe_of(**options):
@@ -110,7 +108,7 @@ def eigen(num_matvecs):
 
 
 def test_a_warm_start_needs_fewer_products():
-    *_, tree, w, exact, _ = valley()
+    *_, tree, w, exact = valley()
     probe = probe_of(every=5, measures={"few": eigen(6), "many": eigen(12)})
     state = probe.init(tree(w))
     residuals = []
@@ -154,7 +152,7 @@ def test_the_next_start_is_the_sum_of_the_vectors_that_there_were():
 @functools.cache
 def mixed():
     """A probe with measures of several kinds, and what it gave at step 6."""
-    *_, tree, w, _, _ = valley()
+    *_, tree, w, _ = valley()
     several = {
         "lambda_max": eigen(8),
         "trace": functools.partial(
@@ -182,17 +180,47 @@ def test_a_probe_logs_measures_of_all_kinds():
     assert jax.tree.structure(state.starts["lambda_max"]) == jax.tree.structure(w)
 
 
-def test_a_probe_compiles_once_and_sees_the_current_parameters():
+def test_a_probe_compiles_once_and_sees_the_current_parameters(caplog):
     probe, w, at_6, state = mixed()
-    *_, traces = valley()
     assert probe(7, w, state) == probe(8, w, state) == ({}, state)
     probe(6, w, state)  # conftest.py may have emptied JAX's caches since then
-    traced = len(traces)
-    at_9, state = probe(9, w, state)
-    at_12, _ = probe(jnp.int32(12), jax.tree.map(lambda x: 2 * x, w), state)
-    assert len(traces) == traced
+    twice = jax.tree.map(lambda x: 2 * x, w)
+    with jax.log_compiles():
+        at_9, state = probe(9, w, state)
+        at_12, _ = probe(jnp.int32(12), twice, state)
+        assert "Finished tracing" in caplog.text
+        assert "Finished XLA compilation of jit(<lambda>)" not in caplog.text
     assert at_9["probe/loss"] == at_6["probe/loss"] != at_12["probe/loss"]
     assert at_9["probe/trace/estimate"] != at_6["probe/trace/estimate"]  # other probes
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_probe_sees_what_the_loss_closes_over(as_list):
+    class Model:
+        variance = jnp.array(1.0)
+
+        def loss(self, w, batch):
+            return jnp.mean((batch @ w) ** 2) / self.variance
+
+    model, w = Model(), jnp.ones(3)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+    probe = sharpness.Probe(model.loss, [x] if as_list else x[None], every=1)
+    state = probe.init(w)
+    for step, variance in enumerate((1.0, 0.1)):
+        model.variance = jnp.array(variance)
+        scalars, state = probe(step, w, state)
+        top = np.linalg.eigvalsh(2 * x.T @ x / 5 / variance)[-1]
+        found = scalars["sharpness/lambda_max/eigenvalues/0"]
+        assert found == pytest.approx(top, rel=1e-4)
+
+
+def test_a_probe_gives_weights_to_the_batches_of_a_list():
+    x = np.array([[[1.0]], [[2.0]]], "float32")
+    of = functools.partial(sharpness.hvp, v=jnp.ones(1), weights=[3, 1])
+    loss = lambda w, batch: jnp.mean((batch @ w) ** 2)
+    probe = sharpness.Probe(loss, [*x], every=1, measures={"hvp": of})
+    scalars, _ = probe(0, jnp.ones(1), probe.init(jnp.ones(1)))
+    assert scalars["sharpness/hvp/0"] == 2 * (3 * 1 + 1 * 4) / 4
 
 
 def test_a_restored_probe_goes_on_to_the_bit():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from optax_sam import sharpness
+from optax_sam import plots, sharpness
 
 W, DATA = jnp.ones(3), jnp.ones((2, 4, 3))
 QUADRATIC = lambda w, x: jnp.mean((x @ w) ** 2)
@@ -72,12 +72,26 @@ REFUSED = {
         batches=[DATA[0]], axis_name="d"
     ),
     "hessian_trace: 'step'.*int32.*mask=": dict(params={"w": W, "step": jnp.array(3)}),
+    "hessian_trace sam_sharpness: 'act'.* is 'relu', not a weight.*close over": dict(
+        params={"w": W, "act": "relu"}
+    ),
     "hessian_trace geodesic_sharpness: complex64": dict(params={"A": W * 1j, "B": W}),
     "hessian_trace: params is empty": dict(params={}),
     "hessian_trace loss_line: selects nothing": dict(mask=False),
     r"hessian_trace: \(2,\).*got \(3,\)": dict(weights=jnp.ones(3)),
-    "hessian_trace: not all zero": dict(weights=jnp.zeros(2)),
-    "hessian_trace: >= 0": dict(weights=jnp.array([1.0, -1])),
+    "hessian_trace: positive sum": dict(weights=jnp.zeros(2)),
+    "hessian_trace: finite and >= 0": dict(weights=jnp.array([1.0, -1])),
+    "hvp: finite and >= 0": dict(weights=jnp.array([[1.0] * 4, [3, 3, 3, jnp.inf]])),
+    # Of a list, whether the mean is taken of products or of results of the batches.
+    "hvp sam_sharpness: positive sum": dict(batches=[*DATA], weights=[0, 0]),
+    "hvp sam_sharpness: finite and >= 0; got -1": dict(
+        batches=[*DATA], weights=[2, -1]
+    ),
+    "hvp average_sharpness: finite and >= 0; got nan": dict(
+        batches=[*DATA], weights=lambda batch: jnp.nan
+    ),
+    "hvp: a number for each batch.*got 3": dict(batches=[*DATA], weights=3),
+    "hvp sam_sharpness: weights=lambda batch": dict(batches=[{"x": W, "epoch": 3}]),
     # Of products and estimates.
     "hvp: tree like params": dict(v={"w": W}),
     "hvp: fwd_rev": dict(mode="fwd"),
@@ -286,3 +300,8 @@ def test_normalized_queries_are_no_factor():
     (pair,) = sharpness.attention_gl_pairs(params, "", qk=False)
     assert pair.G[0].path == "value/kernel"
     assert sharpness.attention_gl_pairs(params, "", qk=False, vo=False) == []
+
+
+def test_a_point_is_no_surface():
+    with pytest.raises(ValueError, match=r"two or more alphas.* 1 and 2.*loss_line\("):
+        plots.loss_surface([0.0], [0.0, 1.0], [[1.0, 2.0]])

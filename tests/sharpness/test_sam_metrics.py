@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_sam import sharpness
+from optax_sam import plots, sharpness
 
 RHO = 0.1
 
@@ -161,3 +161,10 @@ def test_the_edge_at_its_ends():
     # The form in the paper would have lost all digits here.
     np.testing.assert_allclose(edge(1.0, 1e-9, 0.5), 4, rtol=1e-6)
     np.testing.assert_allclose(edge(1.0, 0.05, 0.1), 12.360680, rtol=1e-6)
+
+
+def test_the_edge_is_drawn_for_schedules_of_one_step():
+    schedule = optax.linear_onecycle_schedule(100, 0.1)
+    ax = plots.sharpness_history(np.arange(4), np.ones(4), learning_rate=schedule)
+    expected = [2 / float(schedule(step)) for step in range(4)]
+    np.testing.assert_allclose(ax.lines[-1].get_ydata(), expected, rtol=1e-6)
