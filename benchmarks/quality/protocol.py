@@ -206,20 +206,50 @@ class Protocol:
     def repeat(self, lines: list[dict[str, Any]], names: list[str]) -> list[float]:
         """Trains the tested runs of another file again, without a search.
 
+        The runs of the search are copied, because a report chooses by them.
+
         Returns:
           The differences in accuracy of each run, in points.
         """
-        wanted = [
-            line
-            for line in lines
-            if line.get("tested") and line["task"] == self.name and line["row"] in names
-        ]
+        of = [x for x in lines if x["task"] == self.name and x.get("row") in names]
+        for line in of:
+            if (
+                not line["tested"]
+                and self.results.identity(line) not in self.results.lines
+            ):
+                self.results.add(line)
+        wanted = [line for line in of if line["tested"]]
         differences = []
         for line in wanted:
             how = {key: line[key] for key in ("tested", "stop") if key in line}
             made = self.run(line["row"], line["values"], line["seed"], **how)
             differences.append(made["accuracy"] - line["accuracy"])
         return differences
+
+
+def run_task(name: str, options: argparse.Namespace, late: Callable[[], bool]) -> None:
+    """The search and the tests of a task, or its tests again."""
+    task = tasks.TASKS[name]
+    if options.seeds:
+        task = dataclasses.replace(task, seeds=tuple(range(options.seeds)))
+
+    def of(number: int) -> Protocol:
+        searched, settings = tasks.searched(name, task, number)
+        source = tasks.Source(settings, options.data)
+        return Protocol(searched, source, Results(options.out), late)
+
+    if not options.repeat:
+        of(options.search).complete(options.rows)
+        return
+    known = read(options.repeat)
+    if options.seeds:
+        known = [x for x in known if not x.get("tested") or x["seed"] in task.seeds]
+    numbers = tasks.searches(name, {line["task"] for line in known})
+    found = [of(number).repeat(known, options.rows) for number in numbers]
+    if not any(found):
+        raise SystemExit(f"{options.repeat} has no such runs of {name}")
+    runs = [abs(difference) for some in found for difference in some]
+    print(f"{name}: {len(runs)} runs differ by {max(runs):.2f} at most")
 
 
 def main() -> None:
@@ -242,26 +272,8 @@ def main() -> None:
     options = parser.parse_args()
     end = time.perf_counter() + options.seconds
     for name in () if options.report else options.task:
-        task = tasks.TASKS[name]
-        if options.seeds:
-            task = dataclasses.replace(task, seeds=tuple(range(options.seeds)))
-        name, task = tasks.searched(name, task, options.search)
-        protocol = Protocol(
-            *(name, tasks.Source(task, options.data), Results(options.out)),
-            late=lambda: time.perf_counter() > end,
-        )
         try:
-            if options.repeat:
-                known = read(options.repeat)
-                if options.seeds:
-                    known = [x for x in known if x.get("seed", 0) in task.seeds]
-                found = protocol.repeat(known, options.rows)
-                if not found:
-                    raise SystemExit(f"{options.repeat} has no such runs of {name}")
-                largest = max(map(abs, found))
-                print(f"{name}: {len(found)} runs differ by {largest:.2f} at most")
-            else:
-                protocol.complete(options.rows)
+            run_task(name, options, lambda: time.perf_counter() > end)
         except OutOfTime:
             raise SystemExit(UNFINISHED) from None
     study.show(options, report.markdown, report.draw, read)

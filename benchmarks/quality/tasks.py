@@ -134,6 +134,12 @@ def searched(name: str, task: Task, search: int) -> tuple[str, Task]:
     return f"{name}{SEARCH}{search}", other
 
 
+def searches(name: str, found: set[str]) -> list[int]:
+    """The numbers of the searches of a task among the names in a file."""
+    parts = (x.partition(SEARCH) for x in found)
+    return sorted(int(number or 1) for base, _, number in parts if base == name)
+
+
 class Split(NamedTuple):
     """The images of a run on the device, uint8, and their labels.
 

@@ -45,7 +45,7 @@ def test_the_comparison_is_measured():
         for dtype, *cells in harness.table("precision.md", "The perturbation")
         if dtype == "bfloat16"
     ]
-    assert rows["perturbation surviving bf16 weights"][:2] == [bf16[0], bf16[-1]]
+    assert rows["share of the perturbation left in bf16"][:2] == [bf16[0], bf16[-1]]
     runs = json.loads((ROOT / "tests/data/parity/runs.json").read_text())
     followed = {re.sub(r"^(loss|quad)_", "", name).split("_")[0] for name in runs}
     followed -= {"sgd", "lsq", "problem"}
