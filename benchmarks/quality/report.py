@@ -273,13 +273,15 @@ def draw(lines: list[Line], path: Path) -> None:
 
 
 def _label(axes: Any, labels: list[Any], apart: float) -> None:
-    """Names beside the means, moved up to where no name and no other mean is near."""
+    """Names beside the means, moved up from other names and means, and the line at 0."""
     placed: list[tuple[float, float]] = []
     means = [(x, mean) for x, mean, *_ in labels]
     for x, mean, row, colour in sorted(labels, key=lambda label: label[1]):
         y, end = mean, x + 0.1 + 0.042 * len(row)
-        while any(abs(y - b) < apart and abs(a - x) < 0.45 for a, b in placed) or any(
-            abs(y - b) < 0.7 * apart and x < a < end for a, b in means
+        while (
+            abs(y) < 0.5 * apart
+            or any(abs(y - b) < apart and abs(a - x) < 0.45 for a, b in placed)
+            or any(abs(y - b) < 0.7 * apart and x < a < end for a, b in means)
         ):
             y += apart / 4
         placed.append((x, y))

@@ -135,7 +135,7 @@ def check_tuning(names, _):
         for task in tasks
         for row, setting, *_ in harness.table("accuracy.md", task)
     ]
-    labels = "SAM", "vSAM .33", "quarter-batch SAM", "SAM-5", "MSAM", "ASAM"
+    labels = "SAM", "vSAM .33 to .4", "quarter-batch SAM", "SAM-5", "MSAM", "ASAM"
     rows = harness.table("tuning_rho.md", "Which values to try")
     for label, (_, _, *cells) in zip(labels, rows, strict=False):
         tuned = [cell.split(" ")[0] for cell in cells if cell]
@@ -335,7 +335,7 @@ def test_numbers_are_those_of_the_pages_that_are_quoted():
     start = "docs/start/choosing.md", "docs/start/does_it_help.md"
     for page in ("README.md", *start, *METHOD_PAGES):
         assert numbers(by_hand(page)) <= known, page
-    assert len(numbers(by_hand("docs/start/choosing.md"))) > 10
+    assert len(numbers(by_hand("docs/start/choosing.md"))) > 5
     # The sentences of that page quote its tables.
     accuracy = "docs/results/accuracy.md"
     tables = re.findall(r"^\|.*\|$", PAGES[accuracy], re.MULTILINE)
