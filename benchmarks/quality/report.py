@@ -273,7 +273,7 @@ def draw(lines: list[Line], path: Path) -> None:
 
 
 def _label(axes: Any, labels: list[Any], apart: float) -> None:
-    """Names beside the means, moved up from other names and means, and the line at 0."""
+    """Names beside the means, moved up from names, other means, and the line at 0."""
     placed: list[tuple[float, float]] = []
     means = [(x, mean) for x, mean, *_ in labels]
     for x, mean, row, colour in sorted(labels, key=lambda label: label[1]):
