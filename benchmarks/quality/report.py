@@ -240,6 +240,10 @@ def draw(lines: list[Line], path: Path) -> None:
     rng = np.random.default_rng(0)  # dots of equal accuracy are moved apart
     for axes, task in zip(panels, tasks.values(), strict=False):
         shown = [row for row in task.rows if row in METHODS and row != "SGD"]
+        halves = {row: interval(task.gains(row, "SGD"))[1] for row in shown}
+        # A seed that did not train makes an interval that hides all others.
+        wide = [row for row in shown if halves[row] > 8 * np.median([*halves.values()])]
+        shown = [row for row in shown if row not in wide]
         axes.set_title(task.settings["title"], fontsize=9.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.axhline(0, color=BLACK, linewidth=1)
@@ -263,6 +267,9 @@ def draw(lines: list[Line], path: Path) -> None:
         axes.set_ylim(low - margin, high + margin)
         _label(axes, labels, (high - low) / 11)
         axes.set_xlim(0.9, 2.95)
+        if wide:
+            told = f"too wide to show: {', '.join(wide)}"
+            axes.text(2.95, low - margin, told, color=BLACK, **given)
         axes.set_xticks([1, 1.5, 2, 2.5])
         axes.set_xlabel("Gradient evaluations, relative to SGD", fontsize=9)
         axes.set_ylabel("Points over tuned SGD", fontsize=9.5)
