@@ -127,7 +127,7 @@ def training(growth):
     ("a", "least", "most"),
     [(0.05, 4975, 5417), (0.13, 24931, 25881), (0.2, 37494, 42046)],
 )
-def test_samples_of_a_whole_training(a, least, most):
+def test_samples_of_a_whole_training(a, least, most, x64):
     norms, x = training(0.035)
     counts = []
     for key in range(4):

@@ -140,7 +140,8 @@ def test_training_resumes_from_a_file(tmp_path):
         harness.assert_equal(jitted(*pair)[0], jitted(*again)[0])
     for model, optimizer in (pair, again):
         assert optax_sam.metrics(optimizer.opt_state)["ascents"] == 6
-        assert model.dropout.rngs.count[...] == optimizer.step[...] == 6
+        assert optimizer.step[...] == 6
+        assert model.dropout.rngs.count[...] == 12  # two masks in a pass
     harness.assert_equal(others(pair), others(again))
     harness.assert_equal(*(arrays(model, nnx.Param) for model, _ in (pair, again)))
 
