@@ -115,10 +115,11 @@ def dispatch(
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal plan, follows, single
         given = (args, kwargs)
+        if single or _decides_late(given):
+            return variants[None](*args, **kwargs)
         clock = _clock(given)
-        # Inside jit, scan or vmap the state cannot be read.
-        is_traced = any(isinstance(x, jax.core.Tracer) for x in clock or ())
-        if single or is_traced or _decides_late(given):
+        if any(isinstance(x, jax.core.Tracer) for x in clock or ()):
+            # Inside jit, scan or vmap the state cannot be read.
             return variants[None](*args, **kwargs)
         known = _same(clock, follows)
         if not (known and plan):

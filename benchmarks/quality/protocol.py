@@ -244,7 +244,8 @@ def run_task(name: str, options: argparse.Namespace, late: Callable[[], bool]) -
     known = read(options.repeat)
     if options.seeds:
         known = [x for x in known if not x.get("tested") or x["seed"] in task.seeds]
-    numbers = tasks.searches(name, {line["task"] for line in known})
+    searches = {tasks.parted(line["task"]) for line in known}
+    numbers = sorted(number for base, number in searches if base == name)
     found = [of(number).repeat(known, options.rows) for number in numbers]
     if not any(found):
         raise SystemExit(f"{options.repeat} has no such runs of {name}")

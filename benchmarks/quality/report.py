@@ -13,7 +13,7 @@ from scipy import stats
 
 from benchmarks.lib import study, tables
 from benchmarks.quality import rows
-from benchmarks.quality.tasks import SEARCH
+from benchmarks.quality.tasks import parted
 from optax_sam.plots.colours import BLACK, METHODS, WHITE
 
 Line = dict[str, Any]
@@ -100,8 +100,8 @@ def found(lines: list[Line]) -> dict[str, dict[int, Found]]:
     for name in {line["task"]: None for line in lines}:
         one = Found(name, lines)
         if "SGD" in one.rows:
-            base, _, number = name.partition(SEARCH)
-            made.setdefault(base, {})[int(number or 1)] = one
+            base, number = parted(name)
+            made.setdefault(base, {})[number] = one
     return made
 
 

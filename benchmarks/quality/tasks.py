@@ -134,10 +134,10 @@ def searched(name: str, task: Task, search: int) -> tuple[str, Task]:
     return f"{name}{SEARCH}{search}", other
 
 
-def searches(name: str, found: set[str]) -> list[int]:
-    """The numbers of the searches of a task among the names in a file."""
-    parts = (x.partition(SEARCH) for x in found)
-    return sorted(int(number or 1) for base, _, number in parts if base == name)
+def parted(name: str) -> tuple[str, int]:
+    """The task and the number of a search, from the name that ``searched`` made."""
+    base, _, number = name.partition(SEARCH)
+    return base, int(number or 1)
 
 
 class Split(NamedTuple):

@@ -261,8 +261,11 @@ def variance_controlled(
         s = jnp.clip(state.rate * (1 + sensitivity * growth), 1, largest)
         s = jnp.where(state.position == 0, s, state.rate).astype(state.rate.dtype)
         # The settings of the current rule, also in a state that has other settings.
-        state = state._replace(catch_up=jnp.array(force_quota), rate=s)
-        return state._replace(warmup_steps=jnp.array(warmup_steps, jnp.int32)).decided()
+        return state._replace(
+            rate=s,
+            catch_up=jnp.array(force_quota),
+            warmup_steps=jnp.array(warmup_steps, jnp.int32),
+        ).decided()
 
     call = f"when.variance_controlled(window={window})"
     return When(init, observe=observe, advance=advance, call=call)

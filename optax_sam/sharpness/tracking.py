@@ -173,7 +173,7 @@ class _Current:
         self._f, self._program, self._compiled = f, 0, f
 
     def __call__(self, *args: Any) -> Any:
-        # A function of its own, because JAX would not trace an equal one again.
+        # A new function each time, because JAX would not trace an equal one again.
         now = jax.jit(lambda *args: self._f(*args))
         program = hash(now.lower(*args).as_text())
         if program != self._program:

@@ -154,9 +154,7 @@ def test_perturbation_has_length_rho(method, x64):
                 offset = jax.tree.map(jnp.subtract, point, params)
                 length = method.norm(offset, params, g)
                 wanted = rho(t) if callable(rho) else rho
-                # ESAM's authors add 1e-7 to the norm.
-                near = 1e-6 if method.name == "esam" else 1e-9
-                np.testing.assert_allclose(length, wanted, rtol=near)
+                np.testing.assert_allclose(length, wanted, rtol=1e-9)
                 # An offset that loses against the gradient would be as long.
                 assert optax.tree.vdot(offset, g) > 0
 

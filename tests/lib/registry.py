@@ -36,7 +36,8 @@ def relative_norm(offset, params, g):
 
 def esam_norm(offset, params, g):
     """Without ESAM's factor ``1 / beta`` (0.6 here) and its large epsilon."""
-    n = optax.tree.norm(g)
+    chosen = lambda e, g: jnp.where(jnp.any(e != 0), g, 0)
+    n = optax.tree.norm(jax.tree.map(chosen, offset, g))
     return 0.6 * optax.tree.norm(offset) * (n + 1e-7) / n
 
 
