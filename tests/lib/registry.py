@@ -38,7 +38,8 @@ def esam_norm(offset, params, g):
     """Without ESAM's factor ``1 / beta`` (0.6 here) and its large epsilon."""
     chosen = lambda e, g: jnp.where(jnp.any(e != 0), g, 0)
     n = optax.tree.norm(jax.tree.map(chosen, offset, g))
-    return 0.6 * optax.tree.norm(offset) * (n + 1e-7) / n
+    # No leaf is chosen where rho is zero.
+    return 0.6 * optax.tree.norm(offset) * jnp.where(n > 0, (n + 1e-7) / n, 1)
 
 
 def vasso_norm(offset, params, g):
