@@ -85,8 +85,8 @@ def main():
     apart = optax.tree.norm(optax.tree.sub(large, small)) / moved
     less = 1 - min(memory.values()) / max(memory.values())
     print(
-        f"The weights are {apart:.0e} of their way apart, for {less:.0%} less memory."
-        "\nExpected: below 1e-2, the order of summation; and more than 50 %."
+        f"The weights differ by {apart:.0e} of the way that they moved; memory is"
+        f" {less:.0%} less.\nExpected: below 1e-2 (rounding), and more than 50 %."
     )
 
 

@@ -1,4 +1,4 @@
-"""Digits with 36 % wrong labels (40 % are redrawn from all ten): who learns them?
+"""SGD and SAM on digits with 36 % wrong labels (40 % are redrawn from all ten).
 
 A small network on scikit-learn's digits, tested on right labels, within a minute on two
 cores. Needs flax, scikit-learn and rich too. A search on held-out training images chose
@@ -45,11 +45,11 @@ LENGTH = {"SGD 2x": 2}
 
 def optimizer(name: str, num_steps: int) -> optax.GradientTransformationExtraArgs:
     """The method goes before weight decay and SGD; MSAM goes around SGD."""
-    member, rate, decay = ROWS[name]
+    method, rate, decay = ROWS[name]
     sgd = optax.sgd(optax.cosine_decay_schedule(rate, num_steps), momentum=0.9)
     if name == "MSAM":
         sgd = optax_sam.msam(sgd, rho=2.0)
-    first = [member] if member else []
+    first = [method] if method else []
     chain = optax.chain(*first, optax.add_decayed_weights(decay), sgd)
     return optax.with_extra_args_support(chain)
 

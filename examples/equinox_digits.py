@@ -68,12 +68,12 @@ def main() -> None:
     rng = np.random.default_rng(0)
     y = np.where(rng.random(len(y)) < 0.4, rng.integers(10, size=len(y)), y)
 
-    members = {
+    methods = {
         "SGD": optax.with_extra_args_support(optax.identity()),
         "SAM": optax_sam.sam(rho=0.5),
     }
-    for name, member in members.items():
-        tx = optax.chain(member, optax.sgd(0.1, momentum=0.9))
+    for name, method in methods.items():
+        tx = optax.chain(method, optax.sgd(0.1, momentum=0.9))
         model = MLP(jax.random.key(0))
         opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
         step, key = make_step(tx), jax.random.key(1)

@@ -64,7 +64,8 @@ def fit(make, is_merged, rho, params, adapters, batches):
     """A whole run, and the merged weights after it."""
     method, adam = make(rho), optax.adam(1e-2)
     both = lambda q: q, lambda q: merge(params, q)
-    view, rest = reversed(both) if is_merged else both  # what is perturbed, the rest
+    # From the adapters to what is perturbed, and from there to the network's weights.
+    view, rest = reversed(both) if is_merged else both
 
     def train_step(state, batch):
         adapters, method_state, adam_state = state
@@ -82,7 +83,7 @@ def fit(make, is_merged, rho, params, adapters, batches):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and seeds")
-    parser.add_argument("--wrong", type=float, default=0.0, help="share of the labels")
+    parser.add_argument("--wrong", type=float, default=0.0, help="labels to redraw")
     options = parser.parse_args()
     steps, seeds = (30, 2) if options.quick else (300, 20)
     x, y = load_digits(return_X_y=True)

@@ -52,11 +52,11 @@ def batches_of(images: Any, labels: Any, seed: int, num_epochs: int) -> Any:
     return images[order], labels[order]
 
 
-def make_fit(model: Network, member: Any, rate: float, num_steps: int) -> Any:
+def make_fit(model: Network, method: Any, rate: float, num_steps: int) -> Any:
     """Compiles a training run: a scan of the training step over its batches."""
     schedule = optax.cosine_decay_schedule(rate, num_steps)
     decay = optax.add_decayed_weights(5e-4, mask=not_steps)
-    tx = optax.chain(member, decay, optax.sgd(schedule, momentum=0.9))
+    tx = optax.chain(method, decay, optax.sgd(schedule, momentum=0.9))
     tx = optax.with_extra_args_support(tx)  # SGD alone takes no grad_fn
 
     def train_step(state: Any, batch: Any) -> tuple[Any, None]:

@@ -62,12 +62,12 @@ def main() -> None:
     rng = np.random.default_rng(0)
     y = np.where(rng.random(len(y)) < 0.4, rng.integers(10, size=len(y)), y)
 
-    members = {"SGD": optax.identity(), "SAM": optax_sam.sam(rho=0.2)}
-    for name, member in members.items():
+    methods = {"SGD": optax.identity(), "SAM": optax_sam.sam(rho=0.2)}
+    for name, method in methods.items():
         model = MLP(nnx.Rngs(0))
         # An optimizer without SAM must be told to ignore grad_fn.
         tx = optax.with_extra_args_support(
-            optax.chain(member, optax.sgd(0.05, momentum=0.9))
+            optax.chain(method, optax.sgd(0.05, momentum=0.9))
         )
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         order = np.random.default_rng(1)

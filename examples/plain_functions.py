@@ -74,13 +74,13 @@ def main() -> None:
     steps = epochs * (len(x) // BATCH_SIZE)
     lr = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
     plain = optax.with_extra_args_support(optax.identity())
-    members = {
+    methods = {
         "AdamW": (plain, jax.jit),
         "vSAM": (optax_sam.vsam(rho=0.5, window=20), optax_sam.dispatch),
     }
-    for name, (member, compile) in members.items():
+    for name, (method, compile) in methods.items():
         tx = optax.chain(
-            member, optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=1e-3)
+            method, optax.clip_by_global_norm(1.0), optax.adamw(lr, weight_decay=1e-3)
         )
         params = init(jax.random.key(0))
         opt_state, step = tx.init(params), make_step(tx, compile)

@@ -55,7 +55,7 @@ def loss_fn(params, x, y):
 # %% [markdown]
 # ## The training step
 # SAM needs one line: `grad_fn` computes the gradient of the same batch at other
-# parameters. An optimizer without SAM ignores it.
+# parameters. `optax.with_extra_args_support` lets an optimizer without SAM ignore it.
 
 
 # %%

@@ -111,7 +111,7 @@ def main():
     apart = max(np.abs(x - y).max() for x, y in zip(one, eight, strict=True))
     print(
         f"{ascents[0]} of {STEPS} steps perturbed on one device, {ascents[1]} on eight,"
-        f" weights {apart:.0e} apart.\nExpected: as many, and below 1e-8."
+        f" weights {apart:.0e} apart.\nExpected: equally many, and below 1e-8."
     )
 
 

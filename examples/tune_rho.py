@@ -111,8 +111,8 @@ def main() -> None:
     console.print(table)
     tested = judge(params, test)[best].mean()
     console.print(f"Chosen: rho {RADII[best]:g}, test accuracy {tested:.1f} %")
-    members = f"{len(RADII) * len(seeds)} training runs, with compilation"
-    console.print(f"{members}: {together:.1f} s, one after the other {apart:.1f} s")
+    runs = f"{len(RADII) * len(seeds)} training runs, with compilation"
+    console.print(f"{runs}: {together:.1f} s, one after the other {apart:.1f} s")
 
 
 if __name__ == "__main__":

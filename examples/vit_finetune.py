@@ -42,10 +42,10 @@ def kernels(params):
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def make_fit(member, peak, num_steps):
+def make_fit(method, peak, num_steps):
     """Compiles a training run: a scan of the training step over its batches."""
     rate = optax.warmup_cosine_decay_schedule(0, peak, num_steps // 10, num_steps)
-    tx = optax.chain(member, optax.adamw(rate, weight_decay=0.01, mask=kernels))
+    tx = optax.chain(method, optax.adamw(rate, weight_decay=0.01, mask=kernels))
     tx = optax.with_extra_args_support(tx)  # AdamW alone takes no grad_fn
 
     def train_step(state, batch):

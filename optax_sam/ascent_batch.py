@@ -11,7 +11,7 @@ from optax_sam.schedules import check_integer
 
 
 def ascent_batch(batch: Any, divisor: int = 4) -> Any:
-    r"""Every divisor-th example of a batch, for a cheap perturbation.
+    r"""Takes every ``divisor``-th example of a batch, for quarter-batch SAM.
 
     The direction of the perturbation needs few examples. Quarter-batch SAM computes it
     on a part :math:`A` of the batch :math:`B`, and the perturbed gradient on all of it:

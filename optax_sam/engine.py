@@ -61,9 +61,9 @@ class SharpnessAwareState(NamedTuple):
       num_rejected: how many of them were not finite, and so not used, () int32.
       gradient_norm: norm of the gradient on the last perturbed step, () float.
       ascended_norm: norm of the perturbed gradient on that step, () float.
-      survival: ``<achieved, e> / ||e||^2`` on that step, () float: the share of the
-        perturbation that survives rounding, on leaves that are half-precision in the
-        parameters or in ``grad_fn``; 1 if there are none.
+      survival: ``<a, e> / ||e||^2`` on that step, with the offset ``a`` after rounding,
+        () float: the share of the perturbation that survives, on leaves that are
+        half-precision in the parameters or in ``grad_fn``; 1 if there are none.
       ascent: state of the ascent.
       when: state of the rule that decides.
       blend: state of the blend, with any cached pytree.

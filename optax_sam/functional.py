@@ -25,7 +25,7 @@ def functional_value_and_grad(
     axis_name: Any = None,
     loss_scale: Any = None,
 ) -> Callable[..., tuple[Any, Any, Callable[[Any], Any]]]:
-    r"""The loss, its gradient, and the ``grad_fn`` that makes any SAM a Functional-SAM.
+    r"""Functional-SAM: the loss, its gradient, and a ``grad_fn`` for any method.
 
     The loss is :math:`L(w) = \ell(f(w))`. The network :math:`f` gives outputs, the
     logits, and :math:`\ell` is a loss of these. :math:`J(w)` is the Jacobian of

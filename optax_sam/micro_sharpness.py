@@ -26,7 +26,7 @@ _UNROLL_LIMIT = 8
 
 
 def micro_sharpness(
-    member: optax.GradientTransformation,
+    transformation: optax.GradientTransformation,
     num_shards: int,
     *,
     method: Literal["unroll", "scan", "vmap"] | None = None,
@@ -57,7 +57,7 @@ def micro_sharpness(
     steps, 1 on others), and its state.
 
     Args:
-      member: a transformation built with ``axis_name="shards"``, for instance
+      transformation: a transformation built with ``axis_name="shards"``, for instance
         ``optax_sam.sam(0.05, axis_name="shards")``, or an optimizer that begins with
         one. With ``axis_name=("shards", "data")`` each device splits its part of the
         batch into shards, in a ``shard_map`` with ``check_vma=False``.
@@ -84,25 +84,26 @@ def micro_sharpness(
         (``vsam``, ``looksam``, ``ae_sam``, ``friendly_sam``, ``vasso``, ``wsam``) need
         means over all shards before they continue. They keep two to three pytrees like
         the parameters for each shard.
-      axis_name: the axis name with which ``member`` was built.
+      axis_name: the axis name with which ``transformation`` was built.
 
     Returns:
       A transformation for the first place in a chain. It needs ``grad_fn(params, i)``
-      and has the state of ``member``, so all readers and ``optax_sam.dispatch`` find
-      it. Other extra arguments, such as ``ascend``, reach the method on every shard.
+      and has the state of ``transformation``, so all readers and
+      ``optax_sam.dispatch`` find it. Other extra arguments, such as ``ascend``, reach
+      the method on every shard.
 
     Raises:
-      ValueError: if ``member`` is no transformation, ``num_shards`` is below 1 or
-        traced, or ``method`` is unknown; on ``update``, if ``params`` or
-        ``grad_fn`` is missing or ``grad_fn`` does not take two arguments, if
-        ``member`` was built without ``axis_name`` or has none (``sampa``, ``msam``,
-        ``mesa``), or if it gets ``per_example_loss_fn``, because ``esam`` selects by
-        the losses of the whole batch (map it over shards by hand).
+      ValueError: if ``transformation`` is none, ``num_shards`` is below 1 or traced, or
+        ``method`` is unknown; on ``update``, if ``params`` or ``grad_fn`` is missing or
+        ``grad_fn`` does not take two arguments, if ``transformation`` was built without
+        ``axis_name`` or has none (``sampa``, ``msam``, ``mesa``), or if it gets
+        ``per_example_loss_fn``, because ``esam`` selects by the losses of the whole
+        batch (map it over shards by hand).
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_sam
-      >>> member = optax_sam.sam(0.1, axis_name="shards")
-      >>> tx = optax.chain(optax_sam.micro_sharpness(member, 4), optax.sgd(0.1))
+      >>> sam = optax_sam.sam(0.1, axis_name="shards")
+      >>> tx = optax.chain(optax_sam.micro_sharpness(sam, 4), optax.sgd(0.1))
       >>> grads = jax.grad(lambda w, x: jnp.mean((w - x) ** 2))
       >>> w, shards = jnp.zeros(()), jnp.arange(8.0).reshape(4, 2)
       >>> state = tx.init(w)
@@ -120,16 +121,16 @@ def micro_sharpness(
       <https://arxiv.org/abs/2302.09693>`_, 2023
     """
     schedules.check_integer("num_shards", num_shards, 1)
-    if not (hasattr(member, "init") and hasattr(member, "update")):
+    if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
         raise ValueError(
             "micro_sharpness needs a transformation, such as"
-            f" optax_sam.sam(0.05, axis_name={axis_name!r}); got {member!r}."
+            f" optax_sam.sam(0.05, axis_name={axis_name!r}); got {transformation!r}."
         )
     if method not in ("unroll", "scan", "vmap", None):
         raise ValueError(
             f'method must be "unroll", "scan", "vmap" or None; got {method!r}.'
         )
-    member = optax.with_extra_args_support(member)
+    transformation = optax.with_extra_args_support(transformation)
 
     def update(
         updates: Any,
@@ -148,13 +149,15 @@ def micro_sharpness(
         shards = _Shards(num_shards, form, axis_name, grad_fn)
         try:
             with in_shards(shards):
-                return member.update(abstract, state, params, grad_fn=first, **extra)
+                return transformation.update(
+                    abstract, state, params, grad_fn=first, **extra
+                )
         except (_NotSummed, AttributeError, TypeError, ValueError):
             # A rule looks at the gradients of all shards before its next line, or the
             # call is wrong, and this way gives the error of the method.
-            return shards.stacked(member, state, params, extra)
+            return shards.stacked(transformation, state, params, extra)
 
-    return optax.GradientTransformationExtraArgs(member.init, update)
+    return optax.GradientTransformationExtraArgs(transformation.init, update)
 
 
 class _NotSummed(Exception):
@@ -225,7 +228,7 @@ class _Shards(NamedTuple):
         return total, _at(states, -1)
 
     def stacked(
-        self, member: Any, state: Any, params: Any, extra: dict[str, Any]
+        self, transformation: Any, state: Any, params: Any, extra: dict[str, Any]
     ) -> tuple[Any, Any]:
         """The step of the method on all shards at once, on a mapped axis."""
 
@@ -256,7 +259,7 @@ class _Shards(NamedTuple):
                 points = jax.lax.all_gather(point, self.axis_name)
                 return _at(of_all(lambda k: self.grad_fn(_at(points, k), k)), i)
 
-            return member.update(g, state, params, grad_fn=own_grad_fn, **extra)
+            return transformation.update(g, state, params, grad_fn=own_grad_fn, **extra)
 
         first = of_all(lambda i: self.grad_fn(params, i))
         on_axis = jax.vmap(of_shard, axis_name=self.axis_name, out_axes=None)

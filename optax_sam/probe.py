@@ -375,9 +375,9 @@ def _sign_of(
         )
     if uphill:
         raise ValueError(
-            f"msam perturbs against the momentum ({names}), which the steps must"
-            " follow downhill, but the inner optimizer moves the weights up the"
-            " gradient. It lacks its learning rate, which must be inside msam, as in"
-            f" {momentum.PLAIN}. Or it maximizes: then minimize the negative."
+            "msam needs an inner optimizer that steps down the gradient, but this one"
+            f" (its momentum is {names}) moves the weights up the gradient. It lacks"
+            f" its learning rate, which must be inside msam, as in {momentum.PLAIN}. If"
+            " it maximizes on purpose, minimize the negative."
         )
     return next(iter(of))

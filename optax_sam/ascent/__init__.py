@@ -2,8 +2,8 @@
 
 A rule is an ordinary ``optax.GradientTransformationExtraArgs``. Its updates are the
 offset, which points uphill. The engine passes it ``grad_fn``, for rules that compute
-more gradients, and ``count``, the step for its schedules and random draws. If only one
-method uses a rule, the rule is in the file of that method.
+more gradients, and ``step``, for its schedules and random draws. If only one method
+uses a rule, the rule is in the file of that method.
 """
 
 from optax_sam.ascent.ball import l2, weight_scaled

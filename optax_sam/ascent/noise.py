@@ -44,8 +44,9 @@ def filter_noise(
 
     Args:
       gamma: size of the noise relative to the norm of a unit's weights, at least 0, or
-        a schedule. As it is multiplied by the whole norm, the noise of a unit with
-        ``n`` inputs is ``gamma * sqrt(n)`` times as long as its weights.
+        a schedule. Each entry is this share of the norm times a normal number, so the
+        noise of a unit with ``n`` inputs is ``gamma * sqrt(n)`` times as long as its
+        weights.
       key: an int, a key from ``jax.random.key``, or raw key data, for the noise. With
         ``axis_name`` each device draws its own noise.
       roles: what each leaf is, for units and stacked layers: a

@@ -194,9 +194,10 @@ def rho_from_lr(
         low = ends()[0] if lr_min is None else lr_min
         high = ends()[1] if lr_max is None else lr_max
         if high < low:
+            given = None not in (lr_min, lr_max)
+            read = "" if given else ", one of them read from the schedule"
             raise ValueError(
-                f"rho_from_lr needs lr_min <= lr_max; got {low} and {high}"
-                f"{'' if None not in (lr_min, lr_max) else ', one of them found'}."
+                f"rho_from_lr needs lr_min <= lr_max; got {low} and {high}{read}."
                 " Pass the lowest rate as lr_min and the highest as lr_max."
             )
         share = (at(lr_schedule, count) - low) / (high - low) if high > low else 1.0

@@ -75,7 +75,7 @@ def le_sam(
       >>> tx = optax.chain(optax_sam.le_sam(sigma=fall), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. We did not read their code: the formula is the paper's, and the defaults are
+      1. Their code was announced only: the formula is the paper's, and the defaults are
          ours. At a gradient of norm 1 the radius is SAM's default.
 
     References:

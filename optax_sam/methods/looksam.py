@@ -34,7 +34,8 @@ class ReuseNormalState(NamedTuple):
 def reuse_normal(alpha: optax.ScalarOrSchedule = 0.7) -> Blend:
     """The blend of :func:`optax_sam.looksam`: adds the last normal direction to ``g``.
 
-    1e-12 is added to a squared norm above 1e-8. A normal part that is no longer than
+    The projection divides by ``norm(g)**2 + 1e-12``, if ``norm(g)**2`` is above 1e-8.
+    A normal part that is no longer than
     its rounding errors has no direction, and is not reused. A normal part whose squares
     underflow is not reused either; in float32 this happens for gradients below 1e-19.
     With ``axis_name``, each device uses the norms of its gradient.

@@ -50,8 +50,9 @@ def smoothed(
       rho: radius of the perturbation in units of the weights, at least 0, or a
         schedule of the step.
       sigma: size of the noise relative to the norm of a unit's weights, at least 0,
-        or a schedule. As it is multiplied by the whole norm, the noise of a unit with
-        ``n`` inputs is ``sigma * sqrt(n)`` times as long as its weights.
+        or a schedule. Each entry is this share of the norm times a normal number, so
+        the noise of a unit with ``n`` inputs is ``sigma * sqrt(n)`` times as long as
+        its weights.
       gradient_weight: weight ``lambda`` of the gradient against the noise, at least
         0, or a schedule. The gradient is not normalized, so this depends on the scale
         of the loss.

@@ -31,7 +31,7 @@ def sam(
 
     Args:
       rho: radius of the perturbation in units of the weights, at least 0, or a
-        schedule of the step; 0.05 to 0.5 for CNNs, up to 0.6 for ViTs.
+        schedule of the step; 0.02 to 0.5 for CNNs, up to 0.6 for ViTs.
       num_ascent_steps: number of normalized ascent steps, at least 1, each projected
         onto the ball.
 

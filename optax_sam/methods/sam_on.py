@@ -54,7 +54,7 @@ def normalization_layers(params: Any, *, roles: Any = None) -> Any:
     if not any(jax.tree.leaves(chosen)):
         names = [name or "the root" for name in named_leaves(params)]
         raise ValueError(
-            "No normalization layer was found, by a name with norm or bn or a"
+            "No normalization layer was found, by a name with norm, bn or ln or a"
             " parameter called scale, among"
             f" {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
             " Say which leaves to perturb: mask= a pytree of bools like the parameters,"

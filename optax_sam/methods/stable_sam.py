@@ -71,7 +71,7 @@ def stable_sam(
       >>> tx = optax.chain(optax_sam.stable_sam(rho=0.1), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. We did not read their code: the formula is the paper's, with norms over all
+      1. We found no code of theirs: the formula is the paper's, with norms over all
          leaves together.
 
     References:

@@ -80,8 +80,8 @@ def vasso(
       >>> tx = optax.chain(optax_sam.vasso(rho=0.1), optax.sgd(0.1))
 
     Differs from the authors' code in:
-      1. With ``axis_name`` each device perturbs along the average with its gradient
-         added; the state keeps the mean over the devices.
+      1. With ``axis_name`` each device adds its own gradient to the shared average, and
+         perturbs along the result; the state keeps the mean over the devices.
 
     References:
       Li and Giannakis, `Enhancing Sharpness-Aware Optimization Through Variance

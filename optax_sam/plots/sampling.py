@@ -46,8 +46,8 @@ def sampling_rate(
     Examples:
       >>> import optax_sam
       >>> from optax_sam import plots
-      >>> member, records = optax_sam.vsam(window=10), []
-      >>> state = member.init({"w": 1.0})
+      >>> method, records = optax_sam.vsam(window=10), []
+      >>> state = method.init({"w": 1.0})
       >>> for _ in range(3):  # of training
       ...     records.append(optax_sam.metrics(state))
       >>> ax = plots.sampling_rate([100, 200, 300], records, window=10)

@@ -117,8 +117,8 @@ def _axes(filter_axis: int | tuple[int, ...], ndim: int, at_path: str) -> set[in
     for axis in axes:
         if not -ndim <= axis < ndim:
             raise ValueError(
-                f"{at_path} has {ndim} axes, so none is filter_axis={axis}. Filters of"
-                " kernels of all kinds are counted along -1 in Flax and 0 in PyTorch:"
+                f"{at_path} has {ndim} axes, so none is filter_axis={axis}. Flax"
+                " counts the filters of a kernel along axis -1, PyTorch along axis 0:"
                 " write filter_axis=-1, or leave it out (optax_sam.roles finds it)."
             )
     return {axis % ndim for axis in axes}

@@ -1,10 +1,10 @@
 """On which steps the perturbed gradient is taken: small state machines.
 
-A rule is a :class:`When`. At the *end* of a step it decides about the next one. It
-keeps the decision in the field ``ascends`` of its state, so a loop outside the compiled
-step can read it (``optax_sam.ascends_next``). If the draws are known ahead, the state
-also has a method ``plan()``. If only one method uses a rule, the rule is in the file of
-that method.
+A rule is a :class:`When`. Most rules decide at the *end* of a step about the next one.
+They keep the decision in the field ``ascends`` of their state, so a loop outside the
+compiled step can read it (``optax_sam.ascends_next``). If the draws are known ahead,
+the state also has a method ``plan()``. If only one method uses a rule, the rule is in
+the file of that method.
 """
 
 from optax_sam.methods.vsam import VarianceControlledState, variance_controlled

@@ -24,7 +24,7 @@ RHO, RATE, UPDATES = 0.1, 0.1, 20
 PROBLEM = problems.mlp((8, 16, 4), batch_size=32)
 GRADIENT = jax.grad(PROBLEM.loss_fn)
 needs_microbatching = pytest.mark.skipif(
-    not hasattr(optax, "microbatching"), reason="optax.microbatching came with 0.2.8"
+    not hasattr(optax, "microbatching"), reason="optax.microbatching came with 0.2.7"
 )
 
 

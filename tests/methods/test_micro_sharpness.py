@@ -297,10 +297,13 @@ def test_refused_arguments_and_calls():
         ("num_shards must be an integer >= 1", {"num_shards": 0}),
         ("num_shards sets a shape or a loop", {"num_shards": jnp.array(2)}),
         ('method must be "unroll"', {"method": "pmap"}),
-        (r"needs a transformation.*axis_name='shards'", {"member": optax_sam.sam}),
+        (
+            r"needs a transformation.*axis_name='shards'",
+            {"transformation": optax_sam.sam},
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            micro_sharpness(**{"member": member, "num_shards": 2, **changes})
+            micro_sharpness(**{"transformation": member, "num_shards": 2, **changes})
     tx = micro_sharpness(member, 2)
     less, of_batch = lambda p, i: p["layer"], lambda p, batch=(1, 1), i=0: p
     no_shard = (None, lambda p: p, lambda: 1, 3)

@@ -353,6 +353,7 @@ NOT_COMPARED = {
     "locuslab/edge-of-stability",
     "tml-epfl/sharpness-vs-generalization",
     "tml-epfl/understanding-sam",
+    "zzp1012/SAM-in-Late-Phase",
 }
 
 
