@@ -170,9 +170,11 @@ def mean_of_aux(
     """The floats of ``aux`` averaged over the axes, except rows of examples.
 
     An array with the leading axis of an input has a row per example, and a mean over
-    the devices would mix examples. Running statistics can have this length by chance.
-    So they are recognized by the name of Flax's collection, by the names of an argument
-    of the same shape, or by being in an object of an argument's type.
+    the devices would mix examples. Statistics go in and out. So an input with the shape
+    of a result does not show the axis of the batch, unless there is no other input.
+    Running statistics can have the length of the batch by chance. So they are
+    recognized by the name of Flax's collection, by the names of an argument of the same
+    shape, or by being in an object of an argument's type.
 
     Args:
       aux: the pytree.
@@ -201,7 +203,10 @@ def mean_of_aux(
         known = {id(x) for x in jax.tree.leaves(args)}
         inputs = [x for path, x in given if not is_statistic(path, x)]
         inputs += [x for x in outside() if id(x) not in known]
-        rows = rows.union(*(_rows(x, axes) for x in inputs))
+        shapes = {jnp.shape(x) for _, x in returned if is_perturbable(x)}
+        only_in = [x for x in inputs if jnp.shape(x) not in shapes]
+        rows = rows.union(*(_rows(x, axes) for x in only_in))
+        rows = rows or rows.union(*(_rows(x, axes) for x in inputs))
 
     def one(path: Any, x: Any) -> Any:
         if is_perturbable(x) and not is_statistic(path, x) and x.shape[0] in rows:
@@ -224,6 +229,8 @@ def _rows(x: Any, axes: Axes) -> set[int]:
         return set()
     if axes.tracked and not set(axes.tracked) & set(varying(x)):
         return set()  # the same on all devices
+    if x.dtype == jnp.uint32 and x.shape in ((2,), (4,)):
+        return set()  # a raw key
     tokens = x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.integer)
     return {x.shape[0], x.size} if tokens else {x.shape[0]}
 

@@ -48,7 +48,7 @@ from optax_sam.parts import (
 )
 from optax_sam.schedules import check_float_dtype
 from optax_sam.states import check_not_masked, check_state, registered
-from optax_sam.trees import add, norm
+from optax_sam.trees import add, norm, widest
 
 
 @registered
@@ -108,11 +108,12 @@ class Method(NamedTuple):
         """The mean over the devices of ``axis_name``."""
         return tree if self.axis_name is None else jax.lax.pmean(tree, self.axis_name)
 
-    def rounded(self, point: Any) -> Any:
+    def rounded(self, point: Any, params: Any) -> Any:
         """A point in the dtype in which ``grad_fn`` gets it."""
-        # float32 offsets make float32 points of half-precision parameters.
-        dtype = self.ascent_dtype
-        return point if dtype is None else optax.tree.cast(point, dtype)
+        if self.ascent_dtype is not None:
+            return optax.tree.cast(point, self.ascent_dtype)
+        # float32 for half-precision parameters; a number in float64 changes nothing.
+        return jax.tree.map(lambda x, w: x.astype(widest(w)), point, params)
 
 
 def sharpness_aware(
@@ -290,7 +291,7 @@ def check(
     params = vary(jax.tree.map(jnp.asarray, params), axis_name)
 
     def taken(function: Callable[[Any], Any], point: Any) -> Any:
-        grads = function(method.rounded(point))
+        grads = function(method.rounded(point, params))
         check_returned(name, grads, params, axis_name)
         return gradients(grads)
 
@@ -342,7 +343,7 @@ def climb(method: Method, call: Call, state: SharpnessAwareState) -> Found:
     # A rule with another gradient than the one at w (R-SAM) uses it for the fallback
     # too. XLA then drops the gradient at w, because nothing uses it.
     e, first = e if isinstance(e, OwnGradient) else (e, g)
-    w_e = method.rounded(add(call.params, e))
+    w_e = method.rounded(add(call.params, e), call.params)
     g_s = method.descent.gradient(w_e, call)
     d, blend = method.blend.fresh(first, g_s, state.blend, step)
     fallback, stale_blend = method.blend.stale(first, state.blend, step)

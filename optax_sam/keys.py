@@ -35,7 +35,7 @@ def raw_key(key: ArrayLike) -> jax.Array:
     State keeps raw words, because typed keys break Flax msgpack and pytree norms.
     """
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        data = jax.random.key_data(key)
+        data = jnp.array(jax.random.key_data(key))  # a buffer that may be donated
         # A key of another generator is hashed into two words of ours.
         return data if data.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)
     if jnp.ndim(key) == 0:

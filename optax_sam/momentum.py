@@ -28,7 +28,7 @@ OTHERWISE = (
     "A transformation before the optimizer needs no momentum:"
     " optax.chain(optax_sam.sam(0.05), optimizer)."
 )
-_FREEZE = (
+FREEZE = (
     "To freeze leaves, write optax.chain(optax.masked(optax.set_to_zero(), frozen),"
     " optax_sam.msam(optax.sgd(0.1, momentum=0.9)))."
 )
@@ -85,9 +85,9 @@ def parts(state: Any, params: Any) -> list[Momentum]:
     if without:
         raise ValueError(
             "msam needs a momentum of all parameters, but the inner optimizer keeps"
-            f" none for {_and_more(without)}: optax.masked or optax.partition keeps"
+            f" none for {and_more(without)}: optax.masked or optax.partition keeps"
             f" these leaves from {labels(chosen)}. Give each part of an"
-            f" optax.partition a momentum. {_FREEZE}"
+            f" optax.partition a momentum. {FREEZE}"
         )
     return chosen
 
@@ -154,7 +154,8 @@ def labels(momenta: list[Momentum]) -> str:
     return ", ".join(m.label for m in momenta)
 
 
-def _and_more(names: list[str]) -> str:
+def and_more(names: list[str]) -> str:
+    """Three names, and how many there are beside them."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
 
 

@@ -91,7 +91,14 @@ def value_and_grad(
         axes = mapped_axes(axis_name)
         # First, because the pass at the weights changes what this captures.
         perturbed = _gradients(loss_fn, model, args, kwargs, has_aux, axes, loss_scale)
+        of_model_itself = {id(x) for x in jax.tree.leaves(nnx.state(model))}
         params = jax.tree.map(lambda x: x, nnx.state(model, wrt))  # not the live ones
+
+        def outside() -> list[Any]:
+            """The arrays that loss_fn takes from outside: constants of its jaxpr."""
+            found = jax.make_jaxpr(perturbed)(params).consts
+            return [x for x in found if id(x) not in of_model_itself]
+
         check_parameters(params, axes)
         objective = to_differentiate(loss_fn, has_aux, loss_scale)
 
@@ -112,7 +119,8 @@ def value_and_grad(
             average = lambda x: mean(x, axes) if is_perturbable(x) else x
             nnx.update(model, jax.tree.map(average, statistics))
         if has_aux:
-            value = value, mean_of_aux(aux, [*args, *kwargs.values()], axes, list)
+            given = [*args, *kwargs.values()]
+            value = value, mean_of_aux(aux, given, axes, outside)
         return value, averaged(grads, loss, axes, loss_scale), perturbed
 
     return value_and_grads

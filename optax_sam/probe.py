@@ -36,9 +36,8 @@ class _Optimizer(NamedTuple):
     Attributes:
       g: leaves of the gradient.
       starts: leaves of the first state.
-      updates: ``(g, state) -> (u, state)``, with all leaves of the state and the leaves
-        ``shown`` of ``u``. There is one function, and one state, for each way to fill
-        in traced values.
+      updates: ``(g, state) -> (u, state)``, with all leaves. There is one function, and
+        one state, for each way to fill in traced values.
       where: the leaves of the state that are the momentum.
       shown: some parameters, one of each rank for each part of the momentum.
     """
@@ -59,11 +58,13 @@ class _Seen(NamedTuple):
         zero, NaN if it does not change its sign with the gradient.
       turns: for each leaf of ``shown``, 1 if the step turns with the momentum, -1 if
         it turns against it, 0 if it does not turn; NaN if there was no step.
+      moved: whether each leaf of the weights moved.
     """
 
     from_zero: bool
     along: np.ndarray
     turns: np.ndarray
+    moved: np.ndarray
 
 
 def sign(
@@ -234,7 +235,7 @@ def _optimizer(
 
         def step(g: Any, state: Any) -> tuple[Any, Any]:
             out = call(*g, *state, *weights)
-            return [out[i] for i in shown], out[len(weights) :]
+            return out[: len(weights)], out[len(weights) :]
 
         return jax.jit(step)
 
@@ -258,10 +259,12 @@ def _watch(optimizer: _Optimizer, start: Any, update: Any) -> _Seen:
     from_zero = True
     filled = np.array([x.size > 0 for x in g])
     along, turns = np.zeros(len(g)), np.full(len(shown), np.nan)
+    stepped = np.zeros(len(g), bool)
     plus = minus = start
     for t in range(_MANY):
         before = plus
         u, plus = update(g, before)
+        stepped |= [bool(np.any(x)) for x in u]
         _, minus = update([-x for x in g], minus)
         odd = [(a - b) / 2 for a, b in zip(read(plus), read(minus), strict=True)]
         even = [(a + b) / 2 for a, b in zip(read(plus), read(minus), strict=True)]
@@ -279,7 +282,7 @@ def _watch(optimizer: _Optimizer, start: Any, update: Any) -> _Seen:
         moved = (along != 0) | ~filled
         if (moved.all() and not unseen.any()) or (t >= _FEW and moved.any()):
             break
-    return _Seen(from_zero, along, turns)
+    return _Seen(from_zero, along, turns, stepped)
 
 
 def _direction(odd: np.ndarray, even: np.ndarray, g: np.ndarray) -> float:
@@ -303,8 +306,9 @@ def _turns(
             state[i] = jnp.asarray(factor * x, state[i].dtype)
         return [np.asarray(x, np.float64) for x in update(optimizer.g, state)[0]]
 
-    turns = []
-    for i, x, up, down in zip(optimizer.shown, u, step(1e3), step(-1e3), strict=True):
+    turns, ups, downs = [], step(1e3), step(-1e3)
+    for i in optimizer.shown:
+        x, up, down = u[i], ups[i], downs[i]
         change, scale = up - down, np.abs(up) + np.abs(down)
         unknown = not np.isfinite(change).all() or not np.any(scale)  # an overflow
         if unknown or not np.any(x) or along[i] == 0:
@@ -372,6 +376,14 @@ def _sign_of(
             " the momentum in"
             " each part, as optax.sgd and optax.adam do (optax.rmsprop and optax.lars"
             " do not)."
+        )
+    # Empty leaves have no momentum that moves.
+    still = (seen.along != 0) & ~seen.moved
+    if seen.moved.any() and still.any():
+        frozen = [jax.tree_util.keystr(paths[i]) for i in np.flatnonzero(still)]
+        raise ValueError(
+            f"msam would perturb {momentum.and_more(frozen)}, which the inner optimizer"
+            f" never moves although it keeps a momentum there. {momentum.FREEZE}"
         )
     if uphill:
         raise ValueError(

@@ -21,6 +21,7 @@ import optax
 from optax_sam.engine import SharpnessAwareState
 from optax_sam.parts import known_ahead, plan_of
 from optax_sam.states import OURS, nodes, paths, without_variables
+from optax_sam.trees import mapped
 
 
 def members(tree: Any) -> list[SharpnessAwareState]:
@@ -87,11 +88,8 @@ def ascends_next(opt_state: optax.OptState) -> bool | jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _plan(when: Any, num_axes: int) -> tuple[jax.Array, jax.Array]:
-    """The plan of a rule's state, stacked over seeds or devices ``num_axes`` times."""
-    plan: Any = plan_of
-    for _ in range(num_axes):
-        plan = jax.vmap(plan)
-    return plan(when)
+    """The plan of a rule's state."""
+    return mapped(plan_of, num_axes)(when)
 
 
 def ascent_plan(opt_state: optax.OptState) -> np.ndarray:
@@ -188,7 +186,10 @@ def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
       >>> print(state.hyperparams["rho"])
       0.05
     """
-    hints = typing.get_type_hints(factory)
+    function = factory
+    while isinstance(function, functools.partial):
+        function = function.func
+    hints = typing.get_type_hints(function)
     tunable = [
         set(typing.get_args(hint))
         for hint in (optax.ScalarOrSchedule, jax.typing.ArrayLike)

@@ -61,7 +61,8 @@ class _Range(NamedTuple):
         # Half precision is used in float32. Not jnp.clip: it halves a derivative at a
         # bound, such as rho = 0.
         value = value.astype(jnp.float32) if limits.bits < 32 else value
-        value = jnp.where(value < low, low, value) if np.isfinite(low) else value
+        # NaN, as of a root after the end of a schedule, becomes the lower bound.
+        value = jnp.where(value >= low, value, low) if np.isfinite(low) else value
         return jnp.where(value > high, high, value) if np.isfinite(high) else value
 
 

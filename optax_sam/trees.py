@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,13 @@ def widest(*values: Any) -> Any:
 def wide(x: jax.Array) -> jax.Array:
     """The array in float32 or better."""
     return x.astype(widest(x))
+
+
+def mapped(f: Callable[..., Any], num_axes: int) -> Callable[..., Any]:
+    """``f`` of a state that is stacked over seeds or devices ``num_axes`` times."""
+    for _ in range(num_axes):
+        f = jax.vmap(f)
+    return f
 
 
 def add(a: Any, b: Any) -> Any:

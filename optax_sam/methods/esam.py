@@ -53,7 +53,8 @@ def random_leaves(
       rho: radius of the ball, at least 0, or a schedule; the offset's norm is
         ``rho / beta``.
       beta: the probability that a leaf moves, in ``(0, 1]``.
-      key: an int, a key from ``jax.random.key``, or raw key data, for the leaves.
+      key: an int, a key from ``jax.random.key``, or raw key data, for the leaves. A
+        random ``when`` needs another key, because the same draws would go with them.
 
     Returns:
       A transformation from a gradient to an offset; it needs ``count``. The extra

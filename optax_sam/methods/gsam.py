@@ -149,8 +149,9 @@ def rho_from_lr(
       A schedule for ``rho=``.
 
     Raises:
-      ValueError: if the radii are negative, or radii or learning rates are in the
-        wrong order (a learning rate that is searched for, on the first use).
+      ValueError: if the radii are negative, if radii or learning rates are in the
+        wrong order, or if a learning rate is searched for in an array or in a schedule
+        that always rises in the end (on the first use).
 
     Examples:
       >>> import optax, optax_sam
@@ -177,6 +178,13 @@ def rho_from_lr(
         lr_min = check_number("lr_min", lr_min, 0.0)
     if lr_max is not None:
         lr_max = check_number("lr_max", lr_max, 0.0)
+    if isinstance(lr_schedule, jax.Array) and None in (lr_min, lr_max):
+        raise ValueError(
+            "lr_schedule is an array, as inside optax.inject_hyperparams, so"
+            " rho_from_lr cannot search it. Pass the lowest rate as lr_min and the"
+            " highest as lr_max."
+        )
+    given = lr_schedule
     lr_schedule = check_schedule("lr_schedule", lr_schedule, 0.0)
 
     @functools.cache  # at the first use: a factory must not touch the devices
@@ -184,11 +192,21 @@ def rho_from_lr(
         # Every step of a short run, and one in a thousand later on.
         counts = np.append(np.arange(2**16), np.geomspace(2**16, 2**31 - 1, 2**14))
         with jax.ensure_compile_time_eval():
-            rates = jax.vmap(lambda t: jnp.asarray(at(lr_schedule, t), float))(
-                jnp.asarray(counts, jnp.int32)
+            rates = np.asarray(
+                jax.vmap(lambda t: jnp.asarray(at(given, t), float))(
+                    jnp.asarray(counts, jnp.int32)
+                )
             )
-            peak = int(jnp.argmax(rates))
-            return float(jnp.min(rates[peak:])), float(rates[peak])
+        # A schedule may be undefined after its end.
+        rates = rates[: int(np.argmin(np.isfinite(rates))) or None]
+        peak = int(np.argmax(rates))
+        if peak == len(counts) - 1:
+            raise ValueError(
+                "rho_from_lr searched lr_schedule for its peak, but the rate still"
+                f" rises at step {2**31 - 1:,}. Pass the lowest rate as lr_min and the"
+                " highest as lr_max."
+            )
+        return float(np.min(rates[peak:])), float(rates[peak])
 
     def schedule(count: ArrayLike) -> jax.Array:
         low = ends()[0] if lr_min is None else lr_min

@@ -12,7 +12,7 @@ from optax_sam import checks, momentum, probe, schedules, states
 from optax_sam.method import method
 from optax_sam.schedules import at
 from optax_sam.states import the_state, with_dicts, without_variables
-from optax_sam.trees import add, norm, rescale, scaled, wide
+from optax_sam.trees import add, mapped, norm, rescale, scaled, wide
 
 _EXAMPLE = "optax_sam.msam(optax.sgd(0.1, momentum=0.9))"
 
@@ -249,7 +249,8 @@ def msam_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
             " with Equinox eqx.filter(model, eqx.is_inexact_array)."
         ) from error
     kept = jax.tree.leaves(inner)
-    offset = scaled([kept[i] for i in where], state.scale)
+    of_one = mapped(scaled, jnp.ndim(state.scale))  # of each replica or seed
+    offset = of_one([kept[i] for i in where], state.scale)
     live = [jnp.asarray(x) for x in live]
     w = optax.tree.cast_like(add(live, offset), live)
     return jax.tree.unflatten(structure, w)

@@ -12,7 +12,7 @@ from optax_sam import checks, schedules, states
 from optax_sam.barrier import gradients
 from optax_sam.method import method
 from optax_sam.schedules import at
-from optax_sam.trees import add, cache, norm, rescale, weighted, wide
+from optax_sam.trees import add, cache, mapped, norm, rescale, weighted, wide
 
 _CALL = (
     "tx.update(grads, opt_state, params, grad_fn=grad_fn,"
@@ -43,7 +43,7 @@ class SAMPaState(NamedTuple):
         """Scalars to log."""
         return {
             "rejected_ascents": self.num_rejected,
-            "gradient_norm": norm(self.gradient),
+            "gradient_norm": mapped(norm, jnp.ndim(self.count))(self.gradient),
             "ascended_norm": self.perturbed_norm,
         }
 

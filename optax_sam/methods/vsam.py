@@ -234,7 +234,7 @@ def variance_controlled(
         psf = add(tail(g_s), jax.tree.map(jnp.negative, tail(g)))
         dtype = state.rate.dtype
         x, size = step.mean((norm(psf).astype(dtype), norm(tail(g)).astype(dtype)))
-        r = jnp.where(size > 0, x / size, 0)
+        r = jnp.where(size > 0, x / jnp.where(size > 0, size, 1), 0)
         push = lambda ring, value: jnp.append(ring[1:], value)
         xs = push(state.psf_norms, x)
         slices = jnp.sort(xs).reshape(num_slices, window // num_slices)

@@ -114,7 +114,14 @@ def wsam(
 
     def init(params: Any) -> WSAMState:
         states.check_not_masked("wsam", params, advice=_OUTSIDE)
-        return WSAMState(engine.init(params), inner.init(params))
+        inner_state = inner.init(params)
+        if states.nodes(inner_state, optax.MultiStepsState):
+            raise ValueError(
+                "wsam adds its sharpness term on every step, but the optax.MultiSteps"
+                " inside it moves the weights on every k-th alone. Accumulate the"
+                " gradients inside grad_fn, or put optax.MultiSteps around wsam."
+            )
+        return WSAMState(engine.init(params), inner_state)
 
     def update(
         updates: Any, state: WSAMState, params: Any = None, **extra: Any
@@ -137,7 +144,9 @@ def wsam(
         step = jnp.asarray(at(learning_rate, count) * weight)
 
         def move(u: jax.Array, x: jax.Array, x_s: jax.Array) -> jax.Array:
-            sharpness = wide(x_s) - wide(x)
+            # A guard inside has decided about a gradient that is not finite.
+            rise = wide(x_s) - wide(x)
+            sharpness = jnp.where(jnp.isfinite(rise), rise, 0)
             return (wide(u) - step.astype(sharpness.dtype) * sharpness).astype(u.dtype)
 
         return jax.tree.map(move, u, g, g_s), WSAMState(ascended, inner_state)

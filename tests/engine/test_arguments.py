@@ -222,6 +222,15 @@ def test_a_schedule_that_leaves_its_range_later_is_held_at_its_end():
     harness.assert_equal(points[1], PARAMS)
 
 
+def test_a_schedule_that_is_undefined_after_its_end_ends_at_its_bound():
+    ended = lambda count: 0.1 * (1 - count / 2) ** 0.9
+    tx, w = optax_sam.gnp(ended, alpha=ended), jnp.array([1.0, 2.0])
+    state = tx.init(w)
+    for _ in range(4):
+        d, state = tx.update(2 * w, state, w, grad_fn=lambda p: 2 * p)
+    np.testing.assert_array_equal(d, 2 * w)  # SGD, because alpha is 0
+
+
 def test_a_schedule_is_not_read_before_it_is_used():
     """A factory may be called before ``jax.distributed`` is initialized."""
     read = []
@@ -329,6 +338,14 @@ def test_keys_of_all_kinds_draw_alike(rule):
     several = jax.vmap(lambda key: rule(key=key).init(None))(jnp.arange(6, 8))
     one = jax.tree.map(lambda x: x[1], several)
     harness.assert_close(one, states[0], 1e-6)
+
+
+@with_key
+def test_a_key_can_be_used_again_after_a_donated_step(rule):
+    key = jax.random.key(7, impl="threefry2x32")
+    donate = jax.jit(lambda s: jax.tree.map(lambda x: x + 0, s), donate_argnums=0)
+    donate(rule(key=key).init(None))
+    assert not jax.random.key_data(key).is_deleted()
 
 
 @with_key

@@ -241,6 +241,26 @@ def test_a_step_that_rolls_back(rule, finish, bad):
     check(make_step(tx, finish), tx.init(W), inputs(24, bad))
 
 
+def test_a_step_that_may_roll_back_from_some_step_on():
+    """Decisions that were read ahead before do not hold then."""
+    tx = sam(when.every_k(3))
+
+    def step(w, state, x):
+        mask = x.get("mask", 1.0)
+        x = x["x"]
+        grad_fn = lambda p: jax.grad(loss_fn)(p, x)
+        updates, new = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+        after = optax.apply_updates(w, updates), new
+        if isinstance(mask, float):
+            return after
+        return optax.tree.where(mask > 0, after, (w, state))
+
+    xs = [{"x": np.float32(np.sin(t))} for t in range(14)]
+    for t in (4, 5, 6):
+        xs[t]["mask"] = np.float32(t == 4)
+    check(step, tx.init(W), xs)
+
+
 def test_lookahead():
     """It drops extra arguments, so the fast optimizer is bound to them in the step."""
 

@@ -150,6 +150,21 @@ def test_decay_of_complex_parameters():
     np.testing.assert_allclose(found, 0.9 * (w - 0.1 * g), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_number_in_float64_leaves_the_points_in_float32(dtype, x64):
+    number, params = np.float64(0.1), harness.tree(1, dtype=dtype)
+    for tx in (
+        optax_sam.sam(number),
+        optax_sam.asam(0.5, eta=number),
+        optax_sam.random_sam(gradient_weight=number),
+        optax_sam.sharpness_aware(optax.scale(jnp.float64(0.1))),
+    ):
+        seen = []
+        grad_fn = lambda p: seen.append(p) or p  # noqa: B023
+        tx.update(params, tx.init(params), params, grad_fn=grad_fn)
+        assert {x.dtype.name for x in jax.tree.leaves(seen)} == {"float32"}
+
+
 # Derivatives through a step, as meta-learning takes them.
 
 TARGET = harness.tree(9)

@@ -254,7 +254,7 @@ def test_what_the_page_says_of_lookahead():
     assert (flags(state), harness.member_state(state).count) == (0, 0)
 
 
-@pytest.mark.parametrize("place", ["wsam", "sampa", "msam"])
+@pytest.mark.parametrize("place", ["sampa", "msam"])
 def test_multi_steps_inside_a_method_hands_arguments_on(place):
     """To Optax it is no transformation with extra arguments, but it takes them."""
     seen = []
@@ -266,11 +266,8 @@ def test_multi_steps_inside_a_method_hands_arguments_on(place):
     record = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
     inner = optax.MultiSteps(optax.chain(record, optax.sgd(0.1, momentum=0.9)), 1)
     w, extra = jnp.ones(2), {"value": 1.5, "grad_fn": jnp.sin}
-    if place == "wsam":
-        tx = optax_sam.wsam(inner, learning_rate=0.1)
-    else:
-        tx = getattr(optax_sam, place)(inner)
-        extra |= {"previous_grad_fn": jnp.sin} if place == "sampa" else {}
+    tx = getattr(optax_sam, place)(inner)
+    extra |= {"previous_grad_fn": jnp.sin} if place == "sampa" else {}
     tx.update(w, tx.init(w), w, **extra)
     assert 1.5 in seen
 

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import over_devices
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import optax_sam
 import optax_sam.linen
@@ -171,6 +172,24 @@ def test_gradients_and_statistics_are_averaged_over_devices(kind, x64):
     wanted = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     # Absolute: the gradient of a bias before BatchNorm is zero but for rounding.
     harness.assert_close(found, wanted, 1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", over_devices.KINDS)
+def test_rows_of_a_batch_from_outside_stay_on_their_device(kind):
+    graphdef, state = nnx.split(nnx.Linear(3, 5, rngs=nnx.Rngs(0)))
+
+    def step(state, x):
+        def loss_fn(model):
+            outputs = model(x)
+            return jnp.mean(outputs**2), outputs
+
+        both = optax_sam.nnx.value_and_grad(loss_fn, True, axis_name="data")
+        return both(nnx.merge(graphdef, state))[0][1]
+
+    x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+    found = over_devices.run(kind, step, state, (x,), out=P("data"))
+    wanted = nnx.merge(graphdef, state)(x)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def test_training_under_nnx_pmap():

@@ -1,6 +1,7 @@
 """``value_and_grad``: one loss, both gradients, and means over mapped axes."""
 
 import functools
+from typing import NamedTuple
 
 import harness
 import jax
@@ -162,6 +163,42 @@ def test_what_is_averaged_of_aux(kind, x64):
         assert (extra["count"], extra["count"].dtype) == (3, np.int32)
     assert new["counter"] == 1
     assert np.issubdtype(new["counter"].dtype, np.integer)
+
+
+class Pair(NamedTuple):
+    mean: jax.Array
+    count: jax.Array
+
+
+@pytest.mark.parametrize("closed_over", [False, True])
+@on_each_kind
+def test_statistics_without_names_are_averaged(kind, closed_over):
+    """What goes in and out in one shape says nothing about rows, a raw key neither."""
+    old = jnp.zeros(5)  # not the four rows of a device
+    states = [{"mean": old}, [old, old], (old,), old, Pair(old, jnp.zeros((5, 1)))]
+    key = jax.random.PRNGKey(0)
+
+    def loss_fn(params, states, key, x):
+        z = jnp.pad(x, ((0, 0), (0, 2))) + 0 * jax.random.uniform(key)
+        new = jax.tree.map(lambda s: s + z.mean(0).reshape(s.shape), states)
+        aux = new, z.sum(-1), jnp.stack([z.mean(), z.sum()])
+        return jnp.mean(x @ params["w"]), aux
+
+    def step(params, x):
+        both = functools.partial(optax_sam.value_and_grad, axis_name="data")
+        if closed_over:
+            closure = lambda params: loss_fn(params, states, key, x)
+            return both(closure, True)(params)[0][1]
+        return both(loss_fn, True)(params, states, key, x)[0][1]
+
+    out = P(), P("data"), P()
+    new, rows, pair = over_devices.run(kind, step, PARAMS, (X,), out)
+    wanted = np.pad(X, ((0, 0), (0, 2)))
+    for x in jax.tree.leaves(new):
+        np.testing.assert_allclose(x.ravel(), wanted.mean(0), atol=1e-6)
+    np.testing.assert_allclose(rows, wanted.sum(-1), atol=1e-5)
+    total = wanted.sum() / DEVICES
+    np.testing.assert_allclose(pair, [wanted.mean(), total], atol=1e-5)
 
 
 # What is refused.

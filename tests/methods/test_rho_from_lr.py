@@ -42,8 +42,34 @@ def test_the_radius_follows_the_learning_rate(name):
     assert max(lengths) == pytest.approx(0.6, rel=1e-5)
 
 
+@pytest.mark.parametrize("power", [0.9, 2, 0.5])
+def test_a_schedule_that_is_undefined_or_rises_after_its_end(power):
+    """NaN there is no rate. A peak after all training runs is no peak of one."""
+    lr = lambda t: 0.04 + 0.36 * (1 - t / 1000) ** power
+    if power == 2:
+        with pytest.raises(ValueError, match="still rises at step.*as lr_min and"):
+            optax_sam.rho_from_lr(lr, 0.05, 0.6)(0)
+        follow(lr, [0, 500, 1000], 0.04, 0.4, lr_min=0.04, lr_max=0.4)
+    else:
+        follow(lr, [0, 10, 500, 900, 1000], 0.04, 0.4, tolerance=1e-4)
+        rho = optax_sam.rho_from_lr(lr, 0.05, 0.6)
+        assert float(rho(jnp.int32(1001))) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_rate_from_inject_hyperparams_cannot_be_searched(compiled):
+    factory = optax.inject_hyperparams(
+        lambda lr: optax_sam.sam(optax_sam.rho_from_lr(lr, 0.05, 0.6))
+    )
+    w = jnp.ones(2)
+    tx = factory(lr=DECAYS["linear"])
+    update = jax.jit(tx.init) if compiled else tx.init
+    with pytest.raises(ValueError, match="optax.inject_hyperparams.*lr_min"):
+        update(w)
+
+
 def test_what_does_not_change_is_constant():
-    for lr in (0.1, jnp.float32(0.1), optax.constant_schedule(0.1)):
+    for lr in (0.1, np.float32(0.1), optax.constant_schedule(0.1)):
         rho = optax_sam.rho_from_lr(lr, rho_min=0.05, rho_max=0.6)
         assert [float(rho(t)) for t in (0, 1, 1000)] == 3 * [pytest.approx(0.6)]
     rho = optax_sam.rho_from_lr(DECAYS["cosine"], rho_min=0.2, rho_max=0.2)

@@ -243,6 +243,17 @@ def test_refused_arguments(changes, message):
         optax_sam.sampa(**{"inner": SGD, **changes})
 
 
+def test_metrics_of_stacked_states_are_those_of_each():
+    w, tx = jnp.arange(6.0).reshape(3, 2), optax_sam.sampa(SGD)
+    update = lambda w: tx.update(
+        w, tx.init(w), w, grad_fn=jnp.sin, previous_grad_fn=jnp.cos
+    )
+    _, state = jax.vmap(update)(w)
+    for i, found in enumerate(optax_sam.metrics(state)["gradient_norm"]):
+        wanted = optax_sam.metrics(update(w[i])[1])["gradient_norm"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 def test_refused_calls():
     tx, w = optax_sam.sampa(SGD), harness.tree()
     update = functools.partial(tx.update, w, tx.init(w), w)

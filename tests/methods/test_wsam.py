@@ -167,6 +167,23 @@ def test_an_incoming_gradient_that_is_not_finite_passes_through(max_norm):
     assert int(state.ascent.num_rejected) == 1
 
 
+def test_a_guard_inside_decides_about_a_gradient_that_is_not_finite():
+    w, rise = jnp.array([1.0, 2.0]), lambda p: 2 * p
+    for inner in (
+        optax.apply_if_finite(optax.sgd(0.1), 5),
+        optax.chain(optax.zero_nans(), optax.sgd(0.1)),
+        optax.chain(optax.clip(1.0), optax.sgd(0.1)),
+        optax.sgd(0.1),
+    ):
+        inner = optax.with_extra_args_support(inner)
+        tx = optax_sam.wsam(inner, learning_rate=0.1)
+        for bad in (np.nan, np.inf):
+            g = jnp.array([bad, 1.0])
+            found, _ = tx.update(g, tx.init(w), w, grad_fn=rise)
+            wanted, _ = inner.update(g, inner.init(w), w)
+            np.testing.assert_array_equal(found, wanted)
+
+
 # In company.
 
 
@@ -249,6 +266,13 @@ def test_what_a_mask_or_the_optimizer_leaves_alone_still_steps_along_the_sharpne
 def test_refused_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         optax_sam.wsam(**{"inner": SGD, "learning_rate": 0.1, **changes})
+
+
+def test_accumulation_inside_is_refused():
+    """The weights move on every k-th step, and the sharpness term on every one."""
+    tx = optax_sam.wsam(optax.MultiSteps(SGD, 2), learning_rate=0.1)
+    with pytest.raises(ValueError, match="optax.MultiSteps around wsam"):
+        tx.init(harness.tree())
 
 
 def test_refused_calls():
