@@ -224,7 +224,7 @@ def test_a_schedule_that_leaves_its_range_later_is_held_at_its_end():
 
 def test_a_schedule_that_is_undefined_after_its_end_ends_at_its_bound():
     ended = lambda count: 0.1 * (1 - count / 2) ** 0.9
-    tx, w = optax_sam.gnp(ended, alpha=ended), jnp.array([1.0, 2.0])
+    tx, w = optax_sam.gnp(0.1, alpha=ended), jnp.array([1.0, 2.0])
     state = tx.init(w)
     for _ in range(4):
         d, state = tx.update(2 * w, state, w, grad_fn=lambda p: 2 * p)

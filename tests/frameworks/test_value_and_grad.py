@@ -181,7 +181,7 @@ def test_statistics_without_names_are_averaged(kind, closed_over):
     def loss_fn(params, states, key, x):
         z = jnp.pad(x, ((0, 0), (0, 2))) + 0 * jax.random.uniform(key)
         new = jax.tree.map(lambda s: s + z.mean(0).reshape(s.shape), states)
-        aux = new, z.sum(-1), jnp.stack([z.mean(), z.sum()])
+        aux = new, z.sum(-1), jnp.stack([z.mean(), z.sum()])[:, None]
         return jnp.mean(x @ params["w"]), aux
 
     def step(params, x):
@@ -198,7 +198,7 @@ def test_statistics_without_names_are_averaged(kind, closed_over):
         np.testing.assert_allclose(x.ravel(), wanted.mean(0), atol=1e-6)
     np.testing.assert_allclose(rows, wanted.sum(-1), atol=1e-5)
     total = wanted.sum() / DEVICES
-    np.testing.assert_allclose(pair, [wanted.mean(), total], atol=1e-5)
+    np.testing.assert_allclose(pair.ravel(), [wanted.mean(), total], atol=1e-5)
 
 
 # What is refused.
