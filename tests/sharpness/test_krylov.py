@@ -254,18 +254,29 @@ def test_closed_forms_of_entropies(dtype, x64):
     np.testing.assert_array_equal(zero.stderr, 0)
 
 
+quadrature_of = compiled(sharpness.deflated_quadrature, curvature.matrix)
+
+
 def test_sums_count_what_is_taken_out_once(x64):
     # f(0) = 1: each direction counts once, whether it was deflated or not.
     values = np.r_[9.0, 7.0, np.linspace(-1, 1, N - 2)]
-    quadrature = compiled(sharpness.deflated_quadrature, curvature.matrix)(
-        curvature.rotated(values, "float64")
-    )
+    quadrature = quadrature_of(curvature.rotated(values, "float64"))
     assert quadrature.is_deflated.any()
     ones = quadrature.sum(jnp.ones_like)
     assert abs(ones.estimate - N) <= 4 * ones.stderr + 1e-9
     exp = quadrature.sum(jnp.exp)
     assert abs(exp.estimate - np.exp(values).sum()) <= 4 * exp.stderr
     assert exp.stderr < 0.001 * exp.estimate
+
+
+def test_functions_may_be_infinite_at_zero(x64):
+    """Where no eigenvalue is, although what was taken out leaves zeros."""
+    values = 0.1 + 50 / np.arange(1.0, N + 1) ** 1.5
+    quadrature = quadrature_of(curvature.rotated(values, "float64"))
+    for fn in (jnp.log, lambda x: x**-2.0):
+        result = quadrature.sum(fn)
+        assert abs(result.estimate - fn(values).sum()) <= 4 * result.stderr
+        assert result.stderr < 0.05 * abs(result.estimate)
 
 
 def test_only_what_has_converged_is_taken_out(x64):
