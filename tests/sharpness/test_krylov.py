@@ -228,6 +228,17 @@ def test_errors_of_estimates_are_as_large_as_they_say(
     assert 1 / factor <= ratio <= factor
 
 
+@pytest.mark.parametrize("function", [sharpness.trace, sharpness.diagonal])
+def test_errors_of_few_products_are_widened(function):
+    """Two of them hold 85 % of the cases or more, as Student's distribution wants."""
+    H = curvature.rotated(50 / np.arange(1, 61.0) ** 1.5, "float32")
+    of_key = lambda key: function(curvature.matrix(H), key, num_matvecs=4)
+    result = jax.jit(jax.vmap(of_key))(jax.random.split(jax.random.key(0), 300))
+    true = np.trace(H) if function is sharpness.trace else np.diag(H)
+    error = abs(result.estimate - true)
+    assert (error <= 2 * result.stderr).mean() >= 0.85
+
+
 @DTYPES
 def test_closed_forms_of_entropies(dtype, x64):
     entropies = compiled(sharpness.renyi_entropy, alpha=(0.5, 1.0, 1.5, 3.0))
