@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optax_sam import axes
-from optax_sam.masks import Mask, resolve_mask
+from optax_sam.masks import Mask
 from optax_sam.sharpness.data import Data, Stacked, data_of
 from optax_sam.sharpness.loss_check import check_loss
 from optax_sam.sharpness.weights import weights_of
@@ -128,19 +128,7 @@ def objective(
             "The first argument must be loss_fn, a function (params, batch) -> scalar;"
             f" got {loss_fn!r}."
         )
-    chosen = resolve_mask(mask, params)
-
-    w = weights_of(params, chosen)
-    if not sum(x.size for x in jax.tree.leaves(w)):
-        raise ValueError(
-            "There is no parameter to look at: "
-            + (
-                "params is empty."
-                if mask is None
-                else "the mask selects nothing. To"
-                " look at all of them, leave out mask=."
-            )
-        )
+    w = weights_of(params, mask)
     data = data_of(batches, weights, axis_name)
     check_axes(w, data, axis_name)
     # The parameters must vary; otherwise jax.grad would sum over devices by itself.

@@ -185,6 +185,23 @@ def test_bounds_are_as_the_papers_write_them(reference):
     )
 
 
+def test_bounds_count_weights_only():
+    """As the measure of the noise does: the same mask leaves out the same leaves."""
+    w, w_0 = jnp.array([3.0, 4.0]), jnp.zeros(2)
+    bound = sharpness.pac_bayes_bound
+    right = bound(w, 0.5, 1000, initial=w_0, magnitude_aware=True)
+    whole = lambda w, x: {"params": w, "batch_stats": {"mean": w + x}, "n": 7}
+    some = bound(
+        whole(w, 5),
+        0.5,
+        1000,
+        initial=whole(w_0, 3),
+        magnitude_aware=True,
+        mask=lambda variables: {name: name == "params" for name in variables},
+    )
+    assert some == right
+
+
 @pytest.mark.usefixtures("x64")
 def test_normalized_logits_have_no_scale():
     rng = np.random.default_rng(6)

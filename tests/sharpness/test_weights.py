@@ -90,6 +90,13 @@ def test_models_of_equinox():
     loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
     with pytest.raises(ValueError, match=r"activation.*eqx.partition\(model"):
         trace(loss, model)
+    direction = sharpness.filter_normalized_direction
+    with pytest.raises(ValueError, match=r"activation.*eqx.partition\(model"):
+        direction(0, model)
+    arrays = lambda model: jax.tree.map(eqx.is_inexact_array, model)
+    moved = direction(0, model, mask=arrays)
+    assert moved.activation is model.activation
+    assert moved.layers[0].weight.any()
     params, static = eqx.partition(model, eqx.is_inexact_array)
     assert trace(lambda p, x: loss(eqx.combine(p, static), x), params) > 0
     norm = eqx.nn.make_with_state(eqx.nn.BatchNorm)
