@@ -33,6 +33,8 @@ class Objective:
       data: the batches.
       compiled: the programs for one batch of the host, by function. They live as long
         as the objective, because they keep the values that the loss closes over.
+      checked: the loss, once its program was looked at. Another objective looks again,
+        because what the loss closes over may have changed.
     """
 
     loss_fn: LossFn
@@ -41,6 +43,7 @@ class Objective:
     axis_name: Any = None
     data: Data = cast(Data, None)
     compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    checked: list[Any] = dataclasses.field(default_factory=list)
 
     @property
     def on_host(self) -> bool:
@@ -55,9 +58,15 @@ class Objective:
         """A vector of the chosen leaves as a pytree of all, with zeros elsewhere."""
         return _fill(vector, jax.tree.map(jnp.zeros_like, self.params))
 
+    def check(self, batch: Any) -> None:
+        """Warns about a loss, as :func:`check_loss` does."""
+        if not self.checked:
+            self.checked.append(self.loss_fn)
+            check_loss(self.loss_fn, self.params, batch)
+
     def loss(self, w: Any, batch: Any) -> jax.Array:
         """The mean loss of one batch, with ``w`` in the place of the chosen leaves."""
-        check_loss(self.loss_fn, self.params, batch)
+        self.check(batch)
         value = self.loss_fn(self.params_at(w), batch)
         if not isinstance(value, (jax.Array, np.ndarray, float)) or jnp.shape(value):
             typed = lambda x: jax.typeof(x) if isinstance(x, jax.Array) else x
