@@ -92,6 +92,17 @@ def test_sam_has_its_closed_form(adaptive):
     assert run(quadratic(slope=0.0)[3], params, ONE, RHO).value == 0
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("size", [1e-3, 1e-14, 0.0])
+def test_sam_takes_whole_steps_near_a_minimum(size, adaptive):
+    loss = lambda w, batch: 2 * w[1] ** 2 + w[0] ** 2
+    w = jnp.array([0.0, size])
+    rise = sharpness.sam_sharpness(loss, w, ONE, RHO, adaptive=adaptive).value
+    step = size and RHO * (size if adaptive else 1)
+    np.testing.assert_allclose(rise, 2 * (size + step) ** 2 - 2 * size**2, rtol=1e-9)
+
+
 @pytest.mark.parametrize("magnitude_aware", [False, True])
 def test_noise_that_a_linear_classifier_bears(magnitude_aware):
     """Examples that each see another weight, all with the same margin."""
