@@ -157,12 +157,14 @@ def numerals(values: Any) -> list[str]:
     texts = []
     for digits in range(2, 17):
         texts = [_numeral(float(f"{value:.{digits}g}")) for value in values]
-        if len({*texts}) == len({*values}):
+        if len({*texts}) == len(np.unique(values)):
             break
     return texts
 
 
 def _numeral(value: float) -> str:
+    if not np.isfinite(value):
+        return str(value)
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return np.format_float_positional(value, trim="-")
     mantissa, exponent = np.format_float_scientific(value, trim="-").split("e")

@@ -15,7 +15,7 @@ from optax_sam import axes
 from optax_sam.masks import Mask
 from optax_sam.sharpness.data import Data, Stacked, data_of
 from optax_sam.sharpness.loss_check import check_loss
-from optax_sam.sharpness.weights import weights_of
+from optax_sam.sharpness.weights import arrays, fill, weights_of, zeros
 from optax_sam.trees import wide
 
 LossFn = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss of the batch
@@ -52,11 +52,11 @@ class Objective:
 
     def params_at(self, w: Any) -> Any:
         """The parameters with ``w`` in the place of the chosen leaves."""
-        return _fill(w, self.params)
+        return fill(w, self.params)
 
     def like_params(self, vector: Any) -> Any:
         """A vector of the chosen leaves as a pytree of all, with zeros elsewhere."""
-        return _fill(vector, jax.tree.map(jnp.zeros_like, self.params))
+        return fill(vector, jax.tree.map(zeros, self.params))
 
     def check(self, batch: Any) -> None:
         """Warns about a loss, as :func:`check_loss` does."""
@@ -100,14 +100,17 @@ class Objective:
     def _bound(self, f: Callable[..., Any], args: Any) -> Callable[[Any], Any]:
         if not self.on_host:
             return lambda batch: f(self, batch, *args)
-        loss_fn, axis_name = self.loss_fn, self.axis_name
+        loss_fn, whole, axis_name = self.loss_fn, self.params, self.axis_name
+        # A program takes no functions and names, which a model may hold.
+        given = arrays(whole)
 
         # It is new for each objective, because JAX shares the programs of a function.
-        def of_batch(params: Any, w: Any, batch: Any, *args: Any) -> Any:
+        def of_batch(given: Any, w: Any, batch: Any, *args: Any) -> Any:
+            params = fill(given, whole)
             return f(Objective(loss_fn, params, w, axis_name), batch, *args)
 
         run = self.compiled.setdefault(f, jax.jit(of_batch))
-        return lambda batch: run(self.params, self.w, batch, *args)
+        return lambda batch: run(given, self.w, batch, *args)
 
     def mean_of(self, per_batch: jax.Array) -> jax.Array:
         """The mean over all batches of what ``each`` has returned, ``(B, ...)``."""
@@ -192,8 +195,3 @@ def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
         return jnp.asarray(x, w.dtype)
 
     return jax.tree_util.tree_map_with_path(chosen, tree, w)
-
-
-def _fill(chosen: Any, others: Any) -> Any:
-    pick = lambda other, x: other if x is None else x
-    return jax.tree.map(pick, others, chosen)

@@ -55,10 +55,25 @@ def weights_of(params: Any, mask: Mask) -> Any:
     return jax.tree.unflatten(structure, found)
 
 
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or a number, and no function or name."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float))
+
+
+def arrays(tree: Any) -> Any:
+    """The leaves that are arrays, and ``None`` in the place of the others."""
+    return jax.tree.map(lambda x: x if is_array(x) else None, tree)
+
+
 def zeros(leaf: Any) -> Any:
-    """Zeros for a leaf that stays in place, or the leaf if it is a function or name."""
-    numbers = (jax.Array, np.ndarray, np.generic, int, float)
-    return jnp.zeros_like(leaf) if isinstance(leaf, numbers) else leaf
+    """Zeros for a leaf that stays in place, or the leaf if it is no array."""
+    return jnp.zeros_like(leaf) if is_array(leaf) else leaf
+
+
+def fill(chosen: Any, others: Any) -> Any:
+    """A pytree whose leaves that are ``None`` are taken from another one."""
+    pick = lambda other, x: other if x is None else x
+    return jax.tree.map(pick, others, chosen)
 
 
 def _weight(at: str, path: Any, node: Any, leaf: Any) -> jax.Array:

@@ -204,6 +204,8 @@ def test_a_method_has_one_colour():
         ([0.0134, 0.2], ["0.013", "0.2"]),
         ([2.5e-5, 3e7], [r"$2.5 \times 10^{-5}$", r"$3 \times 10^{7}$"]),
         ([1.0, 1.0], ["1", "1"]),
+        # Fewer eigenvalues were found.
+        (np.array([2.125, np.nan, np.nan]), ["2.1", "nan", "nan"]),
     ],
 )
 def test_numbers_are_short_and_differ(values, texts):

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import equinox as eqx
 import flax.linen as nn
@@ -104,6 +105,29 @@ def test_models_of_equinox():
     _, state = norm(3, "batch", mode="batch")
     with pytest.raises(ValueError, match=r"\[1\] is a State, not a weight"):
         trace(lambda p, x: 0.0, (params, state))
+
+
+class Line(eqx.Module):
+    weight: jax.Array
+    activation: Callable
+
+    def __call__(self, x):
+        return self.activation(x @ self.weight)
+
+
+@pytest.mark.parametrize("batches", [X, list(X)])
+def test_whole_models_of_equinox_with_a_mask(batches):
+    """Their functions stay where they are."""
+    model = Line(jnp.array([3.0, 4.0, 5.0]), jnp.abs)
+    loss = lambda model, x: jnp.mean(model(x) ** 2) / 2
+    H = np.einsum("bij,bik->jk", X, X) / 12
+    options = dict(mask=jax.tree.map(eqx.is_inexact_array, model))
+    top = sharpness.hessian_eigenvalues(loss, model, batches, 0, **options).vector(0)
+    expected = np.linalg.eigh(H)[1][:, -1]
+    assert abs(top.weight @ expected) == pytest.approx(1, abs=1e-4)
+    diagonal = sharpness.hessian_diagonal(loss, model, batches, 0, **options).estimate
+    np.testing.assert_allclose(diagonal.weight, np.diag(H), rtol=1e-4)
+    assert top.activation is diagonal.activation is model.activation
 
 
 @pytest.mark.parametrize(
