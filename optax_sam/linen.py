@@ -134,7 +134,8 @@ class TrainState(train_state.TrainState):
         """One step of the optimizer.
 
         Args:
-          grads: the gradients at ``params``.
+          grads: the gradients at ``params``; ``None`` for
+            :func:`optax_sam.micro_sharpness`, which does not use them.
           grad_fn: the gradients at other parameters on the same batch, from
             :func:`value_and_grad`. An optimizer that does not use it ignores it, so a
             baseline runs in the same loop.
@@ -158,13 +159,19 @@ class TrainState(train_state.TrainState):
         _check_model_state(self.model_state, fields, extra)
         _check_statistics(self, fields)
         if grad_fn is not None:
-            if OVERWRITE_WITH_GRADIENT in grads:
+            if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
                 grad_fn = _without_scales(grad_fn, self.params)
             extra["grad_fn"] = grad_fn
         if ascend is not None:
             extra["ascend"] = ascend
         tx = with_extra_args(self.tx)
         update = functools.partial(tx.update, **extra)
+        # Flax looks for fp8 scales in a bare array, too, or in None.
+        if not isinstance(grads, Mapping):
+            updates, opt_state = update(grads, self.opt_state, self.params)
+            params = optax.apply_updates(self.params, updates)
+            new: Any = dict(params=params, opt_state=opt_state, step=self.step + 1)
+            return self.replace(**new, **fields)
         # Flax's method does the rest, because it knows how to update fp8 scales.
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
         after = train_state.TrainState.apply_gradients(bound, grads=grads, **fields)

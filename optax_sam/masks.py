@@ -19,7 +19,10 @@ def resolve_mask(mask: Mask, tree: optax.Params, *, name: str = "mask") -> Any:
     """A bool for every leaf of ``tree``; ``None`` means all of them."""
     if mask is None:
         mask = True
-    if callable(mask):
+    # A module of Equinox with bools for leaves can be called, too, but is no function.
+    leaves = jax.tree.leaves(mask)
+    is_tree = leaves and all(isinstance(x, (bool, np.bool_)) for x in leaves)
+    if callable(mask) and not is_tree:
         mask = mask(tree)
 
     def fill(choice: Any, subtree: Any) -> Any:

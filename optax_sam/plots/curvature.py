@@ -23,6 +23,7 @@ from optax_sam.plots.style import (
     new_figure,
     styled,
     told,
+    with_drawn,
     wrapped,
 )
 from optax_sam.schedules import check_number
@@ -72,7 +73,8 @@ def spectral_density(
     """
     named, limits = _densities(result, floor)
     ax = axes_or_new(ax)
-    for label, found, style in styled(named):
+    limits = with_drawn(ax, *limits)
+    for label, found, style in styled(named, ax):
         _draw_density(ax, label, found, style, limits)
     label_axes(ax, f"Eigenvalue ({unit} per squared weight)", "Density of eigenvalues")
     add_legend(ax)
@@ -127,7 +129,7 @@ def spectral_panels(
     ends = [f(f(found.grid) for found in named.values()) for f in (min, max)]
     across = f"Eigenvalue ({unit} per squared weight)"
     for panel, (label, found, style) in zip(axes, styled(named), strict=True):
-        _draw_density(panel, "", found, style | {"ls": "-"}, limits)
+        _draw_density(panel, "", found, style | {"linestyle": "-"}, limits)
         panel.axvline(0, color=GREY, lw=0.8, zorder=0)
         panel.set_xlim(*map(float, ends))
         panel.set_title(wrapped(label, 300), fontsize=SMALL + 1)
@@ -231,13 +233,12 @@ def sharpness_history(
     finite("lambda_max", named.values())
     drawn = finite("lambda_max", [*named.values(), *edges.values()])
     ax = axes_or_new(ax)
+    _, before = with_drawn(ax, 0, 0)
     log_scale(ax, drawn)
-    for i, (name, (label, values, style)) in enumerate(
-        zip(named, styled(named), strict=True)
-    ):
-        # Without dashes: the markers tell them apart, and dashes are for edges.
-        style = style | {"ls": "-", "marker": MARKERS[i % len(MARKERS)], "ms": 4}
-        ax.plot(x, values, label=label, **style)
+    # The markers tell them apart, and dashes are for edges.
+    styles = styled(named, ax, "marker", MARKERS)
+    for name, (label, values, style) in zip(named, styles, strict=True):
+        ax.plot(x, values, "-", ms=4, label=label, **style)
         if name in edges:
             label = f"{name}'s edge" if name else "SAM's edge"
             label = told(label, edges[name])
@@ -258,7 +259,7 @@ def sharpness_history(
         if np.isfinite(edge).any():
             ax.plot(x, edge, "--", color=GREY, lw=1.4, label=label)
             # With a decaying rate the line leaves the axes; the eigenvalues stay.
-            ax.set_ylim(top=2 * max(drawn.max(), np.nanmin(edge)))
+            ax.set_ylim(top=max(before, 2 * max(drawn.max(), np.nanmin(edge))))
     label_axes(ax, "Step", rf"$\lambda_{{\max}}$ ({unit} per squared weight)")
     add_legend(ax)
     return ax

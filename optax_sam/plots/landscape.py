@@ -21,6 +21,7 @@ from optax_sam.plots.style import (
     numerals,
     styled,
     told,
+    with_drawn,
     wrapped,
 )
 from optax_sam.schedules import check_integer
@@ -64,7 +65,7 @@ def loss_line(
     x, named = np.asarray(alphas), by_name("losses", losses, np.shape(alphas))
     finite("losses", named.values())
     ax = axes_or_new(ax)
-    for label, values, style in styled(named):
+    for label, values, style in styled(named, ax):
         ax.plot(x, values, label=label, **style)
     label_axes(ax, "Offset (lengths of the direction)", f"Loss ({unit})")
     add_legend(ax)
@@ -107,16 +108,17 @@ def loss_along_eigenvectors(
         rf"$\lambda_{{{i}}} = {text.strip('$')}$" for i, text in enumerate(texts, 1)
     ]
     ax = axes_or_new(ax)
+    low, high = known.min(), known.max()
+    room = max(high - low, 1e-6 * max(1.0, abs(low)))
+    limits = with_drawn(ax, low - 0.1 * room, high + 0.25 * room)
     parabolas = np.asarray(result.parabolas)
     for i, (label, values, style) in enumerate(
-        styled(dict(zip(names, losses, strict=True)))
+        styled(dict(zip(names, losses, strict=True)), ax)
     ):
         ax.plot(x, values, label=label, **style)
         ax.plot(x, parabolas[i], ls=":", lw=1.2, color=style["color"])
     ax.plot([], [], ls=":", lw=1.2, color=GREY, label="parabola")
-    low, high = known.min(), known.max()
-    room = max(high - low, 1e-6 * max(1.0, abs(low)))
-    ax.set_ylim(low - 0.1 * room, high + 0.25 * room)
+    ax.set_ylim(*limits)
     label_axes(ax, "Offset along the eigenvector", f"Loss ({unit})")
     add_legend(ax)
     return ax

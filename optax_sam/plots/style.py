@@ -10,7 +10,7 @@ import numpy as np
 
 from optax_sam.plots.colours import BLACK, METHODS, PALETTE
 
-DASHES = "-", (0, (5, 2)), (0, (6, 2, 1.5, 2)), (0, (1.5, 1.5))
+DASHES = "-", "--", "-.", ":"  # matplotlib's names, which a line tells again
 MARKERS = "o", "s", "^", "D", "v"
 SMALL = 9  # points; axis labels have one more
 OWN = "optax_sam.plots"  # the label of figures that are made here
@@ -76,34 +76,39 @@ def finite(name: str, series: Any) -> np.ndarray:
     return values
 
 
-def styled(named: Mapping[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Each series with its label, a colour and dashes, so that none hides another.
+def styled(
+    named: Mapping[str, Any],
+    ax: Any = None,
+    kind: str = "linestyle",
+    choices: tuple[str, ...] = DASHES,
+) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Each series with its label and style, so that none hides another or is like it.
 
-    A method has a fixed colour, and other series take the rest of the palette. Colours
-    and dashes repeat after different numbers of series.
+    A method has a fixed colour. Others take the colour of the palette that the fewest
+    lines have, on the axes and among the series. Neighbours have different dashes (or
+    another ``kind``), and series of one colour do, while there are enough ``choices``.
     """
     from matplotlib import rcParams
+    from matplotlib.artist import getp
+    from matplotlib.colors import to_hex
 
-    taken = {METHODS.get(name) for name in named}
-    free = [colour for colour in PALETTE if colour not in taken] or list(PALETTE)
-    unnamed = [name for name in named if name not in METHODS]
-    colours = METHODS | {name: free[i % len(free)] for i, name in enumerate(unnamed)}
     # The text colour of the current style, such as black on white.
     shown = lambda colour: rcParams["text.color"] if colour == BLACK else colour
-    # With an even number of colours the dashes skip one after each round.
-    skip = 1 - len(free) % 2
-    return [
-        (
-            told(name, series),
-            series,
-            {
-                "color": shown(colours[name]),
-                "ls": DASHES[(i + skip * (i // len(free))) % 4],
-                "lw": 1.6,
-            },
-        )
-        for i, (name, series) in enumerate(named.items())
-    ]
+    there = [] if ax is None else ax.lines
+    used = [(to_hex(line.get_color()), getp(line, kind)) for line in there]
+    taken = {METHODS.get(name) for name in named}
+    free = [colour for colour in PALETTE if colour not in taken] or list(PALETTE)
+    found = []
+    for i, (name, series) in enumerate(named.items()):
+        number = {c: sum(x == to_hex(shown(c)) for x, _ in used) for c in free}
+        colour = shown(METHODS.get(name) or min(free, key=number.__getitem__))
+        start = i % len(choices)
+        in_turn = choices[start:] + choices[:start]
+        unused = [x for x in in_turn if (to_hex(colour), x) not in used]
+        style = {"color": colour, kind: (unused or in_turn)[0], "lw": 1.6}
+        used.append((to_hex(colour), style[kind]))
+        found.append((told(name, series), series, style))
+    return found
 
 
 def told(name: str, series: Any) -> str:
@@ -124,8 +129,20 @@ def label_axes(ax: Any, x: str, y: str, color: str | None = None) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def with_drawn(ax: Any, low: float, high: float) -> tuple[float, float]:
+    """Limits of the vertical axis, which keep in view what is on the axes already."""
+    bottom, top = ax.get_ylim() if ax.lines else (low, high)
+    return min(low, bottom), max(high, top)
+
+
 def log_scale(ax: Any, values: np.ndarray) -> None:
-    """A logarithmic vertical axis, linear around zero if not all are positive."""
+    """A logarithmic vertical axis, linear around zero if not all are positive.
+
+    What is on the axes already counts, but not lines at a share of the axes.
+    """
+    there = [x.get_ydata() for x in ax.lines if x.get_transform() == ax.transData]
+    values = np.concatenate([values, *(np.asarray(y, float) for y in there)])
+    values = values[np.isfinite(values)]
     if (values > 0).all():
         ax.set_yscale("log")
         return
@@ -140,12 +157,14 @@ def numerals(values: Any) -> list[str]:
     texts = []
     for digits in range(2, 17):
         texts = [_numeral(float(f"{value:.{digits}g}")) for value in values]
-        if len({*texts}) == len({*values}):
+        if len({*texts}) == len(np.unique(values)):
             break
     return texts
 
 
 def _numeral(value: float) -> str:
+    if not np.isfinite(value):
+        return str(value)
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return np.format_float_positional(value, trim="-")
     mantissa, exponent = np.format_float_scientific(value, trim="-").split("e")

@@ -239,7 +239,8 @@ def stack_batches(data: Any, batch_size: int) -> Any:
       batch_size: ``m``, a divisor of ``N``.
 
     Returns:
-      The pytree with leaves ``(N / m, m, ...)``.
+      The pytree with leaves ``(N / m, m, ...)``. If ``data`` is a list, such as
+      ``[x, y]``, it is a tuple, because measures take a list for a list of batches.
 
     Raises:
       ValueError: if the arrays differ in ``N``, or ``m`` does not divide it.
@@ -268,6 +269,7 @@ def stack_batches(data: Any, batch_size: int) -> Any:
             else f"{number} examples do not fill one batch of {batch_size}."
         )
     shape = (number // batch_size, batch_size)
+    data = tuple(data) if isinstance(data, list) else data
     return jax.tree.map(lambda x: jnp.reshape(x, shape + jnp.shape(x)[1:]), data)
 
 

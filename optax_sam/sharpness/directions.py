@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam.masks import Mask, resolve_mask
+from optax_sam.masks import Mask
 from optax_sam.roles import Role, resolve_roles
 from optax_sam.sharpness.probes import typed_key
-from optax_sam.trees import wide
+from optax_sam.sharpness.weights import weights_of, zeros
 
 
 def filter_normalized_direction(
@@ -57,8 +57,8 @@ def filter_normalized_direction(
       zero directions.
 
     Raises:
-      ValueError: if ``norm`` is unknown, or a chosen leaf is not real or has no axis
-        ``filter_axis``.
+      ValueError: if ``norm`` is unknown, a chosen leaf is no weight, such as a running
+        statistic or a counter, or it has no axis ``filter_axis``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -75,21 +75,16 @@ def filter_normalized_direction(
     if norm not in ("filter", "layer", None):
         raise ValueError(f'norm must be "filter", "layer" or None; got {norm!r}.')
     key = typed_key(key)
-    chosen = jax.tree.leaves(resolve_mask(mask, params))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    structure: Any = jax.tree.structure(params)
+    chosen = structure.flatten_up_to(weights_of(params, mask))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
     found = jax.tree.leaves(resolve_roles(roles, params))
 
-    def direction(i: int, path: Any, w: ArrayLike, role: Role) -> jax.Array:
-        if not chosen[i]:
-            return jnp.zeros_like(w)
+    def direction(i: int, path: Any, leaf: Any, role: Role) -> Any:
+        w = chosen[i]
+        if w is None:
+            return zeros(leaf)
         at_path = f"The parameter at {jax.tree_util.keystr(path) or 'the root'}"
-        dtype = jnp.result_type(w)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"{at_path} has dtype {dtype}, but only real floats can move. Leave it"
-                " out with mask=."
-            )
-        w = wide(jnp.asarray(w))
         has_filters = role.is_matrix(w.ndim)
         if not has_filters and ignore_1d:
             return jnp.zeros_like(w)
@@ -106,8 +101,8 @@ def filter_normalized_direction(
         return d * (length(w) / (length(d) + 1e-10))
 
     directions = [
-        direction(i, path, w, role)
-        for i, ((path, w), role) in enumerate(zip(leaves, found, strict=True))
+        direction(i, path, leaf, role)
+        for i, ((path, leaf), role) in enumerate(zip(leaves, found, strict=True))
     ]
     return jax.tree.unflatten(structure, directions)
 

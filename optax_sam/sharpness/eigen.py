@@ -13,6 +13,7 @@ from optax_sam.sharpness.krylov import fitting, lanczos, product
 from optax_sam.sharpness.objective import chosen_part
 from optax_sam.sharpness.operators import Operator, also_of_loss, ravel
 from optax_sam.sharpness.probes import random_vector
+from optax_sam.sharpness.weights import arrays, fill, is_array
 
 
 class EigenResult(NamedTuple):
@@ -41,7 +42,8 @@ class EigenResult(NamedTuple):
         Args:
           i: its index, in the order of the eigenvalues.
         """
-        return jax.tree.map(lambda v: v[i], self.eigenvectors)
+        part = lambda v: v[i] if is_array(v) else v
+        return jax.tree.map(part, self.eigenvectors)
 
 
 @also_of_loss
@@ -138,10 +140,11 @@ def eigenvalues(
     eps = jnp.finfo(theta.dtype).eps
     tol = (1e-3 if eps > 1e-10 else 1e-6) if tol is None else tol
     scale = jnp.maximum(jnp.abs(theta), eps * jnp.abs(krylov.projected).max())
-    vectors = product(rows, krylov.basis)
+    unravel = lambda v: arrays(operator.unravel_params(v))
+    vectors = jax.vmap(unravel)(product(rows, krylov.basis))
     return EigenResult(
         eigenvalues=jnp.where(found, theta, jnp.nan),
-        eigenvectors=jax.vmap(operator.unravel_params)(vectors),
+        eigenvectors=fill(vectors, operator.to_params(operator.like)),
         residuals=residuals,
         converged=residuals <= tol * scale,
         num_matvecs=jnp.asarray(min(num_matvecs, operator.size)),

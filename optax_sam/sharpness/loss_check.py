@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 _DRAWS = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}
 _COMBINE = {"add", "sub", "mul", "div"}
-_checked: weakref.WeakSet[Any] = weakref.WeakSet()
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 RANDOM = (
     "loss_fn draws random numbers: is dropout on? The measure then describes another"
@@ -35,21 +35,26 @@ def check_loss(loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> N
     It inspects the program of the loss and runs nothing.
     """
     try:
-        if loss_fn in _checked:
+        if loss_fn in _warned:
             return
-        _checked.add(loss_fn)
-        jaxpr = jax.make_jaxpr(loss_fn)(*map(_shapes, (params, batch))).jaxpr
+        # A new function, because JAX would not trace an equal one again: what it closes
+        # over may have changed, such as a switch between training and evaluation.
+        trace = jax.make_jaxpr(lambda *args: loss_fn(*args))
+        jaxpr = trace(*map(_shapes, (params, batch))).jaxpr
     except Exception:
         return  # the measure itself will raise an error
-    if any(eqn.primitive.name in _DRAWS for eqn in _all(jaxpr)):
-        warnings.warn(RANDOM, stacklevel=2)
-    sizes: Any = {jnp.shape(x)[:1] or (0,) for x in jax.tree.leaves(batch)}
-    (size,) = sizes.pop() if len(sizes) == 1 else (0,)
-    if size > 1:
-        number = len(jax.tree.leaves(batch))
-        kinds = [_NONE] * (len(jaxpr.invars) - number) + [_EXAMPLES] * number
+    found = [RANDOM] if any(x.primitive.name in _DRAWS for x in _all(jaxpr)) else []
+    # Beside the examples, a batch may hold other arrays, such as a number of tokens.
+    lengths = [(*jnp.shape(x), 0)[0] for x in jax.tree.leaves(batch)]
+    others = [_NONE] * (len(jaxpr.invars) - len(lengths))
+    for size in {x for x in lengths if x > 1}:
+        kinds = others + [_EXAMPLES if x == size else _NONE for x in lengths]
         if _MIXED in _propagated(jaxpr, kinds, size):
-            warnings.warn(MIXED, stacklevel=2)
+            found.append(MIXED)
+            break
+    for message in found:
+        _warned.add(loss_fn)
+        warnings.warn(message, stacklevel=2)
 
 
 # Values that depend on no example, on a statistic over the examples, or on one example
@@ -70,11 +75,13 @@ def _propagated(jaxpr: Any, kinds: list[int], size: int) -> list[int]:
             outs = [max(given, default=_NONE)] * len(eqn.outvars)
             if eqn.primitive.name in _COMBINE and {_STATISTIC, _EXAMPLES} <= {*given}:
                 return [_MIXED]
+            # The mean over the axis of a vmap is a psum.
+            name, axes = eqn.primitive.name, eqn.params.get("axes", ())
+            pools = 0 in axes and ("reduce" in name or name == "psum")
             shape: Any = getattr(eqn.invars[0].aval, "shape", ()) if given else ()
-            pools = 0 in eqn.params.get("axes", ()) and "reduce" in eqn.primitive.name
-            if pools and given[0] == _EXAMPLES and shape[0] % size == 0:
+            if pools and outs[0] == _EXAMPLES and shape[0] % size == 0:
                 # A scalar, such as a loss or a number of tokens, is no statistic.
-                outs = [_STATISTIC if eqn.outvars[0].aval.shape else _NONE]
+                outs = [_STATISTIC if x.aval.shape else _NONE for x in eqn.outvars]
         if _MIXED in outs:
             return [_MIXED]
         known.update(zip(eqn.outvars, outs, strict=True))

@@ -12,10 +12,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optax_sam import axes
-from optax_sam.masks import Mask, resolve_mask
+from optax_sam.masks import Mask
 from optax_sam.sharpness.data import Data, Stacked, data_of
 from optax_sam.sharpness.loss_check import check_loss
-from optax_sam.sharpness.weights import weights_of
+from optax_sam.sharpness.weights import arrays, fill, weights_of, zeros
 from optax_sam.trees import wide
 
 LossFn = Callable[[Any, Any], jax.Array]  # (params, batch) -> mean loss of the batch
@@ -33,6 +33,8 @@ class Objective:
       data: the batches.
       compiled: the programs for one batch of the host, by function. They live as long
         as the objective, because they keep the values that the loss closes over.
+      checked: the loss, once its program was looked at. Another objective looks again,
+        because what the loss closes over may have changed.
     """
 
     loss_fn: LossFn
@@ -41,6 +43,7 @@ class Objective:
     axis_name: Any = None
     data: Data = cast(Data, None)
     compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    checked: list[Any] = dataclasses.field(default_factory=list)
 
     @property
     def on_host(self) -> bool:
@@ -49,15 +52,21 @@ class Objective:
 
     def params_at(self, w: Any) -> Any:
         """The parameters with ``w`` in the place of the chosen leaves."""
-        return _fill(w, self.params)
+        return fill(w, self.params)
 
     def like_params(self, vector: Any) -> Any:
         """A vector of the chosen leaves as a pytree of all, with zeros elsewhere."""
-        return _fill(vector, jax.tree.map(jnp.zeros_like, self.params))
+        return fill(vector, jax.tree.map(zeros, self.params))
+
+    def check(self, batch: Any) -> None:
+        """Warns about a loss, as :func:`check_loss` does."""
+        if not self.checked:
+            self.checked.append(self.loss_fn)
+            check_loss(self.loss_fn, self.params, batch)
 
     def loss(self, w: Any, batch: Any) -> jax.Array:
         """The mean loss of one batch, with ``w`` in the place of the chosen leaves."""
-        check_loss(self.loss_fn, self.params, batch)
+        self.check(batch)
         value = self.loss_fn(self.params_at(w), batch)
         if not isinstance(value, (jax.Array, np.ndarray, float)) or jnp.shape(value):
             typed = lambda x: jax.typeof(x) if isinstance(x, jax.Array) else x
@@ -91,14 +100,17 @@ class Objective:
     def _bound(self, f: Callable[..., Any], args: Any) -> Callable[[Any], Any]:
         if not self.on_host:
             return lambda batch: f(self, batch, *args)
-        loss_fn, axis_name = self.loss_fn, self.axis_name
+        loss_fn, whole, axis_name = self.loss_fn, self.params, self.axis_name
+        # A program takes no functions and names, which a model may hold.
+        given = arrays(whole)
 
         # It is new for each objective, because JAX shares the programs of a function.
-        def of_batch(params: Any, w: Any, batch: Any, *args: Any) -> Any:
+        def of_batch(given: Any, w: Any, batch: Any, *args: Any) -> Any:
+            params = fill(given, whole)
             return f(Objective(loss_fn, params, w, axis_name), batch, *args)
 
         run = self.compiled.setdefault(f, jax.jit(of_batch))
-        return lambda batch: run(self.params, self.w, batch, *args)
+        return lambda batch: run(given, self.w, batch, *args)
 
     def mean_of(self, per_batch: jax.Array) -> jax.Array:
         """The mean over all batches of what ``each`` has returned, ``(B, ...)``."""
@@ -128,19 +140,7 @@ def objective(
             "The first argument must be loss_fn, a function (params, batch) -> scalar;"
             f" got {loss_fn!r}."
         )
-    chosen = resolve_mask(mask, params)
-
-    w = weights_of(params, chosen)
-    if not sum(x.size for x in jax.tree.leaves(w)):
-        raise ValueError(
-            "There is no parameter to look at: "
-            + (
-                "params is empty."
-                if mask is None
-                else "the mask selects nothing. To"
-                " look at all of them, leave out mask=."
-            )
-        )
+    w = weights_of(params, mask)
     data = data_of(batches, weights, axis_name)
     check_axes(w, data, axis_name)
     # The parameters must vary; otherwise jax.grad would sum over devices by itself.
@@ -195,8 +195,3 @@ def chosen_part(name: str, tree: Any, params: Any, w: Any) -> Any:
         return jnp.asarray(x, w.dtype)
 
     return jax.tree_util.tree_map_with_path(chosen, tree, w)
-
-
-def _fill(chosen: Any, others: Any) -> Any:
-    pick = lambda other, x: other if x is None else x
-    return jax.tree.map(pick, others, chosen)

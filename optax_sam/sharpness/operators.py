@@ -16,7 +16,6 @@ from jax.typing import ArrayLike
 
 from optax_sam.masks import Mask
 from optax_sam.sharpness.data import data_of
-from optax_sam.sharpness.loss_check import check_loss
 from optax_sam.sharpness.objective import (
     LossFn,
     Objective,
@@ -468,7 +467,7 @@ def _through(model_fn: ModelFn, curvature: Callable[..., Any]) -> Callable[..., 
     """The product with ``J' C J``, where ``J`` is the Jacobian of the outputs."""
 
     def product(o: Objective, batch: Any, v: Any) -> Any:
-        check_loss(o.loss_fn, o.params, batch)
+        o.check(batch)
         outputs = lambda w: jax.tree.map(wide, model_fn(o.params_at(w), batch))
         z, push = jax.linearize(outputs, o.w)
         pull = jax.linear_transpose(push, o.w)

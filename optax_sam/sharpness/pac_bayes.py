@@ -13,8 +13,9 @@ from jax.typing import ArrayLike
 from optax_sam import schedules
 from optax_sam.masks import Mask
 from optax_sam.sharpness.data import each, repeat
-from optax_sam.sharpness.objective import Objective, objective
+from optax_sam.sharpness.objective import Objective, chosen_part, objective
 from optax_sam.sharpness.probes import normals, standard_error, typed_key
+from optax_sam.sharpness.weights import weights_of
 from optax_sam.trees import inner, wide
 
 _EPS = 1e-3  # from the papers: the noise at a weight of 0
@@ -181,6 +182,7 @@ def pac_bayes_bound(
     initial: Any = None,
     reference: Literal["init", "orig"] = "init",
     magnitude_aware: bool = False,
+    mask: Mask = None,
 ) -> jax.Array:
     r"""The PAC-Bayes bound for a noise that the weights tolerate.
 
@@ -206,13 +208,14 @@ def pac_bayes_bound(
         unless ``reference`` is ``"orig"`` and the bound is not magnitude-aware.
       reference: ``"init"``: :math:`r = w - w_0`; ``"orig"``: :math:`r = w`.
       magnitude_aware: which of the two bounds; the same as for ``sigma``.
+      mask: the leaves that count; the same as for ``sigma``. ``None`` means all.
 
     Returns:
       The scalar ``B``.
 
     Raises:
-      ValueError: if ``sigma`` is not above 0, or ``initial`` is missing or of another
-        structure.
+      ValueError: if ``sigma`` is not above 0, a leaf that counts is no weight, or
+        ``initial`` is missing or of another structure or shape.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -236,8 +239,16 @@ def pac_bayes_bound(
             ' reference="orig" with magnitude_aware=False works without it. Keep a copy'
             " before training, and pass it as initial=."
         )
-    w = jax.tree.map(lambda x: wide(jnp.asarray(x)), params)
-    moved = w if initial is None else jax.tree.map(lambda x, y: x - y, w, initial)
+    if isinstance(initial, (int, float)):
+        raise ValueError(
+            f"initial must be a pytree like params; got the number {initial!r}. If"
+            " training began at zero, write initial=jax.tree.map(jnp.zeros_like,"
+            " params)."
+        )
+    w = moved = weights_of(params, mask)
+    if initial is not None:
+        start = chosen_part("initial", initial, params, w)
+        moved = jax.tree.map(jnp.subtract, w, start)
     r = w if reference == "orig" else moved
     square = inner(r, r)
     rest = jnp.log(num_examples / sigma) + 10

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from optax_sam.masks import Mask, resolve_mask
+from optax_sam.masks import Mask
 from optax_sam.sharpness.objective import chosen_part
 from optax_sam.sharpness.weights import weights_of
 
@@ -82,7 +82,7 @@ def project_path(
       Li et al., `Visualizing the Loss Landscape of Neural Nets
       <https://arxiv.org/abs/1712.09913>`_, 2018; code: tomgoldstein/loss-landscape
     """
-    w = weights_of(params, resolve_mask(mask, params))
+    w = weights_of(params, mask)
     origin, unravel = ravel_pytree(w)
     flat = lambda name, tree: np.asarray(
         ravel_pytree(chosen_part(name, tree, params, w))[0], np.float64

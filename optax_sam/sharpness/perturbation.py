@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_sam import ascent, schedules
+from optax_sam import schedules
 from optax_sam.masks import Mask
 from optax_sam.sharpness.auto_pgd import Ball
 from optax_sam.sharpness.data import each
 from optax_sam.sharpness.objective import LossFn, Objective, objective
 from optax_sam.sharpness.probes import standard_error, typed_key
 from optax_sam.sharpness.worst_case import check_norm, scale
+from optax_sam.trees import of_length
 
 
 class AverageSharpness(NamedTuple):
@@ -217,13 +218,14 @@ def sam_sharpness(
         loss_fn, params, batches, mask=mask, weights=weights, axis_name=axis_name
     )
     schedules.check_number("rho", rho, 0, open_low=True)
-    rule = ascent.adaptive(rho, eta=0.0, adapt=True) if adaptive else ascent.l2(rho)
-    state = rule.init(o.w)
+    radius = jnp.asarray(rho)
 
     def rise(o: Objective, batch: Any) -> jax.Array:
         value, g = jax.value_and_grad(lambda w: o.loss(w, batch))(o.w)
-        e, _ = rule.update(g, state, o.w)
-        there = jax.tree.map(lambda w, e: w + e.astype(w.dtype), o.w, e)
+        T = scale(o.w, adaptive)
+        # Of full length near a minimum, too, where the gradient is tiny.
+        u = of_length(jax.tree.map(jnp.multiply, T, g), radius)
+        there = jax.tree.map(lambda w, t, u: w + t * u.astype(w.dtype), o.w, T, u)
         return o.loss(there, batch) - value
 
     per_batch = o.each(rise)

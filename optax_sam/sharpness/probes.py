@@ -272,7 +272,8 @@ def _hutchinson(
 
 def _mean_and_stderr(values: jax.Array) -> Estimate:
     # The estimates share their probes, so their spread alone is too small.
-    stderr = jnp.std(values, axis=0, ddof=1) * jnp.sqrt(2 / len(values))
+    stderr = jnp.std(values, axis=0, ddof=1) * (2 / len(values)) ** 0.5
+    stderr = student(len(values)) * stderr
     return Estimate(jnp.mean(values, axis=0), stderr.astype(values.dtype))
 
 

@@ -133,7 +133,8 @@ def spectral_sum(
     small for smooth functions and powers above one (0.4 % for ``abs(x)**1.5`` on a
     small network). It is larger for a function with a kink at zero, where most
     eigenvalues lie: 7 % for ``abs(x)**0.5``, of either sign, and more probes do not
-    help.
+    help. If no eigenvalue is near zero, the function may be infinite there, such as
+    ``jnp.log``.
 
     Cost: ``num_top_matvecs + num_probes * num_lanczos`` products;
     memory: ``num_eigs`` vectors, one for each of the Lanczos steps, and a few.
@@ -198,9 +199,11 @@ def deflated_quadrature(
     r"""The spectrum of an operator: the outliers, and the rest by quadrature.
 
     Let ``V`` be the ``E`` eigenvectors that were found, and :math:`P = I - V V^\top`.
-    Lanczos runs on :math:`P H P` from :math:`P z`, which has no part in the directions
-    of ``V``. Weights are scaled to the ``n - E`` other directions, so that the result
-    for ``c I`` is exact. With normal probes this causes no bias.
+    Lanczos runs on :math:`P H P + \lambda_E V V^\top` from :math:`P z`, which has no
+    part in the directions of ``V`` but what rounding leaves. There the second term puts
+    the found eigenvalue that is smallest in size, so that functions which are infinite
+    at zero stay finite. Weights are scaled to the ``n - E`` other directions, so that
+    the result for ``c I`` is exact. With normal probes this causes no bias.
     """
     schedules.check_integer("num_eigs", num_eigs, 1)
     schedules.check_integer("num_top_matvecs", num_top_matvecs, 1)
@@ -215,7 +218,13 @@ def deflated_quadrature(
     found, deflated = found[order], theta[order]
     V = jnp.where(found[:, None], product(U[:, order].T, top.basis), 0)
     project = lambda v: v - product(product(V, v), V)
-    through = lambda v: project(operator.times(project(v)))
+    # The smallest that was found; V is zero if there is none.
+    edge = deflated[found.sum() - 1]
+
+    def through(v: jax.Array) -> jax.Array:
+        away = product(product(V, v), V)
+        return project(operator.times(v - away)) + edge * away
+
     like = jax.ShapeDtypeStruct(V.shape[1:], V.dtype)
     rest = Operator(through, like, operator.size, lambda v: v, operator.on_host)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -60,7 +61,8 @@ class Probe:
       every: number of steps from one measurement to the next, at least 1.
       measures: functions by name, called as ``measure(loss_fn, params, batches)``, with
         ``key=`` and ``init=`` if they have arguments of these names. You can give the
-        measures of this package as they are, or with options by ``functools.partial``.
+        measures of this package as they are, or with options by ``functools.partial``,
+        whose ``key`` and ``init`` stay as they are.
         They may return anything that :func:`to_scalars` takes. A measure with ``init``
         must return an :class:`EigenResult`, or another result with ``eigenvalues``
         ``(k,)`` and ``eigenvectors``; the next time it gets their sum. ``None``: the
@@ -182,7 +184,9 @@ class _Current:
 
 
 def _arguments(measure: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(measure).parameters) & {"key", "init"}
+    """Those of key and init that a measure takes, and that no partial has fixed."""
+    fixed = measure.keywords if isinstance(measure, functools.partial) else {}
+    return (set(inspect.signature(measure).parameters) & {"key", "init"}) - {*fixed}
 
 
 def _next_start(name: str, result: Any, start: Any) -> Any:

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from optax_sam.masks import Mask, resolve_mask
 from optax_sam.trees import wide
 
 NNX = (
@@ -26,15 +28,13 @@ EQUINOX = (
 )
 
 
-def weights_of(params: Any, chosen: Any) -> Any:
-    """The chosen leaves in float32 or wider, and ``None`` for all others.
+def weights_of(params: Any, mask: Mask) -> Any:
+    """The leaves that the mask selects, in float32 or wider; ``None`` for all others.
 
-    Args:
-      params: all of them.
-      chosen: a bool for each.
+    A measure needs at least one of them.
     """
     structure: Any = jax.tree.structure(params)
-    kept = iter(structure.flatten_up_to(chosen))
+    kept = iter(structure.flatten_up_to(resolve_mask(mask, params)))
     found: list[Any] = []
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_variable)[0]
     for path, node in nodes:
@@ -42,7 +42,38 @@ def weights_of(params: Any, chosen: Any) -> Any:
         at = f"The parameter at {jax.tree_util.keystr(path) or 'the root'}"
         for leaf in leaves:
             found.append(_weight(at, path, node, leaf) if next(kept) else None)
+    if not sum(x.size for x in found if x is not None):
+        raise ValueError(
+            "There is no parameter to look at: "
+            + (
+                "params is empty."
+                if mask is None
+                else "the mask selects nothing. To"
+                " look at all of them, leave out mask=."
+            )
+        )
     return jax.tree.unflatten(structure, found)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or a number, and no function or name."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float))
+
+
+def arrays(tree: Any) -> Any:
+    """The leaves that are arrays, and ``None`` in the place of the others."""
+    return jax.tree.map(lambda x: x if is_array(x) else None, tree)
+
+
+def zeros(leaf: Any) -> Any:
+    """Zeros for a leaf that stays in place, or the leaf if it is no array."""
+    return jnp.zeros_like(leaf) if is_array(leaf) else leaf
+
+
+def fill(chosen: Any, others: Any) -> Any:
+    """A pytree whose leaves that are ``None`` are taken from another one."""
+    pick = lambda other, x: other if x is None else x
+    return jax.tree.map(pick, others, chosen)
 
 
 def _weight(at: str, path: Any, node: Any, leaf: Any) -> jax.Array:

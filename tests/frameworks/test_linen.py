@@ -184,8 +184,23 @@ def test_multi_steps_around_a_method_gets_the_gradient():
 
 
 def test_a_baseline_ignores_what_the_loop_gives():
-    after = created().apply_gradients(grads=W, grad_fn=abs, ascend=True)
-    np.testing.assert_allclose(after.params["w"], 1 - RATE, rtol=1e-6)
+    for params in (W, W["w"]):
+        state = created(params=params)
+        after = state.apply_gradients(grads=params, grad_fn=abs, ascend=True)
+        (w,) = jax.tree.leaves(after.params)
+        np.testing.assert_allclose(w, 1 - RATE, rtol=1e-6)
+
+
+@pytest.mark.parametrize("params", [W, jnp.ones(2)])
+def test_micro_sharpness_needs_no_gradients(params):
+    square = lambda p, i: jax.tree.map(lambda x: 2 * x, p)
+    method = optax_sam.micro_sharpness(optax_sam.sam(0.0, axis_name="shards"), 2)
+    state = created(tx=optax.chain(method, optax.sgd(RATE)), params=params)
+    after = state.apply_gradients(grads=None, grad_fn=square)
+    (w,) = jax.tree.leaves(after.params)
+    np.testing.assert_allclose(w, 1 - 2 * RATE, rtol=1e-6)
+    assert after.step == 1
+    assert after.tx is state.tx
 
 
 def test_what_overwrites_parameters_is_handed_on():

@@ -1,5 +1,6 @@
 """Pictures show what was given, with names and units, and leave no trace."""
 
+import functools
 import importlib
 import sys
 
@@ -119,9 +120,50 @@ def test_several_lines():
     # Equal curves: both are seen, the upper one has gaps.
     assert [x.get_linestyle() for x in ax.lines] == ["-", "--"]
     assert line().get_legend() is None
-    ax = line({str(i): STEPS for i in range(28)})
-    style = lambda x: (x.get_color(), str(x._unscaled_dash_pattern))
-    assert len({style(x) for x in ax.lines}) == 28
+
+
+def looks(ax):
+    """Of the lines: the colour, the dashes and the marker of each."""
+    dashes = lambda x: str(x._unscaled_dash_pattern)
+    return [(x.get_color(), dashes(x), x.get_marker()) for x in ax.lines]
+
+
+METHODS = "SGD", "SAM", "vSAM", "MSAM", "SGD 2x", "another", "one more"
+
+
+@pytest.mark.parametrize(
+    "draw", [line, functools.partial(plots.sharpness_history, STEPS)]
+)
+@pytest.mark.parametrize("names", [METHODS, [str(i) for i in range(28)]])
+def test_no_series_looks_like_another(names, draw):
+    named = {name: STEPS + 1.0 for name in names}
+    assert len({*looks(draw(named))}) == len(names)
+    # Also among several calls.
+    ax = figure_axes()
+    for name, values in list(named.items())[:8]:
+        draw({name: values}, ax=ax)
+        draw({name: values}, ax=ax)
+    assert len({*looks(ax)}) == len(ax.lines)
+
+
+def test_what_is_on_the_axes_stays_in_view():
+    ax = figure_axes()
+    plots.sharpness_history(STEPS, [-2.0, 3.0, 90.0, 1.0], ax=ax)
+    ax.axvline(1)  # from 0 to 1 in shares of the axes
+    plots.sharpness_history(STEPS, STEPS + 1.0, learning_rate=1.0, ax=ax)
+    assert ax.get_yscale() == "symlog"
+    assert ax.get_ylim()[0] < -2
+    assert ax.get_ylim()[1] > 90
+    ax = figure_axes()
+    ax.axvline(1)
+    assert history(ax=ax).get_yscale() == "log"
+    high = density()._replace(density=9 * density().density)
+    for draw, large in ((eigenvectors, 9 * STEPS**2.0), (spectrum, high)):
+        ax = figure_axes()
+        limits = draw(large, ax=ax).get_ylim()
+        draw(ax=ax)
+        assert ax.get_ylim()[0] <= limits[0]
+        assert ax.get_ylim()[1] == limits[1]
 
 
 LONG = "a method with a name of some length, number "
@@ -162,6 +204,8 @@ def test_a_method_has_one_colour():
         ([0.0134, 0.2], ["0.013", "0.2"]),
         ([2.5e-5, 3e7], [r"$2.5 \times 10^{-5}$", r"$3 \times 10^{7}$"]),
         ([1.0, 1.0], ["1", "1"]),
+        # Fewer eigenvalues were found.
+        (np.array([2.125, np.nan, np.nan]), ["2.1", "nan", "nan"]),
     ],
 )
 def test_numbers_are_short_and_differ(values, texts):

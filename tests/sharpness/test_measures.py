@@ -491,3 +491,9 @@ def test_stack_batches():
     batches = sharpness.stack_batches({"x": x, "y": y}, 3)
     np.testing.assert_array_equal(batches["x"][1], x[3:])
     np.testing.assert_array_equal(batches["y"], [[0, 1, 2], [3, 4, 5]])
+    # No list, which would be one of two batches.
+    loss = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
+    measure = lambda batches: sharpness.sam_sharpness(loss, jnp.ones(2), batches, RHO)
+    pair = sharpness.stack_batches([x, y], 3)
+    right = measure(sharpness.stack_batches((x, y), 3)).per_batch
+    np.testing.assert_array_equal(measure(pair).per_batch, right)

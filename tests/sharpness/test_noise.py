@@ -92,6 +92,17 @@ def test_sam_has_its_closed_form(adaptive):
     assert run(quadratic(slope=0.0)[3], params, ONE, RHO).value == 0
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("size", [1e-3, 1e-14, 0.0])
+def test_sam_takes_whole_steps_near_a_minimum(size, adaptive):
+    loss = lambda w, batch: 2 * w[1] ** 2 + w[0] ** 2
+    w = jnp.array([0.0, size])
+    rise = sharpness.sam_sharpness(loss, w, ONE, RHO, adaptive=adaptive).value
+    step = size and RHO * (size if adaptive else 1)
+    np.testing.assert_allclose(rise, 2 * (size + step) ** 2 - 2 * size**2, rtol=1e-9)
+
+
 @pytest.mark.parametrize("magnitude_aware", [False, True])
 def test_noise_that_a_linear_classifier_bears(magnitude_aware):
     """Examples that each see another weight, all with the same margin."""
@@ -183,6 +194,23 @@ def test_bounds_are_as_the_papers_write_them(reference):
     np.testing.assert_allclose(
         bound(initial=tree(w_0), magnitude_aware=True), np.log(terms).sum() / 4 + rest
     )
+
+
+def test_bounds_count_weights_only():
+    """As the measure of the noise does: the same mask leaves out the same leaves."""
+    w, w_0 = jnp.array([3.0, 4.0]), jnp.zeros(2)
+    bound = sharpness.pac_bayes_bound
+    right = bound(w, 0.5, 1000, initial=w_0, magnitude_aware=True)
+    whole = lambda w, x: {"params": w, "batch_stats": {"mean": w + x}, "n": 7}
+    some = bound(
+        whole(w, 5),
+        0.5,
+        1000,
+        initial=whole(w_0, 3),
+        magnitude_aware=True,
+        mask=lambda variables: {name: name == "params" for name in variables},
+    )
+    assert some == right
 
 
 @pytest.mark.usefixtures("x64")

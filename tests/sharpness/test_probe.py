@@ -223,6 +223,16 @@ def test_a_probe_gives_weights_to_the_batches_of_a_list():
     assert scalars["sharpness/hvp/0"] == 2 * (3 * 1 + 1 * 4) / 4
 
 
+def test_a_probe_keeps_what_a_partial_has_fixed():
+    def measure(loss_fn, params, batches, key=0, init=None):
+        return {"key": key, "init": init}
+
+    fixed = functools.partial(measure, key=7, init=3)
+    probe = probe_of(every=1, measures={"fixed": fixed})
+    scalars, _ = probe(0, jnp.ones(1), probe.init(jnp.ones(1)))
+    assert scalars == {"sharpness/fixed/key": 7, "sharpness/fixed/init": 3}
+
+
 def test_a_restored_probe_goes_on_to_the_bit():
     probe, w, _, state = mixed()
     saved = jax.tree.map(np.array, state)  # as a checkpoint holds it

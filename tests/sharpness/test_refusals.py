@@ -134,6 +134,13 @@ REFUSED = {
         initial=None, reference="orig", magnitude_aware=True
     ),
     "pac_bayes_bound: reference must be": dict(reference="zero"),
+    "pac_bayes_bound: got the number 0.0.*zeros_like, params": dict(initial=0.0),
+    r"pac_bayes_bound: initial has shape \(\)": dict(initial=jnp.zeros(())),
+    "pac_bayes_bound filter_normalized_direction: running statistic.*mask=": dict(
+        params={"batch_stats": {"mean": W}}
+    ),
+    "pac_bayes_bound filter_normalized_direction: selects nothing": dict(mask=False),
+    "pac_bayes_bound: 'n'.*int32.*mask=": dict(params={"n": jnp.arange(3)}),
     "normalize_logits: eps must be": dict(eps=0.0),
     # Of pairs.
     'geodesic_sharpness: metric must be "mix" or "inv"': dict(metric="max"),

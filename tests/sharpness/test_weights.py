@@ -1,6 +1,8 @@
 """What is no weight, no deterministic loss, or no mean over devices is refused."""
 
+import functools
 import warnings
+from collections.abc import Callable
 
 import equinox as eqx
 import flax.linen as nn
@@ -90,12 +92,42 @@ def test_models_of_equinox():
     loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
     with pytest.raises(ValueError, match=r"activation.*eqx.partition\(model"):
         trace(loss, model)
+    direction = sharpness.filter_normalized_direction
+    with pytest.raises(ValueError, match=r"activation.*eqx.partition\(model"):
+        direction(0, model)
+    arrays = lambda model: jax.tree.map(eqx.is_inexact_array, model)
+    moved = direction(0, model, mask=arrays)
+    assert moved.activation is model.activation
+    assert moved.layers[0].weight.any()
     params, static = eqx.partition(model, eqx.is_inexact_array)
     assert trace(lambda p, x: loss(eqx.combine(p, static), x), params) > 0
     norm = eqx.nn.make_with_state(eqx.nn.BatchNorm)
     _, state = norm(3, "batch", mode="batch")
     with pytest.raises(ValueError, match=r"\[1\] is a State, not a weight"):
         trace(lambda p, x: 0.0, (params, state))
+
+
+class Line(eqx.Module):
+    weight: jax.Array
+    activation: Callable
+
+    def __call__(self, x):
+        return self.activation(x @ self.weight)
+
+
+@pytest.mark.parametrize("batches", [X, list(X)])
+def test_whole_models_of_equinox_with_a_mask(batches):
+    """Their functions stay where they are."""
+    model = Line(jnp.array([3.0, 4.0, 5.0]), jnp.abs)
+    loss = lambda model, x: jnp.mean(model(x) ** 2) / 2
+    H = np.einsum("bij,bik->jk", X, X) / 12
+    options = dict(mask=jax.tree.map(eqx.is_inexact_array, model))
+    top = sharpness.hessian_eigenvalues(loss, model, batches, 0, **options).vector(0)
+    expected = np.linalg.eigh(H)[1][:, -1]
+    assert abs(top.weight @ expected) == pytest.approx(1, abs=1e-4)
+    diagonal = sharpness.hessian_diagonal(loss, model, batches, 0, **options).estimate
+    np.testing.assert_allclose(diagonal.weight, np.diag(H), rtol=1e-4)
+    assert top.activation is diagonal.activation is model.activation
 
 
 @pytest.mark.parametrize(
@@ -109,14 +141,57 @@ def test_models_of_equinox():
 def test_a_loss_in_training_mode(options, message):
     loss, variables = linen(**options)
     of_params = lambda params, x: loss({**variables, "params": params}, x)
-    product = lambda p: sharpness.hvp(of_params, p, X, p)
+    # It is said once.
+    found = [warned(of_params, variables["params"]) for _ in range(2)]
+    assert [len(x) for x in found] == [message is not None, 0]
+    if message:
+        assert message in found[0][0]
+
+
+def warned(loss, params, batches=X):
+    """What a measure warns of."""
+    product = lambda p: sharpness.hvp(loss, p, batches, p)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2):  # and it is said once
-            jax.make_jaxpr(product)(variables["params"])
-    assert len(caught) == (message is not None)
-    if message:
-        assert message in str(caught[0].message)
+        jax.make_jaxpr(product)(params)
+    return [str(x.message) for x in caught]
+
+
+@pytest.mark.parametrize("number", [jnp.full(2, 6), jnp.ones((2, 2))])
+def test_other_arrays_in_a_batch_hide_no_batch_norm(number):
+    loss, variables = linen(train=True)
+    of_params = lambda params, b: loss({**variables, "params": params}, b["x"])
+    batches = {"x": X, "number": number}
+    product = lambda p: sharpness.hvp(of_params, p, batches, p, weights=jnp.ones(2))
+    with pytest.warns(UserWarning, match="statistics over the examples"):
+        jax.make_jaxpr(product)(variables["params"])
+
+
+def test_batch_norm_of_equinox():
+    """Its mean is a collective operation along the axis of the vmap."""
+    layer = eqx.nn.Linear(3, 4, key=jax.random.key(0))
+    make = eqx.nn.make_with_state(eqx.nn.BatchNorm)
+    norm, state = make(4, axis_name="batch", mode="batch")
+
+    def loss(layer, x, inference):
+        model = lambda x, s: eqx.nn.inference_mode(norm, inference)(layer(x), s)[0]
+        run = jax.vmap(model, axis_name="batch", in_axes=(0, None))
+        return jnp.mean(run(x, state) ** 2)
+
+    train, evaluate = (functools.partial(loss, inference=x) for x in (False, True))
+    (message,) = warned(train, layer)
+    assert "statistics over the examples" in message
+    assert not warned(evaluate, layer)
+
+
+def test_a_loss_is_looked_at_again_until_it_has_warned():
+    losses = {train: linen(train)[0] for train in (False, True)}
+    mode, variables = {"train": False}, linen()[1]
+    loss = lambda p, x: losses[mode["train"]]({**variables, "params": p}, x)
+    assert not warned(loss, variables["params"])
+    mode["train"] = True
+    assert len(warned(loss, variables["params"])) == 1
+    assert not warned(loss, variables["params"])
 
 
 @pytest.mark.parametrize("check", [True, False])
