@@ -46,7 +46,7 @@ hypothesis.settings.load_profile("tests")
 # Reasons of skips that some environment of the Makefile has. Any other fails the run.
 EXPECTED_SKIPS = (
     r"libtpu is missing",
-    r"optax\.microbatching came with 0\.2\.8",
+    r"optax\.microbatching came with 0\.2\.7",
     r"could not import '(keras|clu\.metric_writers)'",
     r"this Optax has no ",  # the oldest
 )
