@@ -45,7 +45,9 @@ def value_and_grad(
         over which the batch is split. Both gradients and the loss are then means over
         the devices, and so are the floats of ``aux``: metrics and running statistics.
         Integers, and arrays with one row per example, such as logits, stay local to the
-        device. All devices use one perturbation, so the method gets no ``axis_name``.
+        device. Put running statistics that may be as long as these rows under
+        ``"batch_stats"``, so that they are not taken for rows. All devices use one
+        perturbation, so the method gets no ``axis_name``.
       loss_scale: factor of the loss in the backward pass: a number > 0, a scalar array,
         or an object with such a ``scale``, such as Flax's ``DynamicScale``; see
         :func:`optax_sam.update_loss_scale`. Both gradients are divided by it
