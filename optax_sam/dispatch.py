@@ -130,9 +130,9 @@ def dispatch(
             single = True
             return variants[None](*args, **kwargs)
         after = _clock(result, given)
-        follows, plan = (None, []) if _same(after, clock) else (after, plan[1:])
-        if not runs_ahead:  # as the trace of this very call may have shown
-            plan = []
+        # The trace of this very call may have shown that steps may be held back.
+        held = _same(after, clock) or not runs_ahead
+        follows, plan = (None, []) if held else (after, plan[1:])
         return result
 
     return functools.wraps(train_step)(step)

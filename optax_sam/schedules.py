@@ -80,7 +80,8 @@ def check_schedule(
 
     The first value of a schedule is checked against the range when the schedule is
     first read. A compiled step cannot refuse later values. It replaces values outside
-    the range by the nearest one inside, so an overshoot of a schedule makes no NaN.
+    the range by the nearest one inside, and NaN by the lower bound, so what a schedule
+    gives after its end makes no NaN.
     """
     if isinstance(value, optax.GradientTransformation):
         raise ValueError(

@@ -32,7 +32,7 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def mapped(f: Callable[..., Any], num_axes: int) -> Callable[..., Any]:
-    """``f`` of a state that is stacked over seeds or devices ``num_axes`` times."""
+    """``f`` of arrays that are stacked ``num_axes`` times, over layers or seeds."""
     for _ in range(num_axes):
         f = jax.vmap(f)
     return f

@@ -184,7 +184,7 @@ def rho_from_lr(
             " rho_from_lr cannot search it. Pass the lowest rate as lr_min and the"
             " highest as lr_max."
         )
-    given = lr_schedule
+    unchecked = lr_schedule  # whose NaN does not become a rate of zero
     lr_schedule = check_schedule("lr_schedule", lr_schedule, 0.0)
 
     @functools.cache  # at the first use: a factory must not touch the devices
@@ -193,7 +193,7 @@ def rho_from_lr(
         counts = np.append(np.arange(2**16), np.geomspace(2**16, 2**31 - 1, 2**14))
         with jax.ensure_compile_time_eval():
             rates = np.asarray(
-                jax.vmap(lambda t: jnp.asarray(at(given, t), float))(
+                jax.vmap(lambda t: jnp.asarray(at(unchecked, t), float))(
                     jnp.asarray(counts, jnp.int32)
                 )
             )
@@ -209,6 +209,7 @@ def rho_from_lr(
         return float(np.min(rates[peak:])), float(rates[peak])
 
     def schedule(count: ArrayLike) -> jax.Array:
+        rate = at(lr_schedule, count)  # first, because this checks the schedule
         low = ends()[0] if lr_min is None else lr_min
         high = ends()[1] if lr_max is None else lr_max
         if high < low:
@@ -218,7 +219,7 @@ def rho_from_lr(
                 f"rho_from_lr needs lr_min <= lr_max; got {low} and {high}{read}."
                 " Pass the lowest rate as lr_min and the highest as lr_max."
             )
-        share = (at(lr_schedule, count) - low) / (high - low) if high > low else 1.0
+        share = (rate - low) / (high - low) if high > low else 1.0
         return rho_min + (rho_max - rho_min) * jnp.clip(share, 0, 1)
 
     return schedule

@@ -28,6 +28,7 @@ from optax_sam.roles.leaves import (
     path_names as path_names,
 )
 from optax_sam.roles.stacks import groups_of, read_attention, settle
+from optax_sam.trees import mapped
 
 
 def roles(
@@ -194,9 +195,7 @@ def resolve_roles(given: Any, params: Any) -> Any:
 
 def by_layer(function: Callable[..., Any], role: Role) -> Callable[..., Any]:
     """Maps a function of whole leaves over the layers that are stacked in them."""
-    for _ in range(role.stack):
-        function = jax.vmap(function)
-    return function
+    return mapped(function, role.stack)
 
 
 def is_weight(role: Role) -> bool:
