@@ -56,7 +56,7 @@ def test_a_schedule_that_is_undefined_or_rises_after_its_end(power):
         assert float(rho(jnp.int32(1001))) == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize("value", ["a", jnp.ones(2), -1.0, jnp.nan])
+@pytest.mark.parametrize("value", ["0.1", jnp.ones(2), -1.0, jnp.nan])
 def test_a_schedule_of_no_rate_is_refused_before_it_is_searched(value):
     rho = optax_sam.rho_from_lr(lambda count: value, 0.05, 0.6)
     with pytest.raises(ValueError, match="lr_schedule must be"):
